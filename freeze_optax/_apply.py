@@ -1,0 +1,72 @@
+"""Applying updates."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._patterns import listed
+from freeze_optax._plan import odd_paths
+from freeze_optax._selectors import Spec, nothing, resolve
+
+
+def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
+    """As `optax.apply_updates`, but a frozen leaf is returned as the very same object.
+
+    So its every bit stays, in eager mode too, where `p + 0` turns -0.0 into 0.0 and flushes
+    subnormal numbers; and in eager mode, or with the params donated to `jax.jit`, its buffer is
+    not copied.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": 1.0, "head": 2.0}
+      >>> new = fo.apply_updates(params, {"encoder": 9.0, "head": 0.5}, frozen="encoder")
+      >>> new["encoder"] is params["encoder"], float(new["head"])
+      (True, 2.5)
+
+    Args:
+      params: A tree.
+      updates: A tree like `params`; what stands at a frozen leaf is not looked at.
+      frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
+        state. Also left is each leaf whose update is None or a hole (`optax.MaskedNode`), and
+        each that cannot be trained.
+
+    Returns:
+      A tree like `params`: at other leaves the sum, in the dtype of the param.
+
+    Raises:
+      ValueError: If the updates or the spec do not fit the params.
+    """
+    leaves = Leaves(params)
+    flags = resolve(frozen, leaves)
+    steps = _align(leaves, updates)
+    triples = zip(leaves.values, steps, flags, strict=True)
+    return leaves.rebuild(
+        p if flag or u is None or is_hole(u) or is_hole(p) else _add(p, u)
+        for p, u, flag in triples
+    )
+
+
+def _add(param: Any, update: Any) -> Any:
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+
+def _align(leaves: Leaves, updates: Any) -> list[Any]:
+    own = Leaves(updates)
+    if own.treedef == leaves.treedef:
+        return own.values
+    try:
+        values = leaves.treedef.flatten_up_to(updates)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "the updates are of other params: "
+            + odd_paths(own.paths, leaves.paths, "in the updates", "in the params")
+        ) from None
+    nodes = [
+        path
+        for path, u in zip(leaves.paths, values, strict=True)
+        if not (u is None or is_hole(u)) and len(Leaves(u).values) != 1
+    ]
+    if nodes:
+        raise ValueError(f"the updates have nodes where the params have leaves: {listed(nodes)}")
+    return values

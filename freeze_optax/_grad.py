@@ -1,0 +1,105 @@
+"""Gradients with respect to the trainable leaves only."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from freeze_optax._leaves import HOLE, Leaves
+from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._zeros import Zeros
+
+
+def value_and_grad(
+    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, holes: bool = False
+) -> Callable[..., Any]:
+    """Differentiates `fun` in its first argument with no backward pass for frozen leaves.
+
+    As `jax.value_and_grad`, except that integer, PRNG key and non-array leaves need nothing
+    special: they are frozen.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": 2.0, "head": 3.0}
+      >>> loss = lambda params, x: params["encoder"] * params["head"] * x
+      >>> value, grads = fo.value_and_grad(loss, frozen="encoder")(params, 10.0)
+      >>> float(value), float(grads["encoder"]), float(grads["head"])
+      (60.0, 0.0, 20.0)
+
+    Args:
+      fun: Takes the params first, and gives a real scalar; with `has_aux`, a pair of that and
+        anything.
+      frozen: What not to differentiate: any spec, see `freeze_optax.mask`. Passing the optimizer
+        state keeps gradients and updates in agreement.
+      has_aux: Whether `fun` gives a pair.
+      holes: Whether frozen leaves get `optax.MaskedNode()`, which costs no memory even as the
+        carry of a scan, instead of zeros.
+
+    Returns:
+      A function of the arguments of `fun` that gives the pair of its value and the gradient. The
+      gradient has the structure of the params: zeros at frozen leaves, or holes; where the
+      dtype has no gradient, zeros of dtype `jax.dtypes.float0`.
+
+    Raises:
+      ValueError: When called, if the spec does not fit the params.
+    """
+    selector = as_selector(frozen)
+
+    @functools.wraps(fun)
+    def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves = Leaves(params)
+        flags = resolve(selector, leaves)
+        trainable = [x for x, flag in zip(leaves.values, flags, strict=True) if not flag]
+
+        # Only the trainable leaves are an argument: what is closed over is a constant to the
+        # differentiation, which then builds no backward pass for it, whatever its dtype.
+        def of_trainable(trainable: list[Any], *args: Any, **kwargs: Any) -> Any:
+            moving = iter(trainable)
+            both = zip(leaves.values, flags, strict=True)
+            merged = leaves.rebuild(x if flag else next(moving) for x, flag in both)
+            return fun(merged, *args, **kwargs)
+
+        value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable, *args, **kwargs)
+        zeros, moving = Zeros(), iter(moved)
+        both = zip(leaves.values, flags, strict=True)
+        if holes:
+            return value, leaves.rebuild(HOLE if flag else next(moving) for _, flag in both)
+        return value, leaves.fill(zeros.gradient(x) if flag else next(moving) for x, flag in both)
+
+    return value_and_grad_fn
+
+
+def grad(
+    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, holes: bool = False
+) -> Callable[..., Any]:
+    """As `value_and_grad`, without the value.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> loss = lambda params: params["encoder"] * params["head"]
+      >>> fo.grad(loss, frozen="encoder", holes=True)({"encoder": 2.0, "head": 3.0})
+      {'encoder': MaskedNode(), 'head': Array(2., dtype=float32, weak_type=True)}
+
+    Args:
+      fun: Takes the params first, and gives a real scalar; with `has_aux`, a pair of that and
+        anything.
+      frozen: What not to differentiate: any spec, see `freeze_optax.mask`.
+      has_aux: Whether `fun` gives a pair.
+      holes: Whether frozen leaves get `optax.MaskedNode()` instead of zeros.
+
+    Returns:
+      A function of the arguments of `fun` that gives the gradient; with `has_aux`, the pair of
+      gradient and auxiliary value.
+
+    Raises:
+      ValueError: When called, if the spec does not fit the params.
+    """
+    both = value_and_grad(fun, frozen, has_aux=has_aux, holes=holes)
+
+    @functools.wraps(fun)
+    def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        value, grads = both(params, *args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fn

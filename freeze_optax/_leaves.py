@@ -1,0 +1,109 @@
+"""The leaves of a pytree in order, holes included, and their key paths as text."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+HOLE = optax.MaskedNode()
+
+
+def is_hole(x: Any) -> bool:
+    """Whether `x` stands where a leaf was taken out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def is_placeholder(tree: Any) -> bool:
+    """Whether `optax.tree_map_params` calls, with the stand-in it passes for the params.
+
+    The class is private to optax and has moved between its modules, so it is told by name.
+    """
+    return type(tree).__name__ == "_ParamsPlaceholder"
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def can_train(leaf: Any) -> bool:
+    """Whether a gradient step can move `leaf`: a float or complex array, or Python number."""
+    if isinstance(leaf, float | complex):
+        return True
+    if isinstance(leaf, type) or not hasattr(leaf, "shape"):
+        return False
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and _is_inexact(dtype)
+
+
+@functools.cache
+def _is_variable_type(cls: type) -> bool:
+    # Told by name: importing flax here would make everyone pay for it.
+    return any(
+        base.__module__.startswith("flax.nnx") and base.__name__ in ("Variable", "VariableState")
+        for base in cls.__mro__
+    )
+
+
+def _is_variable(x: Any) -> bool:
+    return _is_variable_type(type(x))
+
+
+_ATTRIBUTE = {
+    jax.tree_util.DictKey: "key",
+    jax.tree_util.SequenceKey: "idx",
+    jax.tree_util.GetAttrKey: "name",
+    jax.tree_util.FlattenedIndexKey: "key",
+}
+
+
+def _component(entry: Any) -> str:
+    attribute = _ATTRIBUTE.get(type(entry))
+    return str(entry if attribute is None else getattr(entry, attribute))
+
+
+def _text(entries: Iterable[Any]) -> str:
+    return "/".join(map(_component, entries))
+
+
+class Leaves:
+    """The leaves of `tree`, with holes as leaves; paths are made when first asked for.
+
+    Attributes:
+      tree: The tree itself.
+      values: Its leaves and holes, in flattening order.
+      treedef: Its structure, a hole being a leaf.
+    """
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+        self.values, self.treedef = jax.tree.flatten(tree, is_leaf=is_hole)
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
+        entries, _ = jax.tree_util.tree_flatten_with_path(
+            self.tree, is_leaf=lambda x: is_hole(x) or _is_variable(x)
+        )
+        paths: list[str] = []
+        for prefix, node in entries:
+            if _is_variable(node):
+                # Only here is the next component known to be the Variable's own `value`; a
+                # user's field of that name must stay, so it can't be told from the text.
+                inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_hole)
+                paths.extend(_text((*prefix, *rest[1:])) for rest, _ in inside)
+            else:
+                paths.append(_text(prefix))
+        return tuple(paths)
+
+    def rebuild(self, values: Iterable[Any]) -> Any:
+        """The tree with other leaves."""
+        return jax.tree.unflatten(self.treedef, values)
+
+    def fill(self, values: Iterable[Any]) -> Any:
+        """The tree with other leaves where it has leaves; its holes stay."""
+        pairs = zip(self.values, values, strict=True)
+        return self.rebuild(leaf if is_hole(leaf) else value for leaf, value in pairs)

@@ -1,0 +1,122 @@
+"""A tree in two: what trains and the rest, each with holes where the other has leaves."""
+
+from typing import Any
+
+from freeze_optax._leaves import HOLE, Leaves, is_hole
+from freeze_optax._patterns import listed
+from freeze_optax._plan import odd_paths
+from freeze_optax._selectors import Spec, as_selector, resolve
+
+
+def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
+    """Splits `tree` into its trainable leaves and the rest; `merge` is the inverse.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> trainable, rest = fo.partition({"encoder": 1.0, "head": 2.0}, "encoder")
+      >>> trainable
+      {'encoder': MaskedNode(), 'head': 2.0}
+      >>> rest
+      {'encoder': 1.0, 'head': MaskedNode()}
+      >>> fo.merge(trainable, rest)
+      {'encoder': 1.0, 'head': 2.0}
+
+    Args:
+      tree: Any pytree.
+      frozen: What belongs to the rest: any spec, see `freeze_optax.mask`. Leaves that cannot be
+        trained belong there too.
+
+    Returns:
+      Two trees of the structure of `tree`, with `optax.MaskedNode()`, a node without leaves,
+      wherever the other one has the leaf. The leaves are the very objects.
+
+    Raises:
+      ValueError: If the spec does not fit the tree.
+    """
+    leaves = Leaves(tree)
+    flags = resolve(frozen, leaves)
+    return split(leaves, flags)
+
+
+def split(leaves: Leaves, frozen: list[bool] | tuple[bool, ...]) -> tuple[Any, Any]:
+    """`partition`, with the flags at hand."""
+    pairs = list(zip(leaves.values, frozen, strict=True))
+    trainable = leaves.rebuild(HOLE if flag else leaf for leaf, flag in pairs)
+    rest = leaves.rebuild(leaf if flag else HOLE for leaf, flag in pairs)
+    return trainable, rest
+
+
+def merge(trainable: Any, rest: Any) -> Any:
+    """Puts together what `partition` has split.
+
+    Examples:
+      >>> import jax
+      >>> import freeze_optax as fo
+      >>> trainable, rest = fo.partition({"encoder": 1.0, "head": 2.0}, "encoder")
+      >>> fo.merge(jax.tree.map(lambda x: x + 1, trainable), rest)
+      {'encoder': 1.0, 'head': 3.0}
+
+    Args:
+      trainable: A tree with holes (`optax.MaskedNode`).
+      rest: A tree of the same structure with leaves in these holes and holes elsewhere.
+
+    Returns:
+      The tree with all leaves, the very objects. Where both have a hole, it stays one.
+
+    Raises:
+      ValueError: If the structures differ or both trees have a leaf at one path.
+    """
+    left, right = Leaves(trainable), Leaves(rest)
+    if left.treedef != right.treedef:
+        raise ValueError(
+            "the two parts are of different trees: "
+            + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
+        )
+    pairs = list(zip(left.values, right.values, strict=True))
+    if not all(is_hole(a) or is_hole(b) for a, b in pairs):
+        both = [
+            path
+            for path, (a, b) in zip(left.paths, pairs, strict=True)
+            if not (is_hole(a) or is_hole(b))
+        ]
+        raise ValueError(
+            f"both parts have a leaf at {listed(both)}; each leaf belongs to one of them, with "
+            "optax.MaskedNode() in the other, as fo.partition gives them"
+        )
+    return left.rebuild(b if is_hole(a) else a for a, b in pairs)
+
+
+def hold(new: Any, old: Any, where: Spec) -> Any:
+    """`new` with the selected leaves of `old`: keeps what no optimizer owns.
+
+    BatchNorm statistics change in the forward pass, not through gradients, so freezing them is a
+    choice of its own: hold them. Here the spec counts as it is written; an integer counter that
+    is not selected moves on.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> old = {"bn_0": {"mean": 0.0, "steps": 1}, "bn_1": {"mean": 0.0, "steps": 1}}
+      >>> new = {"bn_0": {"mean": 0.5, "steps": 2}, "bn_1": {"mean": 0.7, "steps": 2}}
+      >>> fo.hold(new, old, "bn_0/mean")
+      {'bn_0': {'mean': 0.0, 'steps': 2}, 'bn_1': {'mean': 0.7, 'steps': 2}}
+
+    Args:
+      new: A tree.
+      old: A tree of the same structure.
+      where: The leaves to take from `old`: any spec, see `freeze_optax.mask`.
+
+    Returns:
+      A tree of the structure of `new`; the leaves are the very objects.
+
+    Raises:
+      ValueError: If the trees differ in structure, or the spec does not fit them.
+    """
+    after, before = Leaves(new), Leaves(old)
+    if after.treedef != before.treedef:
+        raise ValueError(
+            "`new` and `old` are different trees: "
+            + odd_paths(after.paths, before.paths, "in `new`", "in `old`")
+        )
+    held = as_selector(where).flags(after)
+    triples = zip(after.values, before.values, held, strict=True)
+    return after.rebuild(o if flag else n for n, o, flag in triples)

@@ -1,0 +1,192 @@
+"""Glob patterns over key paths, and what to suggest when one matches nothing."""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+_MOST_ALTERNATIVES = 10_000
+_MOST_CANDIDATES = 20_000
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Writes out `{a,b}` and `{0..9}`: the globs without braces that `pattern` stands for."""
+    pieces: list[list[str]] = [[""]]
+    position = 0
+    while position < len(pattern):
+        char = pattern[position]
+        if char == "[":
+            end = _class_end(pattern, position)
+            pieces.append([pattern[position:end]])
+        elif char == "{":
+            end = _brace_end(pattern, position)
+            inside = pattern[position + 1 : end - 1]
+            pieces.append([p for part in _alternatives(inside) for p in expand_braces(part)])
+        elif char == "}":
+            raise ValueError(f"pattern {pattern!r}: `}}` without `{{`; write [}}] for the character")
+        else:
+            end = position + 1
+            pieces.append([char])
+        position = end
+    count = 1
+    for piece in pieces:
+        count *= len(piece)
+    if count > _MOST_ALTERNATIVES:
+        raise ValueError(
+            f"pattern {pattern!r} stands for {count:,} globs, over the limit of "
+            f"{_MOST_ALTERNATIVES:,}; use `*` or fo.regex"
+        )
+    return ["".join(choice) for choice in itertools.product(*pieces)]
+
+
+def _class_end(pattern: str, start: int) -> int:
+    # As in fnmatch, a `]` right after the opening (or its negation) is a member.
+    first = start + 1 + (pattern[start + 1 : start + 2] in ("!", "^"))
+    end = pattern.find("]", first + 1)
+    if end < 0 or "/" in pattern[start:end]:
+        raise ValueError(f"pattern {pattern!r}: `[` without `]`; write [[] for the character")
+    return end + 1
+
+
+def _brace_end(pattern: str, start: int) -> int:
+    depth, position = 0, start
+    while position < len(pattern):
+        char = pattern[position]
+        if char == "[":
+            position = _class_end(pattern, position)
+            continue
+        depth += (char == "{") - (char == "}")
+        position += 1
+        if depth == 0:
+            return position
+    raise ValueError(f"pattern {pattern!r}: `{{` without `}}`; write [{{] for the character")
+
+
+def _alternatives(inside: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if numbers:
+        first, last = numbers.groups()
+        # As in a shell, a leading zero asks for that width: {08..11} is 08 09 10 11.
+        padded = any(text != "0" and text.startswith("0") for text in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        low, high = int(first), int(last)
+        if abs(high - low) >= _MOST_ALTERNATIVES:
+            raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
+        return [f"{n:0{width}d}" for n in range(low, high + 1) or range(low, high - 1, -1)]
+    parts, depth, start, position = [], 0, 0, 0
+    while position < len(inside):
+        char = inside[position]
+        if char == "[":
+            position = _class_end(inside, position)
+            continue
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth == 0:
+            parts.append(inside[start:position])
+            start = position + 1
+        position += 1
+    return [*parts, inside[start:]]
+
+
+def _component_regex(component: str, pattern: str) -> str:
+    if "**" in component:
+        raise ValueError(
+            f"pattern {pattern!r}: `**` stands for whole components, so it can't share one with "
+            f"{component.replace('**', '') or '*'!r}; write `*`, or `**/` before it"
+        )
+    out: list[str] = []
+    position = 0
+    while position < len(component):
+        char = component[position]
+        end = position + 1
+        if char == "*":
+            out.append("[^/]*")
+        elif char == "?":
+            out.append("[^/]")
+        elif char == "[":
+            end = _class_end(component, position)
+            body = component[position + 1 : end - 1]
+            negated = body[0] in "!^"
+            members = re.sub(r"([\\\[\]^&~|])", r"\\\1", body[negated:])
+            out.append(f"(?!/)[{'^' if negated else ''}{members}]")
+        else:
+            out.append(re.escape(char))
+        position = end
+    return "".join(out)
+
+
+def _segments(glob: str) -> Iterator[tuple[bool, list[str]]]:
+    """The runs of components between `**`s, each with whether a `**` comes before it."""
+    after_stars, run = False, list[str]()
+    for component in glob.split("/"):
+        if component == "**":
+            if run:
+                yield after_stars, run
+            after_stars, run = True, []
+        else:
+            run.append(component)
+    yield after_stars, run
+
+
+def _glob_regex(glob: str, pattern: str, whole: bool) -> str:
+    out: list[str] = []
+    for after_stars, run in _segments(glob):
+        if not run:  # `**` at the end: everything below, and the node itself
+            out.append("(?:/.*)?" if whole and out else ".*" if whole else "")
+            continue
+        text = "/".join(_component_regex(component, pattern) for component in run)
+        slash = "/" if out else ""
+        if after_stars:
+            skip = f"{slash}(?:[^/]*/)*?{text}(?=/|\\Z)"
+            # The first place where a run fits leaves the most for what follows, so when the
+            # rest of the path is free it is final: atomic, or deep trees take cubic time.
+            out.append(f"(?:{skip})" if whole else f"(?>{skip})")
+        else:
+            out.append(f"{slash}{text}(?=/|\\Z)")
+    return "".join(out)
+
+
+def compile_glob(pattern: str, *, whole: bool = False) -> re.Pattern[str]:
+    """A regex for `.match` on path text: `pattern` names the leaf or a node above it.
+
+    Args:
+      pattern: The glob.
+      whole: Match only the very node that the pattern names, nothing below.
+
+    Returns:
+      The compiled regex.
+
+    Raises:
+      ValueError: On unbalanced brackets or braces, or `**` inside a component.
+    """
+    globs = dict.fromkeys(expand_braces(pattern))
+    end = r"\Z" if whole else ""
+    text = "|".join(_glob_regex(glob, pattern, whole) + end for glob in globs)
+    try:
+        return re.compile(f"(?:{text})", re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r}: {error.msg}") from error
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """`path` and the paths of all nodes above it, the nearest first; not the root."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
+
+
+def nearest(text: str, paths: Iterable[str], count: int = 3) -> str:
+    """A clause for an error: the paths most like `text`."""
+    candidates = list(itertools.islice(dict.fromkeys(paths), _MOST_CANDIDATES))
+    if not candidates:
+        return "the tree has no leaves"
+    close = difflib.get_close_matches(text, candidates, n=count, cutoff=0.5)
+    if close:
+        return "nearest: " + ", ".join(map(repr, close))
+    return "the tree has " + listed(candidates)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """A few of the names, quoted, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")

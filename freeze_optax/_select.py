@@ -1,0 +1,254 @@
+"""The selectors that users write."""
+
+import re
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+
+from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._patterns import ancestors, compile_glob, listed, nearest
+from freeze_optax._selectors import Path, Selector, is_function, mark, spread
+
+
+def path(*patterns: str) -> Selector:
+    """Selects the leaves at, or anywhere below, each node that one of the globs names.
+
+    A key path is text, components joined by `/`: `encoder/layer_0/kernel`, `layers/0/weight`.
+    Patterns match component by component, from the root, never by substring: `layer_1` is not
+    `layer_10`. Wherever a spec is expected, a plain string means the same.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": {"layer_0": 1.0, "layer_1": 2.0, "layer_10": 3.0}, "head": 4.0}
+      >>> fo.path("encoder/layer_{0..1}")(params)
+      {'encoder': {'layer_0': True, 'layer_1': True, 'layer_10': False}, 'head': False}
+
+    Args:
+      *patterns: Globs. `*`, `?`, `[abc]` and `[!abc]` match within a component, `**` any number
+        of components (also none), `{a,b}` and `{0..9}` either alternative. A bracket makes
+        any of these characters plain: `[*]`.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if a pattern (as a whole, not each
+      alternative in braces) selects no leaf, with the nearest paths.
+
+    Raises:
+      ValueError: If there is no pattern, or one is malformed.
+      TypeError: If a pattern is not a string.
+    """
+    return Path(_checked(patterns, "path"))
+
+
+def _checked(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
+    if not patterns:
+        raise ValueError(f"fo.{name}() needs a pattern; to select no leaf write fo.nothing")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"fo.{name} takes strings, one argument each, but got {pattern!r}; "
+                "unpack a list with *, join selectors with |"
+            )
+    return patterns
+
+
+@final
+class _Regex(Selector):
+    def __init__(self, patterns: tuple[str, ...]):
+        self._regexes = [re.compile(pattern) for pattern in patterns]
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        selected = [False] * len(leaves.paths)
+        for regex in self._regexes:
+            mark(selected, regex.fullmatch, leaves.paths, "regex", regex.pattern)
+        return selected
+
+    def __repr__(self) -> str:
+        return f"regex({', '.join(repr(regex.pattern) for regex in self._regexes)})"
+
+
+def regex(*patterns: str) -> Selector:
+    """Selects the leaves whose whole path text one of the regular expressions matches.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> fo.regex(r"layer_\\d+/bias")({"layer_0": {"bias": 1.0, "kernel": 2.0}})
+      {'layer_0': {'bias': True, 'kernel': False}}
+
+    Args:
+      *patterns: Regular expressions for `re.fullmatch`.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if a pattern matches no leaf.
+
+    Raises:
+      ValueError: If there is no pattern.
+      TypeError: If a pattern is not a string.
+      re.error: If one is malformed.
+    """
+    return _Regex(_checked(patterns, "regex"))
+
+
+def _natural(text: str) -> tuple[Any, ...]:
+    # Splitting on a group alternates text and digits, so equal positions compare.
+    return tuple(int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", text)))
+
+
+@final
+class Layers(Selector):
+    """The nodes that a glob names, in natural order, to be indexed or sliced like a list."""
+
+    def __init__(self, pattern: str, index: int | slice | None = None):
+        self._pattern, self._index = pattern, index
+        self._regex = compile_glob(pattern, whole=True)
+
+    def __getitem__(self, index: int | slice) -> Selector:
+        if self._index is not None:
+            raise TypeError(f"{self!r} is indexed already; join two with |")
+        if not isinstance(index, int | slice) or isinstance(index, bool):
+            raise TypeError(f"layers are indexed with an int or a slice, not {index!r}")
+        return Layers(self._pattern, index)
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        nodes = dict.fromkeys(node for path in leaves.paths for node in ancestors(path))
+        matched = sorted(filter(self._regex.match, nodes), key=_natural)
+        if not matched:
+            raise ValueError(
+                f"layers({self._pattern!r}) names no node; {nearest(self._pattern, nodes)}"
+            )
+        chosen = matched
+        if isinstance(self._index, slice):
+            chosen = matched[self._index]
+        elif self._index is not None:
+            if not -len(matched) <= self._index < len(matched):
+                raise IndexError(
+                    f"{self!r} is out of range: {self._pattern!r} names {len(matched)} nodes, "
+                    f"{listed(matched)}"
+                )
+            chosen = [matched[self._index]]
+        kept = set(chosen)
+        return [not kept.isdisjoint(ancestors(path)) for path in leaves.paths]
+
+    def __repr__(self) -> str:
+        index = self._index
+        if isinstance(index, slice):
+            ends = ["" if end is None else str(end) for end in (index.start, index.stop)]
+            ends += [] if index.step is None else [str(index.step)]
+            return f"layers({self._pattern!r})[{':'.join(ends)}]"
+        return f"layers({self._pattern!r})" + ("" if index is None else f"[{index}]")
+
+
+def layers(pattern: str) -> Layers:
+    """Selects nodes by their rank: all that the glob names, in natural order, then `[i:j]`.
+
+    Natural order puts `layer_2` before `layer_10`. Nodes without leaves do not count.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> params = {"layer_2": 1.0, "layer_9": 2.0, "layer_10": 3.0}
+      >>> fo.layers("layer_*")[:-1](params)  # all but the last
+      {'layer_10': False, 'layer_2': True, 'layer_9': True}
+
+    Args:
+      pattern: A glob, as for `freeze_optax.path`, that names the nodes themselves.
+
+    Returns:
+      A selector of all these nodes, which can be indexed with an int or a slice like a list.
+      Applied to a tree, it raises ValueError if the pattern names no node, and IndexError
+      if an int is out of range; an empty slice selects nothing.
+
+    Raises:
+      ValueError: If the pattern is malformed.
+    """
+    return Layers(*_checked((pattern,), "layers"))
+
+
+@final
+class _Labelled(Selector):
+    def __init__(self, labels: Any, names: tuple[Any, ...]):
+        self._labels, self._names = labels, names
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
+        given = [label for _, label in spread(labels, leaves, "label tree")]
+        for name in self._names:
+            if name not in given:
+                present = dict.fromkeys(map(str, given))
+                raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
+        return [label in self._names for label in given]
+
+    def __repr__(self) -> str:
+        return f"labelled({', '.join(map(repr, self._names))})"
+
+
+def labelled(labels: Any, *names: Any) -> Selector:
+    """Selects the leaves to which optax-style labels give one of the names.
+
+    So label trees and label functions written for `optax.partition` (`multi_transform`) go on
+    serving.
+
+    Examples:
+      >>> import jax
+      >>> import freeze_optax as fo
+      >>> params = {"body": {"w": 1.0}, "head": {"w": 2.0}}
+      >>> fo.labelled({"body": "cold", "head": "hot"}, "cold")(params)
+      {'body': {'w': True}, 'head': {'w': False}}
+
+    Args:
+      labels: A tree of labels, like the params or a prefix of them (matched by key path), or
+        a function that gives one for the params.
+      *names: The labels to select.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if the labels do not fit it or no
+      leaf has one of the names.
+
+    Raises:
+      ValueError: If there is no name.
+    """
+    if not names:
+        raise ValueError("fo.labelled needs the labels to select: fo.labelled(labels, 'frozen')")
+    return _Labelled(labels, names)
+
+
+@final
+class _Where(Selector):
+    def __init__(self, predicate: Callable[[str, Any], bool]):
+        self._predicate = predicate
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return [self._ask(p, x) for p, x in zip(leaves.paths, leaves.values, strict=True)]
+
+    def _ask(self, path: str, leaf: Any) -> bool:
+        if is_hole(leaf):
+            return False
+        answer = self._predicate(path, leaf)
+        if not isinstance(answer, bool | np.bool_):
+            raise TypeError(
+                f"the predicate of {self!r} gave {answer!r} at {path!r}; it must give True or False"
+            )
+        return bool(answer)
+
+    def __repr__(self) -> str:
+        return f"where({getattr(self._predicate, '__qualname__', self._predicate)})"
+
+
+def where(predicate: Callable[[str, Any], bool]) -> Selector:
+    """Selects the leaves for which `predicate(path, leaf)` is True.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> fo.where(lambda path, leaf: leaf.ndim > 1)(params)
+      {'bias': False, 'kernel': True}
+
+    Args:
+      predicate: Given the path text and the leaf (under jit a tracer, on an abstract tree a
+        `jax.ShapeDtypeStruct`), a bool. It is not asked about holes.
+
+    Returns:
+      The selector. Applied to a tree, it raises TypeError, naming the path, where the answer
+      is not a bool. That no leaf is selected is no error.
+    """
+    return _Where(predicate)

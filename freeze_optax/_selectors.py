@@ -1,0 +1,340 @@
+"""Selectors, their algebra, and everything that may be written in place of one."""
+
+import abc
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Union, final
+
+import jax
+import numpy as np
+
+from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
+from freeze_optax._patterns import ancestors, compile_glob, listed, nearest
+from freeze_optax._plan import FreezeState, Plan, states_in
+
+Spec = Union["Selector", str, bool, FreezeState, Sequence[Any], Callable[[Any], Any], Any]
+"""Whatever an argument named `frozen` or `where` accepts."""
+
+
+class Selector(abc.ABC):
+    """Marks leaves of a tree: called on one, it gives the mask, `True` where selected.
+
+    Selectors compose: `a | b`, `a & b`, `a - b`, `~a`; a string on either side is a
+    `freeze_optax.path`. As functions from a tree to a mask of Python bools, they go wherever
+    optax takes such a function.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": {"kernel": 1.0, "bias": 2.0}, "head": {"bias": 3.0}}
+      >>> (fo.path("encoder") - fo.path("**/bias"))(params)
+      {'encoder': {'bias': False, 'kernel': True}, 'head': {'bias': False}}
+      >>> decay = optax.add_decayed_weights(1e-2, mask=~fo.path("**/bias"))
+    """
+
+    @abc.abstractmethod
+    def flags(self, leaves: Leaves) -> list[bool]:
+        """For each leaf, whether it is selected; no leaf is, or is not, for its dtype."""
+
+    def __call__(self, tree: Any) -> Any:
+        """The raw mask: the structure of `tree`, a Python bool at each leaf."""
+        if is_placeholder(tree):
+            return tree
+        leaves = Leaves(tree)
+        return leaves.fill(self.flags(leaves))
+
+    def labels(self, tree: Any) -> Any:
+        """`"frozen"` or `"trainable"` at each leaf: a label function for `optax.partition`.
+
+        A leaf that cannot be trained (an integer, a PRNG key) is `"frozen"` in any case.
+
+        Examples:
+          >>> import optax
+          >>> import freeze_optax as fo
+          >>> params = {"encoder": 1.0, "head": 2.0, "steps": 3}
+          >>> fo.path("encoder").labels(params)
+          {'encoder': 'frozen', 'head': 'trainable', 'steps': 'frozen'}
+          >>> tx = optax.partition(
+          ...     {"trainable": optax.adam(1e-3), "frozen": optax.set_to_zero()},
+          ...     fo.path("encoder").labels,
+          ... )
+        """
+        if is_placeholder(tree):
+            return tree
+        leaves = Leaves(tree)
+        frozen = resolve(self, leaves)
+        return leaves.fill("frozen" if flag else "trainable" for flag in frozen)
+
+    def __or__(self, other: "Selector | str") -> "Selector":
+        return _combine("|", operator.or_, self, other)
+
+    def __ror__(self, other: str) -> "Selector":
+        return _combine("|", operator.or_, other, self)
+
+    def __and__(self, other: "Selector | str") -> "Selector":
+        return _combine("&", operator.and_, self, other)
+
+    def __rand__(self, other: str) -> "Selector":
+        return _combine("&", operator.and_, other, self)
+
+    def __sub__(self, other: "Selector | str") -> "Selector":
+        return _combine("-", operator.gt, self, other)
+
+    def __rsub__(self, other: str) -> "Selector":
+        return _combine("-", operator.gt, other, self)
+
+    def __invert__(self) -> "Selector":
+        return _Not(self)
+
+
+def _combine(symbol: str, function: Callable[[bool, bool], bool], left: Any, right: Any) -> Any:
+    if not all(isinstance(side, Selector | str) for side in (left, right)):
+        return NotImplemented
+    return _Combined(symbol, function, as_selector(left), as_selector(right))
+
+
+@final
+class _Combined(Selector):
+    def __init__(
+        self,
+        symbol: str,
+        function: Callable[[bool, bool], bool],
+        left: Selector,
+        right: Selector,
+    ):
+        self._symbol, self._function, self._left, self._right = symbol, function, left, right
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return list(map(self._function, self._left.flags(leaves), self._right.flags(leaves)))
+
+    def __repr__(self) -> str:
+        return f"({self._left!r} {self._symbol} {self._right!r})"
+
+
+@final
+class _Not(Selector):
+    def __init__(self, inner: Selector):
+        self._inner = inner
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return [not flag for flag in self._inner.flags(leaves)]
+
+    def __repr__(self) -> str:
+        return f"~{self._inner!r}"
+
+
+@final
+class _All(Selector):
+    def __init__(self, selected: bool):
+        self._selected = selected
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return [self._selected] * len(leaves.values)
+
+    def __repr__(self) -> str:
+        return "everything" if self._selected else "nothing"
+
+
+everything = _All(True)
+"""Selects all leaves."""
+
+nothing = _All(False)
+"""Selects no leaf."""
+
+
+@final
+class Path(Selector):
+    """Leaves at or below the nodes that globs name."""
+
+    def __init__(self, patterns: tuple[str, ...]):
+        self._patterns = patterns
+        self._regexes = [compile_glob(pattern) for pattern in patterns]
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        selected = [False] * len(leaves.paths)
+        for pattern, regex in zip(self._patterns, self._regexes, strict=True):
+            mark(selected, regex.match, leaves.paths, "pattern", pattern)
+        return selected
+
+    def __repr__(self) -> str:
+        return f"path({', '.join(map(repr, self._patterns))})"
+
+
+def mark(
+    selected: list[bool],
+    match: Callable[[str], re.Match[str] | None],
+    paths: Sequence[str],
+    kind: str,
+    pattern: str,
+) -> None:
+    """Sets the flags of the paths that match; that none does is an error."""
+    hits = [i for i, path in enumerate(paths) if match(path)]
+    if not hits:
+        nodes = dict.fromkeys(node for path in paths for node in ancestors(path))
+        raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
+    for i in hits:
+        selected[i] = True
+
+
+@final
+class _Union(Selector):
+    def __init__(self, specs: Sequence[Any]):
+        self._parts = [as_selector(spec) for spec in specs]
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        columns = [part.flags(leaves) for part in self._parts]
+        return [any(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
+
+    def __repr__(self) -> str:
+        return repr(self._parts)
+
+
+@final
+class _Planned(Selector):
+    """What is frozen in an optimizer state."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return list(self._plan.flags(leaves, "tree"))
+
+    def __repr__(self) -> str:
+        return repr(self._plan)
+
+
+@final
+class _Mask(Selector):
+    def __init__(self, mask: Any):
+        self._mask = mask
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        mask = self._mask
+        if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
+            return _Union(mask).flags(leaves)
+        values = spread(mask, leaves, "mask")
+        return [True if is_hole(value) else _as_bool(value, path) for path, value in values]
+
+    def __repr__(self) -> str:
+        return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
+
+
+@final
+class _Function(Selector):
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function = function
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return as_mask(self._function(leaves.tree)).flags(leaves)
+
+    def __repr__(self) -> str:
+        return getattr(self._function, "__qualname__", repr(self._function))
+
+
+def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
+    """For each leaf, the leaf of `tree` at its path or above it, with that one's path.
+
+    Args:
+      tree: A tree like the params, or a prefix of them; by key path, so that the containers
+        may be others.
+      leaves: The leaves of the params.
+      what: What to call the tree in an error.
+
+    Returns:
+      A pair of path and leaf of `tree` for each of the leaves.
+
+    Raises:
+      ValueError: If a leaf of either tree has no counterpart, naming these.
+    """
+    own = Leaves(tree)
+    if own.treedef == leaves.treedef:
+        return list(zip(own.paths, own.values, strict=True))
+    table = dict(zip(own.paths, own.values, strict=True))
+    above = [
+        next((node for node in (*ancestors(path), "") if node in table), None)
+        for path in leaves.paths
+    ]
+    missing = [path for path, node in zip(leaves.paths, above, strict=True) if node is None]
+    unused = sorted(set(own.paths).difference(node for node in above if node is not None))
+    if missing or unused:
+        parts = [f"nothing for {listed(missing)} of the tree"] if missing else []
+        parts += [f"{listed(unused)}, which the tree has not"] if unused else []
+        raise ValueError(f"the {what} does not fit the tree: it has " + ", and ".join(parts))
+    return [(node, table[node]) for node in above if node is not None]
+
+
+def _as_bool(value: Any, path: str) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if getattr(value, "shape", None) == () and getattr(value, "dtype", None) == np.bool_:
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
+                "make the mask of Python bools"
+            )
+        return bool(value)
+    kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
+    hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
+    raise TypeError(f"the mask at {path!r} is {kind}, not a bool{hint}")
+
+
+def is_function(x: Any) -> bool:
+    """Whether to call `x`: a callable pytree, as an Equinox module is, is a tree of flags."""
+    return callable(x) and jax.tree_util.all_leaves([x])
+
+
+def as_selector(spec: Spec) -> Selector:
+    """The selector that a spec stands for.
+
+    Args:
+      spec: Any of the forms of the contract.
+
+    Returns:
+      A selector. Masks and states are checked against the tree when it is applied.
+
+    Raises:
+      ValueError: If a tree holds more than one `FreezeState`.
+    """
+    if isinstance(spec, Selector):
+        return spec
+    if isinstance(spec, str):
+        return Path((spec,))
+    if isinstance(spec, FreezeState):
+        return _Planned(_known(spec.plan))
+    if type(spec) in (list, tuple) and (
+        not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
+    ):
+        return _Union(spec)
+    if is_function(spec):
+        return _Function(spec)
+    states = states_in(spec)
+    if type(spec) is list and states:
+        return _Union(spec)
+    if len(states) > 1:
+        raise ValueError(
+            f"a {type(spec).__name__} with {len(states)} FreezeStates does not say which to "
+            "follow; pass one of them, or a list of them for their union"
+        )
+    return _Planned(_known(states[0].plan)) if states else as_mask(spec)
+
+
+def as_mask(spec: Any) -> Selector:
+    """The selector of a bool or a tree of bools."""
+    if isinstance(spec, bool | np.bool_):
+        return everything if spec else nothing
+    return _Mask(spec)
+
+
+def _known(plan: Plan) -> Plan:
+    if plan.is_unknown:
+        raise ValueError("this FreezeState has no plan; make states with freezable(...).init(params)")
+    return plan
+
+
+def resolve(spec: Spec, leaves: Leaves) -> list[bool]:
+    """What is frozen: what the spec selects, and every leaf that cannot be trained."""
+    raw = as_selector(spec).flags(leaves)
+    return [
+        flag or not can_train(leaf) for flag, leaf in zip(raw, leaves.values, strict=True)
+    ]

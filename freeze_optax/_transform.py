@@ -1,0 +1,180 @@
+"""The gradient transformation."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
+from freeze_optax._patterns import listed
+from freeze_optax._plan import FROZEN, FreezeState, Plan
+from freeze_optax._selectors import Spec, as_selector, nothing, resolve
+from freeze_optax._zeros import Zeros
+
+
+def freezable(
+    inner: optax.GradientTransformation, frozen: Spec = nothing
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on the trainable leaves alone; frozen ones keep no state and never change.
+
+    Under any `inner`, every bit of a frozen leaf stays, whatever its gradient holds (NaN,
+    infinities, None, float0, a hole), and a trainable leaf is updated as by `inner` on a
+    tree that has no other leaves: no frozen leaf counts in a norm, decays, or is given moments.
+
+    What is frozen is settled at `init` and travels in the state as static metadata: `jax.jit`
+    retraces when it changes, and only then. BatchNorm statistics and the like are not the
+    optimizer's; to keep those, see `freeze_optax.hold`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> tx = fo.freezable(optax.adamw(0.1), frozen="encoder")
+      >>> opt_state = tx.init(params)
+      >>> optax.tree_utils.tree_get(opt_state, "mu")
+      {'encoder': MaskedNode(), 'head': Array([0., 0.], dtype=float32)}
+      >>> @jax.jit
+      ... def step(params, opt_state):
+      ...     loss = lambda params: (params["encoder"] * params["head"]).sum()
+      ...     grads = fo.grad(loss, frozen=opt_state)(params)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
+      ...     return fo.apply_updates(params, updates, frozen=opt_state), opt_state
+      >>> params, opt_state = step(params, opt_state)
+      >>> params["encoder"]
+      Array([1., 1.], dtype=float32)
+
+    Args:
+      inner: Any optax transformation: an optimizer, or a chain with clipping and decay.
+      frozen: What is frozen: any spec, see `freeze_optax.mask`.
+
+    Returns:
+      A transformation whose state is a `FreezeState`.
+
+      `init` raises ValueError if the spec does not fit the params, and warns if nothing is left
+      to train.
+
+      `update` gives zeros at frozen leaves, or a hole where a hole came in. The zeros are
+      negative: -0.0 is what leaves every number as it is when added, the sign of zeros too, so
+      `optax.apply_updates` is safe; only in eager mode on a CPU does it flush subnormal
+      numbers, which `freeze_optax.apply_updates`, and either under jit, do not. Extra
+      arguments reach `inner`: one shaped like the params with holes at frozen leaves, and a
+      callable that takes params (the `value_fn` of a line search) is handed whole ones. It
+      raises ValueError if gradients, state or params are of different params, or if a trainable
+      leaf has a hole or None for a gradient, and TypeError for a state of another kind.
+    """
+    inner = optax.with_extra_args_support(inner)
+    selector = as_selector(frozen)
+
+    def init_fn(params: optax.Params) -> FreezeState:
+        if is_placeholder(params):
+            return FreezeState(inner.init(params))
+        leaves = Leaves(params)
+        flags = resolve(selector, leaves)
+        if all(flags):
+            warnings.warn(
+                f"freezable({selector!r}): all {len(flags)} leaves are frozen, nothing is left to "
+                "train",
+                stacklevel=2,
+            )
+        cohorts = (FROZEN if flag else 0 for flag in flags)
+        plan = Plan(leaves, tuple(flags), tuple(cohorts), inner)
+        return FreezeState(inner.init(_with_holes(leaves, plan)), (), plan)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, FreezeState]:
+        plan = _plan_of(state)
+        grads = plan.fit(updates, "gradient")
+        _check_whole(grads, plan)
+        whole = None if params is None else plan.fit(params, "params tree")
+        live_updates, inner_state = inner.update(
+            _with_holes(grads, plan),
+            state.inner,
+            None if whole is None else _with_holes(whole, plan),
+            **{name: _adapt(value, plan, whole) for name, value in extra.items()},
+        )
+        moved = Leaves(live_updates).values
+        return _with_zeros(grads, whole, moved, plan), FreezeState(inner_state, state.ages, plan)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _plan_of(state: Any) -> Plan:
+    if not isinstance(state, FreezeState):
+        raise TypeError(
+            f"update was given a {type(state).__name__} for its state, not the FreezeState that "
+            "init gives; the order is update(gradients, state, params)"
+        )
+    if state.plan.is_unknown:
+        raise ValueError("this FreezeState has no plan; make states with freezable(...).init(params)")
+    return state.plan
+
+
+def _with_holes(leaves: Leaves, plan: Plan) -> Any:
+    both = zip(leaves.values, plan.frozen, strict=True)
+    return leaves.rebuild(HOLE if flag else leaf for leaf, flag in both)
+
+
+def _check_whole(grads: Leaves, plan: Plan) -> None:
+    missing = [
+        path
+        for path, grad, flag in zip(plan.paths, grads.values, plan.frozen, strict=True)
+        if not flag and (grad is None or is_hole(grad))
+    ]
+    if missing:
+        raise ValueError(
+            f"no gradient at {listed(missing)}, which the optimizer state has as trainable; "
+            "differentiate with fo.value_and_grad(loss, frozen=opt_state), or freeze these leaves"
+        )
+
+
+def _with_zeros(grads: Leaves, params: Leaves | None, moved: list[Any], plan: Plan) -> Any:
+    zeros = Zeros()
+    like = grads.values if params is None else params.values
+
+    def frozen_update(grad: Any, param: Any) -> Any:
+        if is_hole(grad):
+            return HOLE
+        leaf = grad if is_hole(param) else param
+        return None if leaf is None else zeros.update(leaf)
+
+    rows = zip(grads.values, like, moved, plan.frozen, strict=True)
+    return grads.rebuild(frozen_update(g, p) if flag else u for g, p, u, flag in rows)
+
+
+def _adapt(value: Any, plan: Plan, params: Leaves | None) -> Any:
+    """An extra argument as `inner` should see it: without the frozen leaves."""
+    if callable(value) and jax.tree_util.all_leaves([value]):
+        return _on_whole_params(value, plan, params)
+    leaves = Leaves(value)
+    if len(leaves.values) != len(plan.frozen) or not plan.knows(leaves):
+        return value
+    return _with_holes(leaves, plan)
+
+
+def _on_whole_params(
+    function: Callable[..., Any], plan: Plan, params: Leaves | None
+) -> Callable[..., Any]:
+    def fill(value: Any) -> Any:
+        leaves = Leaves(value)
+        if not any(map(is_hole, leaves.values)) or not plan.knows(leaves):
+            return value
+        if params is None:
+            raise ValueError(
+                f"{function!r} needs whole params, but update was not given any; call "
+                "update(gradients, state, params, ...)"
+            )
+        both = zip(leaves.values, params.values, strict=True)
+        return leaves.rebuild(p if is_hole(x) else x for x, p in both)
+
+    # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
+    @functools.wraps(function)
+    def on_whole_params(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(fill, args), **{name: fill(arg) for name, arg in kwargs.items()})
+
+    return on_whole_params

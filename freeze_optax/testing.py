@@ -1,0 +1,90 @@
+"""Assertions for tests of code that freezes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._plan import odd_paths
+from freeze_optax._selectors import Spec, resolve
+
+__all__ = ["assert_frozen"]
+
+
+def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
+    """Asserts that every bit of each frozen leaf is what it was.
+
+    Bits, not values: -0.0 is not 0.0 here, and a NaN is only itself.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from freeze_optax.testing import assert_frozen
+      >>> before = {"encoder": jnp.zeros(2), "head": jnp.zeros(2)}
+      >>> assert_frozen(before, {"encoder": jnp.zeros(2), "head": jnp.ones(2)}, "encoder")
+      >>> assert_frozen(before, {"encoder": -jnp.zeros(2), "head": jnp.ones(2)}, "encoder")
+      Traceback (most recent call last):
+      ...
+      AssertionError: 1 frozen leaf is not bit-identical:
+        encoder: 2 of 2 elements differ, first at (0,): 0.0 became -0.0
+
+    Args:
+      before: The params at one time.
+      after: The params later, of the same structure.
+      frozen: What should have stayed: any spec, see `freeze_optax.mask`.
+
+    Raises:
+      AssertionError: If a frozen leaf changed, naming each with its first odd element, or if
+        the trees have different leaves.
+      ValueError: If the spec does not fit `before`.
+    """
+    old, new = Leaves(before), Leaves(after)
+    flags = resolve(frozen, old)
+    if old.paths != new.paths:
+        odd = odd_paths(old.paths, new.paths, "before", "after")
+        raise AssertionError(f"the trees have different leaves; {odd}")
+    rows = zip(old.paths, old.values, new.values, flags, strict=True)
+    changes = [(path, _change(a, b)) for path, a, b, flag in rows if flag]
+    changed = [f"  {path}: {change}" for path, change in changes if change]
+    if changed:
+        count = "1 frozen leaf is" if len(changed) == 1 else f"{len(changed)} frozen leaves are"
+        raise AssertionError(f"{count} not bit-identical:\n" + "\n".join(changed))
+
+
+def _change(old: Any, new: Any) -> str | None:
+    if old is new or (is_hole(old) and is_hole(new)):
+        return None
+    if not (hasattr(old, "dtype") and hasattr(new, "dtype")):
+        same = type(old) is type(new) and _equal_objects(old, new)
+        return None if same else f"{old!r} became {new!r}"
+    if old.dtype != new.dtype or old.shape != new.shape:
+        return f"{old.dtype}{list(old.shape)} became {new.dtype}{list(new.shape)}"
+    a, b = _host(old), _host(new)
+    odd = np.argwhere(_bits(a) != _bits(b))
+    if not len(odd):
+        return None
+    elements = np.unique(odd[:, : a.ndim], axis=0)
+    first = tuple(int(i) for i in elements[0])
+    values = f"{a[first]} became {b[first]}"
+    return f"{len(elements)} of {a.size} elements differ, first at {first}: {values}"
+
+
+def _equal_objects(old: Any, new: Any) -> bool:
+    if isinstance(old, float | complex):
+        return _bits(np.asarray(old)).tolist() == _bits(np.asarray(new)).tolist()
+    return bool(old == new)
+
+
+def _host(x: Any) -> np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """The bytes of each element, in a trailing axis."""
+    if x.dtype == jax.dtypes.float0:
+        return np.zeros((*x.shape, 0), np.uint8)
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return flat.view(np.uint8).reshape(*x.shape, x.dtype.itemsize)
