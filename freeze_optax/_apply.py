@@ -42,8 +42,7 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     steps = _align(leaves, updates)
     triples = zip(leaves.values, steps, flags, strict=True)
     return leaves.rebuild(
-        p if flag or u is None or is_hole(u) or is_hole(p) else _add(p, u)
-        for p, u, flag in triples
+        p if flag or u is None or is_hole(u) or is_hole(p) else _add(p, u) for p, u, flag in triples
     )
 
 

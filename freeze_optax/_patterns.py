@@ -23,7 +23,9 @@ def expand_braces(pattern: str) -> list[str]:
             inside = pattern[position + 1 : end - 1]
             pieces.append([p for part in _alternatives(inside) for p in expand_braces(part)])
         elif char == "}":
-            raise ValueError(f"pattern {pattern!r}: `}}` without `{{`; write [}}] for the character")
+            raise ValueError(
+                f"pattern {pattern!r}: `}}` without `{{`; write [}}] for the character"
+            )
         else:
             end = position + 1
             pieces.append([char])

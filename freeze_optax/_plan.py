@@ -13,7 +13,9 @@ FROZEN = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
 
-def odd_paths(ours: tuple[str, ...], theirs: tuple[str, ...], our_name: str, their_name: str) -> str:
+def odd_paths(
+    ours: tuple[str, ...], theirs: tuple[str, ...], our_name: str, their_name: str
+) -> str:
     """A clause for an error: the paths that only one of two trees has."""
     mine, others = set(ours), set(theirs)
     left = [path for path in ours if path not in others]
@@ -38,7 +40,16 @@ class Plan:
         one holds tracers, so `update` passes on the plan that `init` made.
     """
 
-    __slots__ = ("__weakref__", "_hash", "_treedefs", "cohorts", "frozen", "inner", "paths")
+    __slots__ = (
+        "__weakref__",
+        "_hash",
+        "_treedefs",
+        "cohorts",
+        "frozen",
+        "inner",
+        "is_unknown",
+        "paths",
+    )
 
     paths: tuple[str, ...]
     frozen: tuple[bool, ...]
@@ -55,6 +66,7 @@ class Plan:
         self.paths, self.frozen, self.cohorts, self.inner = leaves.paths, frozen, cohorts, inner
         self._treedefs: list[Any] = [leaves.treedef]
         self._hash: int | None = None
+        self.is_unknown = False
 
     @classmethod
     def unknown(cls) -> "Plan":
@@ -69,15 +81,13 @@ class Plan:
         plan.inner = None
         plan._treedefs = []
         plan._hash = None
+        plan.is_unknown = True
         return plan
-
-    @property
-    def is_unknown(self) -> bool:
-        return not self._treedefs
 
     def _become(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
         self.inner, self._treedefs, self._hash = other.inner, other._treedefs, other._hash
+        self.is_unknown = other.is_unknown
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -109,7 +119,8 @@ class Plan:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.paths, self.frozen, self.cohorts = state["paths"], state["frozen"], state["cohorts"]
-        self.inner, self._treedefs, self._hash = None, [None], None
+        self.inner, self._treedefs, self._hash = None, [], None
+        self.is_unknown = False
 
     def __repr__(self) -> str:
         count = sum(self.frozen)
@@ -130,6 +141,9 @@ class Plan:
         """
         if self.knows(leaves):
             return self.frozen
+        if isinstance(leaves.tree, optax.LookaheadParams):
+            copies = [self.flags(Leaves(copy), role) for copy in leaves.tree]
+            return (*copies[0], *copies[1])
         if leaves.paths != self.paths:
             if sorted(leaves.paths) == sorted(self.paths):
                 by_path = dict(zip(self.paths, self.frozen, strict=True))
@@ -216,9 +230,19 @@ class FreezeState:
     def tree_unflatten(cls, plan: Plan, children: tuple[Any, Any]) -> "FreezeState":
         return cls(*children, plan=plan)
 
+    def known_plan(self) -> Plan:
+        """The plan, which only a state that `init` did not make lacks."""
+        if self.plan.is_unknown:
+            raise ValueError(
+                "this FreezeState has no plan; states are made by freezable(...).init(params)"
+            )
+        return self.plan
+
     def __repr__(self) -> str:
         plan = self.plan
-        frozen = [path for path, is_frozen in zip(plan.paths, plan.frozen, strict=True) if is_frozen]
+        frozen = [
+            path for path, is_frozen in zip(plan.paths, plan.frozen, strict=True) if is_frozen
+        ]
         return (
             f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
             + (f" [{listed(frozen, 3)}]" if frozen else "")

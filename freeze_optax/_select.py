@@ -68,11 +68,11 @@ class _Regex(Selector):
 
 
 def regex(*patterns: str) -> Selector:
-    """Selects the leaves whose whole path text one of the regular expressions matches.
+    r"""Selects the leaves whose whole path text one of the regular expressions matches.
 
     Examples:
       >>> import freeze_optax as fo
-      >>> fo.regex(r"layer_\\d+/bias")({"layer_0": {"bias": 1.0, "kernel": 2.0}})
+      >>> fo.regex(r"layer_\d+/bias")({"layer_0": {"bias": 1.0, "kernel": 2.0}})
       {'layer_0': {'bias': True, 'kernel': False}}
 
     Args:
@@ -160,7 +160,7 @@ def layers(pattern: str) -> Layers:
     Raises:
       ValueError: If the pattern is malformed.
     """
-    return Layers(*_checked((pattern,), "layers"))
+    return Layers(_checked((pattern,), "layers")[0])
 
 
 @final

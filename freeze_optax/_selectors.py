@@ -4,17 +4,18 @@ import abc
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Union, final
+from typing import Any, TypeAlias, final
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
 from freeze_optax._patterns import ancestors, compile_glob, listed, nearest
 from freeze_optax._plan import FreezeState, Plan, states_in
 
-Spec = Union["Selector", str, bool, FreezeState, Sequence[Any], Callable[[Any], Any], Any]
-"""Whatever an argument named `frozen` or `where` accepts."""
+Spec: TypeAlias = Any
+"""Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
 
 
 class Selector(abc.ABC):
@@ -268,7 +269,7 @@ def _as_bool(value: Any, path: str) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if getattr(value, "shape", None) == () and getattr(value, "dtype", None) == np.bool_:
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise TypeError(
                 f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
                 "make the mask of Python bools"
@@ -301,22 +302,26 @@ def as_selector(spec: Spec) -> Selector:
     if isinstance(spec, str):
         return Path((spec,))
     if isinstance(spec, FreezeState):
-        return _Planned(_known(spec.plan))
+        return _Planned(spec.known_plan())
     if type(spec) in (list, tuple) and (
         not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
     ):
         return _Union(spec)
-    if is_function(spec):
-        return _Function(spec)
-    states = states_in(spec)
-    if type(spec) is list and states:
-        return _Union(spec)
+    return _Function(spec) if is_function(spec) else _of_tree(spec)
+
+
+def _of_tree(tree: Any) -> Selector:
+    states = states_in(tree)
+    if not states:
+        return as_mask(tree)
+    if type(tree) is list:
+        return _Union(tree)
     if len(states) > 1:
         raise ValueError(
-            f"a {type(spec).__name__} with {len(states)} FreezeStates does not say which to "
+            f"a {type(tree).__name__} with {len(states)} FreezeStates does not say which to "
             "follow; pass one of them, or a list of them for their union"
         )
-    return _Planned(_known(states[0].plan)) if states else as_mask(spec)
+    return _Planned(states[0].known_plan())
 
 
 def as_mask(spec: Any) -> Selector:
@@ -326,15 +331,7 @@ def as_mask(spec: Any) -> Selector:
     return _Mask(spec)
 
 
-def _known(plan: Plan) -> Plan:
-    if plan.is_unknown:
-        raise ValueError("this FreezeState has no plan; make states with freezable(...).init(params)")
-    return plan
-
-
 def resolve(spec: Spec, leaves: Leaves) -> list[bool]:
     """What is frozen: what the spec selects, and every leaf that cannot be trained."""
     raw = as_selector(spec).flags(leaves)
-    return [
-        flag or not can_train(leaf) for flag, leaf in zip(raw, leaves.values, strict=True)
-    ]
+    return [flag or not can_train(leaf) for flag, leaf in zip(raw, leaves.values, strict=True)]

@@ -11,7 +11,7 @@ import optax
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed
 from freeze_optax._plan import FROZEN, FreezeState, Plan
-from freeze_optax._selectors import Spec, as_selector, nothing, resolve
+from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
 from freeze_optax._zeros import Zeros
 
 
@@ -70,10 +70,10 @@ def freezable(
     inner = optax.with_extra_args_support(inner)
     selector = as_selector(frozen)
 
-    def init_fn(params: optax.Params) -> FreezeState:
+    def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
             return FreezeState(inner.init(params))
-        leaves = Leaves(params)
+        leaves = Leaves(_copies(params)[0])
         flags = resolve(selector, leaves)
         if all(flags):
             warnings.warn(
@@ -83,23 +83,27 @@ def freezable(
             )
         cohorts = (FROZEN if flag else 0 for flag in flags)
         plan = Plan(leaves, tuple(flags), tuple(cohorts), inner)
-        return FreezeState(inner.init(_with_holes(leaves, plan)), (), plan)
+        live = [_with_holes(plan.fit(copy, "params"), plan) for copy in _copies(params)]
+        return FreezeState(inner.init(_like(params, live)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, FreezeState]:
+    ) -> tuple[optax.Updates, Any]:
         plan = _plan_of(state)
         grads = plan.fit(updates, "gradient")
         _check_whole(grads, plan)
-        whole = None if params is None else plan.fit(params, "params tree")
+        whole = [plan.fit(copy, "params") for copy in _copies(params)]
         live_updates, inner_state = inner.update(
             _with_holes(grads, plan),
             state.inner,
-            None if whole is None else _with_holes(whole, plan),
+            _like(params, [_with_holes(copy, plan) for copy in whole]),
             **{name: _adapt(value, plan, whole) for name, value in extra.items()},
         )
-        moved = Leaves(live_updates).values
-        return _with_zeros(grads, whole, moved, plan), FreezeState(inner_state, state.ages, plan)
+        steps = [
+            _with_zeros(grads, like, Leaves(copy).values, plan)
+            for copy, like in zip(_copies(live_updates), whole or [grads], strict=True)
+        ]
+        return _like(live_updates, steps), FreezeState(inner_state, state.ages, plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -110,9 +114,20 @@ def _plan_of(state: Any) -> Plan:
             f"update was given a {type(state).__name__} for its state, not the FreezeState that "
             "init gives; the order is update(gradients, state, params)"
         )
-    if state.plan.is_unknown:
-        raise ValueError("this FreezeState has no plan; make states with freezable(...).init(params)")
-    return state.plan
+    return state.known_plan()
+
+
+def _copies(tree: Any) -> list[Any]:
+    """The copies of the params that a tree holds: two with `optax.lookahead`, none in None."""
+    if tree is None:
+        return []
+    return list(tree) if isinstance(tree, optax.LookaheadParams) else [tree]
+
+
+def _like(tree: Any, copies: list[Any]) -> Any:
+    if isinstance(tree, optax.LookaheadParams):
+        return optax.LookaheadParams(*copies)
+    return copies[0] if copies else None
 
 
 def _with_holes(leaves: Leaves, plan: Plan) -> Any:
@@ -133,9 +148,8 @@ def _check_whole(grads: Leaves, plan: Plan) -> None:
         )
 
 
-def _with_zeros(grads: Leaves, params: Leaves | None, moved: list[Any], plan: Plan) -> Any:
+def _with_zeros(grads: Leaves, like: Leaves, moved: list[Any], plan: Plan) -> Any:
     zeros = Zeros()
-    like = grads.values if params is None else params.values
 
     def frozen_update(grad: Any, param: Any) -> Any:
         if is_hole(grad):
@@ -143,38 +157,44 @@ def _with_zeros(grads: Leaves, params: Leaves | None, moved: list[Any], plan: Pl
         leaf = grad if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    rows = zip(grads.values, like, moved, plan.frozen, strict=True)
+    rows = zip(grads.values, like.values, moved, plan.frozen, strict=True)
     return grads.rebuild(frozen_update(g, p) if flag else u for g, p, u, flag in rows)
 
 
-def _adapt(value: Any, plan: Plan, params: Leaves | None) -> Any:
+def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
     """An extra argument as `inner` should see it: without the frozen leaves."""
-    if callable(value) and jax.tree_util.all_leaves([value]):
-        return _on_whole_params(value, plan, params)
+    return _on_whole_params(value, plan, params) if is_function(value) else _drop(value, plan)
+
+
+def _is_params_like(leaves: Leaves, plan: Plan) -> bool:
+    # Every scalar has the structure of params that are one bare array.
+    return plan.knows(leaves) and not jax.tree_util.treedef_is_leaf(leaves.treedef)
+
+
+def _drop(value: Any, plan: Plan) -> Any:
     leaves = Leaves(value)
-    if len(leaves.values) != len(plan.frozen) or not plan.knows(leaves):
-        return value
-    return _with_holes(leaves, plan)
+    return _with_holes(leaves, plan) if _is_params_like(leaves, plan) else value
 
 
 def _on_whole_params(
-    function: Callable[..., Any], plan: Plan, params: Leaves | None
+    function: Callable[..., Any], plan: Plan, params: list[Leaves]
 ) -> Callable[..., Any]:
     def fill(value: Any) -> Any:
         leaves = Leaves(value)
-        if not any(map(is_hole, leaves.values)) or not plan.knows(leaves):
+        if not any(map(is_hole, leaves.values)) or not _is_params_like(leaves, plan):
             return value
-        if params is None:
+        if not params:
             raise ValueError(
                 f"{function!r} needs whole params, but update was not given any; call "
                 "update(gradients, state, params, ...)"
             )
-        both = zip(leaves.values, params.values, strict=True)
+        both = zip(leaves.values, params[0].values, strict=True)
         return leaves.rebuild(p if is_hole(x) else x for x, p in both)
 
     # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
     @functools.wraps(function)
     def on_whole_params(*args: Any, **kwargs: Any) -> Any:
-        return function(*map(fill, args), **{name: fill(arg) for name, arg in kwargs.items()})
+        whole = {name: fill(arg) for name, arg in kwargs.items()}
+        return _drop(function(*map(fill, args), **whole), plan)
 
     return on_whole_params

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from freeze_optax._leaves import can_train
 
@@ -38,7 +39,7 @@ class Zeros:
         return self.gradient(leaf)
 
     def _cached(self, leaf: Any, value: float) -> Any:
-        if not isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Tracer):
             return _full_like(leaf, value)
         key = (leaf.aval, value)
         if key not in self._made:

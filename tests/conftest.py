@@ -9,5 +9,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests that run optax's own arithmetic, which mixes floats with integer counters."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
