@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from freeze_optax._leaves import Leaves, is_hole
@@ -26,7 +27,8 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
 
     Args:
       params: A tree.
-      updates: A tree like `params`; what stands at a frozen leaf is not looked at.
+      updates: A tree with a leaf, a hole or None for each leaf of `params`; those at frozen ones
+        are not looked at.
       frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
         state. Also left is each leaf whose update is None or a hole (`optax.MaskedNode`), and
         each that cannot be trained.
@@ -64,7 +66,7 @@ def _align(leaves: Leaves, updates: Any) -> list[Any]:
     nodes = [
         path
         for path, u in zip(leaves.paths, values, strict=True)
-        if not (u is None or is_hole(u)) and len(Leaves(u).values) != 1
+        if not (u is None or is_hole(u) or jax.tree_util.all_leaves([u]))
     ]
     if nodes:
         raise ValueError(f"the updates have nodes where the params have leaves: {listed(nodes)}")

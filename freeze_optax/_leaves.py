@@ -25,18 +25,35 @@ def is_placeholder(tree: Any) -> bool:
 
 
 @functools.cache
-def _is_inexact(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.inexact)
+def _kind(dtype: Any) -> str:
+    # A format of exponents alone, for the scales of block formats: its smallest number is
+    # not 0, so it has neither a zero gradient nor an update that changes nothing.
+    if dtype == jnp.float8_e8m0fnu:
+        return "other"
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return "inexact"
+    exact = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return "exact" if exact else "other"
+
+
+def kind(leaf: Any) -> str:
+    """`"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`, Python numbers too."""
+    if isinstance(leaf, float | complex):
+        return "inexact"
+    if isinstance(leaf, int):
+        return "exact"
+    return _kind(leaf.dtype) if is_array(leaf) else "other"
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether `leaf` has a shape and a dtype, as arrays do; abstract and NumPy ones too."""
+    # Classes such as jnp.float32 have such attributes as well.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def can_train(leaf: Any) -> bool:
     """Whether a gradient step can move `leaf`: a float or complex array, or Python number."""
-    if isinstance(leaf, float | complex):
-        return True
-    if isinstance(leaf, type) or not hasattr(leaf, "shape"):
-        return False
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and _is_inexact(dtype)
+    return kind(leaf) == "inexact"
 
 
 @functools.cache

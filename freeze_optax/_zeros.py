@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._leaves import can_train
+from freeze_optax._leaves import can_train, is_array, kind
 
 
 class Zeros:
@@ -24,7 +24,7 @@ class Zeros:
     def gradient(self, leaf: Any) -> Any:
         """The gradient of something that does not depend on `leaf`."""
         if not can_train(leaf):
-            return np.zeros(np.shape(leaf) if hasattr(leaf, "shape") else (), jax.dtypes.float0)
+            return np.zeros(leaf.shape if is_array(leaf) else (), jax.dtypes.float0)
         return self._cached(leaf, 0.0)
 
     def update(self, leaf: Any) -> Any:
@@ -32,24 +32,17 @@ class Zeros:
 
         That is -0.0: `-0.0 + 0.0` is 0.0, but `x + -0.0` is x for every x.
         """
-        if can_train(leaf):
-            return self._cached(leaf, -0.0)
-        if isinstance(leaf, int) or _is_number(leaf):
-            return self._cached(leaf, 0)
-        return self.gradient(leaf)
+        zeros = {"inexact": -0.0, "exact": 0}
+        value = zeros.get(kind(leaf))
+        return self.gradient(leaf) if value is None else self._cached(leaf, value)
 
     def _cached(self, leaf: Any, value: float) -> Any:
         if not isinstance(leaf, Tracer):
             return _full_like(leaf, value)
-        key = (leaf.aval, value)
+        key = (leaf.aval, str(value))  # 0.0 == -0.0
         if key not in self._made:
             self._made[key] = _full_like(leaf, value)
         return self._made[key]
-
-
-def _is_number(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return isinstance(dtype, np.dtype) and dtype != jax.dtypes.float0 and hasattr(leaf, "shape")
 
 
 def _full_like(leaf: Any, value: float) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._leaves import Leaves, is_array, is_hole
 from freeze_optax._plan import odd_paths
 from freeze_optax._selectors import Spec, resolve
 
@@ -55,24 +55,25 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
 def _change(old: Any, new: Any) -> str | None:
     if old is new or (is_hole(old) and is_hole(new)):
         return None
-    if not (hasattr(old, "dtype") and hasattr(new, "dtype")):
+    if not (is_array(old) and is_array(new)):
         same = type(old) is type(new) and _equal_objects(old, new)
         return None if same else f"{old!r} became {new!r}"
     if old.dtype != new.dtype or old.shape != new.shape:
         return f"{old.dtype}{list(old.shape)} became {new.dtype}{list(new.shape)}"
     a, b = _host(old), _host(new)
-    odd = np.argwhere(_bits(a) != _bits(b))
-    if not len(odd):
+    odd = a != b if old.dtype == object else (_bits(a) != _bits(b)).any(axis=-1)
+    # A PRNG key is several numbers, but one element of its leaf.
+    odd = odd.any(axis=tuple(range(old.ndim, odd.ndim)))
+    if not odd.any():
         return None
-    elements = np.unique(odd[:, : a.ndim], axis=0)
-    first = tuple(int(i) for i in elements[0])
+    first = tuple(int(i) for i in np.argwhere(odd)[0])
     values = f"{a[first]} became {b[first]}"
-    return f"{len(elements)} of {a.size} elements differ, first at {first}: {values}"
+    return f"{odd.sum()} of {odd.size} elements differ, first at {first}: {values}"
 
 
 def _equal_objects(old: Any, new: Any) -> bool:
     if isinstance(old, float | complex):
-        return _bits(np.asarray(old)).tolist() == _bits(np.asarray(new)).tolist()
+        return bool((_bits(np.asarray(old)) == _bits(np.asarray(new))).all())
     return bool(old == new)
 
 
