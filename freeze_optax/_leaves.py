@@ -1,7 +1,7 @@
 """The leaves of a pytree in order, holes included, and their key paths as text."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -89,28 +89,32 @@ def _text(entries: Iterable[Any]) -> str:
 class Leaves:
     """The leaves of `tree`, with holes as leaves; paths are made when first asked for.
 
+    Args:
+      tree: Any pytree.
+      stop: Which nodes are leaves too.
+
     Attributes:
       tree: The tree itself.
       values: Its leaves and holes, in flattening order.
       treedef: Its structure, a hole being a leaf.
     """
 
-    def __init__(self, tree: Any):
-        self.tree = tree
-        self.values, self.treedef = jax.tree.flatten(tree, is_leaf=is_hole)
+    def __init__(self, tree: Any, stop: Callable[[Any], bool] = is_hole):
+        self.tree, self._stop = tree, stop
+        self.values, self.treedef = jax.tree.flatten(tree, is_leaf=stop)
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
         entries, _ = jax.tree_util.tree_flatten_with_path(
-            self.tree, is_leaf=lambda x: is_hole(x) or _is_variable(x)
+            self.tree, is_leaf=lambda x: self._stop(x) or _is_variable(x)
         )
         paths: list[str] = []
         for prefix, node in entries:
             if _is_variable(node):
                 # Only here is the next component known to be the Variable's own `value`; a
                 # user's field of that name must stay, so it can't be told from the text.
-                inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_hole)
+                inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=self._stop)
                 paths.extend(_text((*prefix, *rest[1:])) for rest, _ in inside)
             else:
                 paths.append(_text(prefix))

@@ -90,16 +90,16 @@ def _alternatives(inside: str) -> list[str]:
 
 
 def _component_regex(component: str, pattern: str) -> str:
-    if "**" in component:
-        raise ValueError(
-            f"pattern {pattern!r}: `**` stands for whole components, so it can't share one with "
-            f"{component.replace('**', '') or '*'!r}; write `*`, or `**/` before it"
-        )
     out: list[str] = []
     position = 0
     while position < len(component):
         char = component[position]
         end = position + 1
+        if component.startswith("**", position):
+            raise ValueError(
+                f"pattern {pattern!r}: `**` stands for whole components, so it can't share "
+                f"one with {component.replace('**', '')!r}; write `*`, or `**/` before it"
+            )
         if char == "*":
             out.append("[^/]*")
         elif char == "?":
@@ -109,6 +109,8 @@ def _component_regex(component: str, pattern: str) -> str:
             body = component[position + 1 : end - 1]
             negated = body[0] in "!^"
             members = re.sub(r"([\\\[\]^&~|])", r"\\\1", body[negated:])
+            # What re would take for a set difference one day, and warns of.
+            members = re.sub(r"(?<=.)--", r"-\\-", members)
             out.append(f"(?!/)[{'^' if negated else ''}{members}]")
         else:
             out.append(re.escape(char))
@@ -131,7 +133,12 @@ def _segments(glob: str) -> Iterator[tuple[bool, list[str]]]:
 
 def _glob_regex(glob: str, pattern: str, whole: bool) -> str:
     out: list[str] = []
-    for after_stars, run in _segments(glob):
+    segments = list(_segments(glob))
+    # The first place where a run fits leaves the most for what follows. So where what follows is
+    # free to be anything, that place is final: an atomic group, or deep trees take cubic time.
+    # Only the last run of a whole match is not free, as it has to end where the path ends.
+    last = len(segments) - 1 if whole else -1
+    for i, (after_stars, run) in enumerate(segments):
         if not run:  # `**` at the end: everything below, and the node itself
             out.append("(?:/.*)?" if whole and out else ".*" if whole else "")
             continue
@@ -139,9 +146,7 @@ def _glob_regex(glob: str, pattern: str, whole: bool) -> str:
         slash = "/" if out else ""
         if after_stars:
             skip = f"{slash}(?:[^/]*/)*?{text}(?=/|\\Z)"
-            # The first place where a run fits leaves the most for what follows, so when the
-            # rest of the path is free it is final: atomic, or deep trees take cubic time.
-            out.append(f"(?:{skip})" if whole else f"(?>{skip})")
+            out.append(f"(?:{skip})" if i == last else f"(?>{skip})")
         else:
             out.append(f"{slash}{text}(?=/|\\Z)")
     return "".join(out)
@@ -174,6 +179,11 @@ def ancestors(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition("/")[0]
+
+
+def nodes_of(paths: Iterable[str]) -> dict[str, None]:
+    """All nodes, each once, in order: the paths themselves and those above them."""
+    return dict.fromkeys(node for path in paths for node in (path, *ancestors(path)))
 
 
 def nearest(text: str, paths: Iterable[str], count: int = 3) -> str:

@@ -1,13 +1,14 @@
 """The selectors that users write."""
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
 
-from freeze_optax._leaves import Leaves, is_hole
-from freeze_optax._patterns import ancestors, compile_glob, listed, nearest
+from freeze_optax._leaves import Leaves, is_hole, kind
+from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
 from freeze_optax._selectors import Path, Selector, is_function, mark, spread
 
 
@@ -105,12 +106,19 @@ class Layers(Selector):
     def __getitem__(self, index: int | slice) -> Selector:
         if self._index is not None:
             raise TypeError(f"{self!r} is indexed already; join two with |")
-        if not isinstance(index, int | slice) or isinstance(index, bool):
+        if isinstance(index, slice):
+            return Layers(self._pattern, index)
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
             raise TypeError(f"layers are indexed with an int or a slice, not {index!r}")
-        return Layers(self._pattern, index)
+        return Layers(self._pattern, operator.index(index))
+
+    # How many there are depends on the tree; without this, Python would try 0, 1, 2 … for ever.
+    __iter__ = None
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        nodes = dict.fromkeys(node for path in leaves.paths for node in ancestors(path))
+        pairs = zip(leaves.paths, leaves.values, strict=True)
+        # An activation function among the layers is a leaf, but nothing that a layer has learned.
+        nodes = nodes_of(path for path, x in pairs if is_hole(x) or kind(x) != "other")
         matched = sorted(filter(self._regex.match, nodes), key=_natural)
         if not matched:
             raise ValueError(
@@ -171,9 +179,10 @@ class _Labelled(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
         given = [label for _, label in spread(labels, leaves, "label tree")]
+        # What a label function says of a hole is a hole, so there the label may be hidden.
+        present = dict.fromkeys(str(label) for label in given if not is_hole(label))
         for name in self._names:
-            if name not in given:
-                present = dict.fromkeys(map(str, given))
+            if name not in given and not any(map(is_hole, given)):
                 raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
         return [label in self._names for label in given]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
-from freeze_optax._patterns import ancestors, compile_glob, listed, nearest
+from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
 from freeze_optax._plan import FreezeState, Plan, states_in
 
 Spec: TypeAlias = Any
@@ -172,7 +172,8 @@ def mark(
     """Sets the flags of the paths that match; that none does is an error."""
     hits = [i for i, path in enumerate(paths) if match(path)]
     if not hits:
-        nodes = dict.fromkeys(node for path in paths for node in ancestors(path))
+        # A regex has to match a leaf, a glob may name a node above it.
+        nodes = paths if kind == "regex" else nodes_of(paths)
         raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
     for i in hits:
         selected[i] = True
@@ -214,8 +215,8 @@ class _Mask(Selector):
         mask = self._mask
         if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
             return _Union(mask).flags(leaves)
-        values = spread(mask, leaves, "mask")
-        return [True if is_hole(value) else _as_bool(value, path) for path, value in values]
+        pairs = zip(spread(mask, leaves, "mask"), leaves.values, strict=True)
+        return [is_hole(leaf) or _as_bool(value, path) for (path, value), leaf in pairs]
 
     def __repr__(self) -> str:
         return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
@@ -258,11 +259,17 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     ]
     missing = [path for path, node in zip(leaves.paths, above, strict=True) if node is None]
     unused = sorted(set(own.paths).difference(node for node in above if node is not None))
+    if unused:  # To name a node without leaves is no mistake.
+        unused = [path for path in unused if path not in _leafless(leaves.tree)]
     if missing or unused:
         parts = [f"nothing for {listed(missing)} of the tree"] if missing else []
         parts += [f"{listed(unused)}, which the tree has not"] if unused else []
         raise ValueError(f"the {what} does not fit the tree: it has " + ", and ".join(parts))
     return [(node, table[node]) for node in above if node is not None]
+
+
+def _leafless(tree: Any) -> frozenset[str]:
+    return frozenset(Leaves(tree, stop=lambda x: not jax.tree.leaves(x, is_leaf=is_hole)).paths)
 
 
 def _as_bool(value: Any, path: str) -> bool:
@@ -277,6 +284,8 @@ def _as_bool(value: Any, path: str) -> bool:
         return bool(value)
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
     hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
+    if not path and not isinstance(value, str):
+        hint = "; a spec is a path glob, a selector, a mask, an optimizer state, or a list of these"
     raise TypeError(f"the mask at {path!r} is {kind}, not a bool{hint}")
 
 
@@ -314,7 +323,7 @@ def _of_tree(tree: Any) -> Selector:
     states = states_in(tree)
     if not states:
         return as_mask(tree)
-    if type(tree) is list:
+    if type(tree) is list or (type(tree) is tuple and any(map(_holds_bools, tree))):
         return _Union(tree)
     if len(states) > 1:
         raise ValueError(
@@ -322,6 +331,11 @@ def _of_tree(tree: Any) -> Selector:
             "follow; pass one of them, or a list of them for their union"
         )
     return _Planned(states[0].known_plan())
+
+
+def _holds_bools(tree: Any) -> bool:
+    # So it is a mask beside the state: no optimizer keeps Python bools.
+    return any(isinstance(leaf, bool) for leaf in jax.tree.leaves(tree))
 
 
 def as_mask(spec: Any) -> Selector:
