@@ -1,13 +1,14 @@
 """Gradients with respect to the trainable leaves only."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from freeze_optax._leaves import HOLE, Leaves
-from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._selectors import Selector, Spec, as_selector, resolve
+from freeze_optax._state import schedules_in
 from freeze_optax._zeros import Zeros
 
 
@@ -45,29 +46,51 @@ def value_and_grad(
       ValueError: When called, if the spec does not fit the params.
     """
     selector = as_selector(frozen)
+    # A selector may be anything, and so has no state to look for.
+    schedules = [] if isinstance(frozen, Selector | str) else schedules_in(frozen)
+    if schedules and holes:
+        raise ValueError(
+            "with the state of fo.scheduled, what is frozen changes while the program runs, and "
+            "the structure of its gradients can't; leave holes out"
+        )
 
     @functools.wraps(fun)
     def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = Leaves(params)
-        flags = resolve(selector, leaves)
-        trainable = [x for x, flag in zip(leaves.values, flags, strict=True) if not flag]
 
-        # Only the trainable leaves are an argument: what is closed over is a constant to the
-        # differentiation, which then builds no backward pass for it, whatever its dtype.
-        def of_trainable(trainable: list[Any], *args: Any, **kwargs: Any) -> Any:
-            moving = iter(trainable)
-            both = zip(leaves.values, flags, strict=True)
-            merged = leaves.rebuild(x if flag else next(moving) for x, flag in both)
-            return fun(merged, *args, **kwargs)
+        def of_params(params: Any) -> Any:
+            return fun(params, *args, **kwargs)
 
-        value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable, *args, **kwargs)
-        zeros, moving = Zeros(), iter(moved)
-        both = zip(leaves.values, flags, strict=True)
-        if holes:
-            return value, leaves.rebuild(HOLE if flag else next(moving) for _, flag in both)
-        return value, leaves.fill(zeros.gradient(x) if flag else next(moving) for x, flag in both)
+        def differentiate(flags: Sequence[bool]) -> Any:
+            return _value_and_grad(of_params, leaves, flags, has_aux, holes)
+
+        if not schedules:
+            return differentiate(resolve(selector, leaves))
+        (state,) = schedules
+        selector.flags(leaves)  # whether the params are those of the state
+        phases = [functools.partial(differentiate, flags) for _, flags in state.state.plan.schedule]
+        return jax.lax.switch(state.phase, phases)
 
     return value_and_grad_fn
+
+
+def _value_and_grad(
+    fun: Callable[[Any], Any], leaves: Leaves, flags: Sequence[bool], has_aux: bool, holes: bool
+) -> tuple[Any, Any]:
+    # Only the trainable leaves are an argument: what is closed over is a constant to the
+    # differentiation, which then builds no backward pass for it, whatever its dtype.
+    def of_trainable(trainable: list[Any]) -> Any:
+        moving = iter(trainable)
+        both = zip(leaves.values, flags, strict=True)
+        return fun(leaves.rebuild(x if flag else next(moving) for x, flag in both))
+
+    trainable = [x for x, flag in zip(leaves.values, flags, strict=True) if not flag]
+    value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable)
+    zeros, moving = Zeros(), iter(moved)
+    both = zip(leaves.values, flags, strict=True)
+    if holes:
+        return value, leaves.rebuild(HOLE if flag else next(moving) for _, flag in both)
+    return value, leaves.fill(zeros.gradient(x) if flag else next(moving) for x, flag in both)
 
 
 def grad(

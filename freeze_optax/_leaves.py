@@ -65,8 +65,14 @@ def _is_variable_type(cls: type) -> bool:
     )
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
+    """Whether `x` is an NNX Variable."""
     return _is_variable_type(type(x))
+
+
+def skeleton(tree: Any) -> Any:
+    """The containers of `tree`, with a hole for each leaf and each NNX Variable."""
+    return jax.tree.map(lambda _: HOLE, tree, is_leaf=lambda x: is_hole(x) or is_variable(x))
 
 
 _ATTRIBUTE = {
@@ -107,11 +113,11 @@ class Leaves:
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
         entries, _ = jax.tree_util.tree_flatten_with_path(
-            self.tree, is_leaf=lambda x: self._stop(x) or _is_variable(x)
+            self.tree, is_leaf=lambda x: self._stop(x) or is_variable(x)
         )
         paths: list[str] = []
         for prefix, node in entries:
-            if _is_variable(node):
+            if is_variable(node):
                 # Only here is the next component known to be the Variable's own `value`; a
                 # user's field of that name must stay, so it can't be told from the text.
                 inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=self._stop)
@@ -128,3 +134,7 @@ class Leaves:
         """The tree with other leaves where it has leaves; its holes stay."""
         pairs = zip(self.values, values, strict=True)
         return self.rebuild(leaf if is_hole(leaf) else value for leaf, value in pairs)
+
+    def without(self, flags: Iterable[bool]) -> Any:
+        """The tree with a hole wherever a flag is set."""
+        return self.rebuild(HOLE if f else x for x, f in zip(self.values, flags, strict=True))

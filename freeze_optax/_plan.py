@@ -1,15 +1,16 @@
-"""What was resolved against the params, and the optimizer state that carries it."""
+"""What was resolved against the params: static metadata of the optimizer state."""
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
 import optax
 
-from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._layout import Layout
+from freeze_optax._leaves import Leaves, is_hole, skeleton
 from freeze_optax._patterns import listed
 
-FROZEN = -1
+DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
 
@@ -25,48 +26,71 @@ def odd_paths(
     return "; ".join(parts) or "the same paths, in other containers or another order"
 
 
+class Origin:
+    """What the plans of one optimizer state share, from `init` through all edits; not compared.
+
+    Attributes:
+      inner: The wrapped transformation, for edits, which are given nothing but the state. Under
+        `optax.inject_hyperparams` each trace makes another one, which holds tracers, so
+        `update` passes on the one that `init` was given. None after unpickling.
+      skeleton: The params as `init` was given them, with a hole for each leaf.
+      treedefs: The structures that params and gradients are known to have.
+    """
+
+    def __init__(self, inner: Any, params: Any, leaves: Leaves):
+        self.inner: optax.GradientTransformationExtraArgs | None = inner
+        self.skeleton = skeleton(params)
+        self.treedefs: list[Any] = [leaves.treedef]
+        self._paths = leaves.paths
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The layout of the inner state; made when an edit or a second cohort first needs it."""
+        if self.inner is None:
+            raise ValueError(
+                "this state was unpickled, without its transformation, which pickle refuses; it "
+                "can be edited after an update, or stored with fo.export_state instead"
+            )
+        return Layout(self.inner, self.skeleton, self._paths)
+
+    def renew(self, inner: Any, params: Any) -> None:
+        """Takes what unpickling has lost from the transformation that updates the state."""
+        if self.inner is None:
+            self.inner, self.skeleton = inner, skeleton(params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Transformations are made of closures, which pickle refuses.
+        return {"inner": None, "skeleton": None, "treedefs": [], "_paths": self._paths}
+
+
 class Plan:
     """Which leaves are frozen, settled once at `init` or by an edit, then static.
 
     It is part of the state's tree structure, so `jax.jit` retraces exactly when it changes:
-    plans are equal when their paths, frozen flags and cohorts are.
+    plans are equal when their paths, frozen flags, cohorts and schedule are.
 
     Attributes:
       paths: The key path of each leaf of the params.
       frozen: For each leaf, whether it is frozen.
-      cohorts: For each leaf, the index of the cohort whose counters it uses, or `FROZEN`.
-      inner: The wrapped transformation, for edits, which are given nothing but the state.
-        Not compared: under `optax.inject_hyperparams` each trace makes another one, and that
-        one holds tracers, so `update` passes on the plan that `init` made.
+      cohorts: For each leaf, the index of the cohort whose counters it uses, or `DROPPED`. A
+        frozen leaf that has a cohort is parked: its state waits, untouched.
+      schedule: With `scheduled`, pairs of a first step and the frozen flags from it on.
+      origin: What is shared with other plans, and not compared.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_hash",
-        "_treedefs",
-        "cohorts",
-        "frozen",
-        "inner",
-        "is_unknown",
-        "paths",
-    )
-
-    paths: tuple[str, ...]
-    frozen: tuple[bool, ...]
-    cohorts: tuple[int, ...]
-    inner: optax.GradientTransformationExtraArgs | None
 
     def __init__(
         self,
-        leaves: Leaves,
+        paths: tuple[str, ...],
         frozen: tuple[bool, ...],
         cohorts: tuple[int, ...],
-        inner: optax.GradientTransformationExtraArgs,
+        origin: Origin | None,
+        schedule: tuple[tuple[int, tuple[bool, ...]], ...] = (),
     ):
-        self.paths, self.frozen, self.cohorts, self.inner = leaves.paths, frozen, cohorts, inner
-        self._treedefs: list[Any] = [leaves.treedef]
+        self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
+        self._origin = origin
         self._hash: int | None = None
-        self.is_unknown = False
+        # Whether the tree structure around it is of tree_map_params' making.
+        self.is_mapped = origin is None
 
     @classmethod
     def unknown(cls) -> "Plan":
@@ -76,18 +100,42 @@ class Plan:
         a placeholder, which says nothing of the params. Comparing the two structures is the
         only moment at which that answer meets the real plan, so it takes it over there.
         """
-        plan = cls.__new__(cls)
-        plan.paths = plan.frozen = plan.cohorts = ()
-        plan.inner = None
-        plan._treedefs = []
-        plan._hash = None
-        plan.is_unknown = True
-        return plan
+        return cls((), (), (), None)
+
+    def edited(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
+        """Another plan for the same params and transformation."""
+        return Plan(self.paths, frozen, cohorts, self.origin)
+
+    @property
+    def is_unknown(self) -> bool:
+        return self._origin is None
+
+    @property
+    def origin(self) -> Origin:
+        if self._origin is None:
+            raise ValueError(
+                "this FreezeState has no plan; states are made by freezable(...).init(params)"
+            )
+        return self._origin
+
+    @functools.cached_property
+    def live(self) -> list[int]:
+        """The cohorts that train, in order."""
+        pairs = zip(self.cohorts, self.frozen, strict=True)
+        return sorted({cohort for cohort, frozen in pairs if not frozen})
+
+    @functools.cached_property
+    def parked(self) -> frozenset[int]:
+        """The indices of the leaves that are frozen but keep their state."""
+        pairs = enumerate(zip(self.cohorts, self.frozen, strict=True))
+        return frozenset(i for i, (cohort, frozen) in pairs if frozen and cohort != DROPPED)
 
     def _become(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
-        self.inner, self._treedefs, self._hash = other.inner, other._treedefs, other._hash
-        self.is_unknown = other.is_unknown
+        self.schedule, self._origin = other.schedule, other._origin
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.frozen, self.cohorts, self.schedule, self.paths)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -98,33 +146,22 @@ class Plan:
             unknown, known = (self, other) if self.is_unknown else (other, self)
             unknown._become(known)
             return True
-        return (
-            hash(self) == hash(other)
-            and self.frozen == other.frozen
-            and self.cohorts == other.cohorts
-            and self.paths == other.paths
-        )
+        return hash(self) == hash(other) and self._key() == other._key()
 
     def __hash__(self) -> int:
         if self.is_unknown:
             return 0
         # Kept: jit hashes the structure of its arguments at every call.
         if self._hash is None:
-            self._hash = hash((self.paths, self.frozen, self.cohorts))
+            self._hash = hash(self._key())
         return self._hash
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The transformation is made of closures, which pickle refuses.
-        return {"paths": self.paths, "frozen": self.frozen, "cohorts": self.cohorts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.paths, self.frozen, self.cohorts = state["paths"], state["frozen"], state["cohorts"]
-        self.inner, self._treedefs, self._hash = None, [], None
-        self.is_unknown = False
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        return self
 
     def __repr__(self) -> str:
-        count = sum(self.frozen)
-        return f"Plan({count} of {len(self.frozen)} leaves frozen)"
+        parked = f", {len(self.parked)} of them parked" if self.parked else ""
+        return f"Plan({sum(self.frozen)} of {len(self.frozen)} leaves frozen{parked})"
 
     def flags(self, leaves: Leaves, role: str) -> tuple[bool, ...]:
         """What is frozen, in the order of `leaves`, which must be of the same params.
@@ -154,12 +191,12 @@ class Plan:
             )
         # Another container for the same paths (a FrozenDict, an nnx.State of plain arrays):
         # remembered, so that a training loop compares texts once.
-        self._treedefs.append(leaves.treedef)
+        self.origin.treedefs.append(leaves.treedef)
         return self.frozen
 
     def knows(self, leaves: Leaves) -> bool:
         """Whether a tree has a structure that is known to be that of the params."""
-        return leaves.treedef in self._treedefs
+        return leaves.treedef in self.origin.treedefs
 
     def fit(self, tree: Any, role: str) -> Leaves:
         """The leaves of `tree` in the plan's order, `None` where a leaf is left out.
@@ -190,7 +227,7 @@ class Plan:
     def _fit_none(self, tree: Any) -> Leaves | None:
         # jax takes None for a node without leaves, so a gradient with None at a leaf has
         # another structure; one of the known structures tells where the leaves are.
-        for treedef in self._treedefs:
+        for treedef in self.origin.treedefs:
             try:
                 values = treedef.flatten_up_to(tree)
             except (ValueError, TypeError, AttributeError):
@@ -200,57 +237,3 @@ class Plan:
                 leaves.values, leaves.treedef = values, treedef
                 return leaves
         return None
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, repr=False)
-class FreezeState:
-    """State of `freezable`: the inner state, and as static metadata what is frozen.
-
-    Attributes:
-      inner: The state of the inner transformation for the params with holes
-        (`optax.MaskedNode`) at every leaf that keeps no state.
-      ages: For each cohort of leaves after the first, its own copy of the counters that belong
-        to per-leaf statistics; empty while there is one cohort.
-      plan: What is frozen. Static: part of the tree structure, no leaf.
-    """
-
-    inner: optax.OptState
-    ages: Any = ()
-    plan: Plan = dataclasses.field(default_factory=Plan.unknown)
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Plan]:
-        key = jax.tree_util.GetAttrKey
-        return ((key("inner"), self.inner), (key("ages"), self.ages)), self.plan
-
-    def tree_flatten(self) -> tuple[tuple[Any, Any], Plan]:
-        return (self.inner, self.ages), self.plan
-
-    @classmethod
-    def tree_unflatten(cls, plan: Plan, children: tuple[Any, Any]) -> "FreezeState":
-        return cls(*children, plan=plan)
-
-    def known_plan(self) -> Plan:
-        """The plan, which only a state that `init` did not make lacks."""
-        if self.plan.is_unknown:
-            raise ValueError(
-                "this FreezeState has no plan; states are made by freezable(...).init(params)"
-            )
-        return self.plan
-
-    def __repr__(self) -> str:
-        plan = self.plan
-        frozen = [
-            path for path, is_frozen in zip(plan.paths, plan.frozen, strict=True) if is_frozen
-        ]
-        return (
-            f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
-            + (f" [{listed(frozen, 3)}]" if frozen else "")
-            + f", inner={self.inner!r}, ages={self.ages!r})"
-        )
-
-
-def states_in(tree: Any) -> list[FreezeState]:
-    """All the `FreezeState`s that a tree holds."""
-    found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, FreezeState))
-    return [x for x in found if isinstance(x, FreezeState)]

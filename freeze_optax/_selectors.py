@@ -12,7 +12,8 @@ from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
 from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
-from freeze_optax._plan import FreezeState, Plan, states_in
+from freeze_optax._plan import Plan
+from freeze_optax._state import FreezeState, states_in
 
 Spec: TypeAlias = Any
 """Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
@@ -311,7 +312,7 @@ def as_selector(spec: Spec) -> Selector:
     if isinstance(spec, str):
         return Path((spec,))
     if isinstance(spec, FreezeState):
-        return _Planned(spec.known_plan())
+        return _Planned(spec.plan)
     if type(spec) in (list, tuple) and (
         not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
     ):
@@ -330,7 +331,7 @@ def _of_tree(tree: Any) -> Selector:
             f"a {type(tree).__name__} with {len(states)} FreezeStates does not say which to "
             "follow; pass one of them, or a list of them for their union"
         )
-    return _Planned(states[0].known_plan())
+    return _Planned(states[0].plan)
 
 
 def _holds_bools(tree: Any) -> bool:

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import optax
 
+from freeze_optax._cohorts import update_cohorts
+from freeze_optax._copies import copies_of, like, live
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed
-from freeze_optax._plan import FROZEN, FreezeState, Plan
+from freeze_optax._plan import DROPPED, Origin, Plan
 from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
+from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._zeros import Zeros
 
 
@@ -72,8 +75,8 @@ def freezable(
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
-            return FreezeState(inner.init(params))
-        leaves = Leaves(_copies(params)[0])
+            return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
+        leaves = Leaves(copies_of(params)[0])
         flags = resolve(selector, leaves)
         if all(flags):
             warnings.warn(
@@ -81,29 +84,31 @@ def freezable(
                 "train",
                 stacklevel=2,
             )
-        cohorts = (FROZEN if flag else 0 for flag in flags)
-        plan = Plan(leaves, tuple(flags), tuple(cohorts), inner)
-        live = [_with_holes(plan.fit(copy, "params"), plan) for copy in _copies(params)]
-        return FreezeState(inner.init(_like(params, live)), (), plan)
+        cohorts = tuple(DROPPED if flag else 0 for flag in flags)
+        plan = Plan(leaves.paths, tuple(flags), cohorts, Origin(inner, params, leaves))
+        return FreezeState(inner.init(live(params, flags)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         plan = _plan_of(state)
+        plan.origin.renew(inner, updates)
         grads = plan.fit(updates, "gradient")
         _check_whole(grads, plan)
-        whole = [plan.fit(copy, "params") for copy in _copies(params)]
-        live_updates, inner_state = inner.update(
-            _with_holes(grads, plan),
-            state.inner,
-            _like(params, [_with_holes(copy, plan) for copy in whole]),
-            **{name: _adapt(value, plan, whole) for name, value in extra.items()},
-        )
+        whole = [plan.fit(copy, "params") for copy in copies_of(params)]
+        live_grads = grads.without(plan.frozen)
+        live_params = like(params, [copy.without(plan.frozen) for copy in whole])
+        adapted = {name: _adapt(value, plan, whole) for name, value in extra.items()}
+
+        def run(inner_state: Any) -> tuple[Any, Any]:
+            return inner.update(live_grads, inner_state, live_params, **adapted)
+
+        moved, state = update_cohorts(run, state)
         steps = [
-            _with_zeros(grads, like, Leaves(copy).values, plan)
-            for copy, like in zip(_copies(live_updates), whole or [grads], strict=True)
+            _with_zeros(grads, still, Leaves(copy).values, plan)
+            for copy, still in zip(copies_of(moved), whole or [grads], strict=True)
         ]
-        return _like(live_updates, steps), FreezeState(inner_state, state.ages, plan)
+        return like(moved, steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -114,25 +119,7 @@ def _plan_of(state: Any) -> Plan:
             f"update was given a {type(state).__name__} for its state, not the FreezeState that "
             "init gives; the order is update(gradients, state, params)"
         )
-    return state.known_plan()
-
-
-def _copies(tree: Any) -> list[Any]:
-    """The copies of the params that a tree holds: two with `optax.lookahead`, none in None."""
-    if tree is None:
-        return []
-    return list(tree) if isinstance(tree, optax.LookaheadParams) else [tree]
-
-
-def _like(tree: Any, copies: list[Any]) -> Any:
-    if isinstance(tree, optax.LookaheadParams):
-        return optax.LookaheadParams(*copies)
-    return copies[0] if copies else None
-
-
-def _with_holes(leaves: Leaves, plan: Plan) -> Any:
-    both = zip(leaves.values, plan.frozen, strict=True)
-    return leaves.rebuild(HOLE if flag else leaf for leaf, flag in both)
+    return state.plan
 
 
 def _check_whole(grads: Leaves, plan: Plan) -> None:
@@ -148,7 +135,7 @@ def _check_whole(grads: Leaves, plan: Plan) -> None:
         )
 
 
-def _with_zeros(grads: Leaves, like: Leaves, moved: list[Any], plan: Plan) -> Any:
+def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> Any:
     zeros = Zeros()
 
     def frozen_update(grad: Any, param: Any) -> Any:
@@ -157,7 +144,7 @@ def _with_zeros(grads: Leaves, like: Leaves, moved: list[Any], plan: Plan) -> An
         leaf = grad if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    rows = zip(grads.values, like.values, moved, plan.frozen, strict=True)
+    rows = zip(grads.values, still.values, moved, plan.frozen, strict=True)
     return grads.rebuild(frozen_update(g, p) if flag else u for g, p, u, flag in rows)
 
 
@@ -166,14 +153,14 @@ def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
     return _on_whole_params(value, plan, params) if is_function(value) else _drop(value, plan)
 
 
-def _is_params_like(leaves: Leaves, plan: Plan) -> bool:
+def _is_paramslike(leaves: Leaves, plan: Plan) -> bool:
     # Every scalar has the structure of params that are one bare array.
     return plan.knows(leaves) and not jax.tree_util.treedef_is_leaf(leaves.treedef)
 
 
 def _drop(value: Any, plan: Plan) -> Any:
     leaves = Leaves(value)
-    return _with_holes(leaves, plan) if _is_params_like(leaves, plan) else value
+    return leaves.without(plan.frozen) if _is_paramslike(leaves, plan) else value
 
 
 def _on_whole_params(
@@ -181,7 +168,7 @@ def _on_whole_params(
 ) -> Callable[..., Any]:
     def fill(value: Any) -> Any:
         leaves = Leaves(value)
-        if not any(map(is_hole, leaves.values)) or not _is_params_like(leaves, plan):
+        if not any(map(is_hole, leaves.values)) or not _is_paramslike(leaves, plan):
             return value
         if not params:
             raise ValueError(

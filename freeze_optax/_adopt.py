@@ -1,0 +1,134 @@
+"""From a plain optimizer's state to ours and back."""
+
+import warnings
+from typing import Any
+
+import jax
+import optax
+
+from freeze_optax._copies import copies_of
+from freeze_optax._edit import in_order, init_leaves, only_state, put, replace_state
+from freeze_optax._layout import shapes
+from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind
+from freeze_optax._patterns import listed
+from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._state import FreezeState
+
+
+def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> FreezeState:
+    """Takes over the state of the plain optimizer inside `tx`, with everything trainable.
+
+    So a run that began without this library goes on with it, and no moment is lost.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> plain = optax.adam(0.1).init(params)
+      >>> opt_state = fo.adopt(fo.freezable(optax.adam(0.1)), plain, params)
+      >>> opt_state = fo.freeze(opt_state, params, "encoder")
+
+    Args:
+      tx: A `freezable`; what it is to freeze does not count here.
+      inner_state: The state of the transformation inside it.
+      params: The params that the state is for.
+
+    Returns:
+      The `FreezeState`; its arrays are the very ones. Leaves that cannot be trained are frozen.
+
+    Raises:
+      TypeError: If `tx` is no `freezable`.
+      ValueError: If the state is none of that transformation, naming what differs.
+    """
+    plan = _plan_for("adopt", tx, params)
+    leaves = Leaves(copies_of(params)[0])
+    frozen = tuple(not can_train(leaf) for leaf in leaves.values)
+    plan = plan.edited(frozen, tuple(DROPPED if flag else 0 for flag in frozen))
+    layout = plan.origin.layout
+    places = layout.places(inner_state)
+    _check_shapes(plan, places, params)
+    pairs = zip(layout.owners, places, strict=True)
+    kept = [put(x, HOLE) if owner >= 0 and frozen[owner] else x for owner, x in pairs]
+    return FreezeState(layout.rebuild(kept), (), plan)
+
+
+def release(state: Any, params: Any) -> Any:
+    """Gives back the state of the plain optimizer: the inverse of `adopt`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> opt_state = fo.freezable(optax.adam(0.1), "encoder").init(params)
+      >>> plain = fo.release(opt_state, params)
+      >>> updates, plain = optax.adam(0.1).update(params, plain, params)
+
+    Args:
+      state: A `FreezeState`, or any tree that holds exactly one.
+      params: The params that the state is for.
+
+    Returns:
+      The same tree with the inner state in its place. Its counters are those of the first cohort,
+      as a plain optimizer has one set of them; a leaf without state gets a fresh one.
+
+    Raises:
+      TypeError: If `state` holds no `FreezeState`.
+      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves.
+    """
+    whole = only_state("release", state)
+    plan = whole.plan
+    leaves = Leaves(copies_of(params)[0])
+    plan.flags(leaves, "params")
+    layout = plan.origin.layout
+    places = layout.places(whole.inner)
+    # A plain optimizer keeps state for integers as well, but init fails on what is no number.
+    numbers = in_order(plan, leaves, [kind(leaf) != "other" for leaf in leaves.values])
+    missing = [c == DROPPED and number for c, number in zip(plan.cohorts, numbers, strict=True)]
+    fresh = layout.places(init_leaves(plan, params, missing)) if any(missing) else places
+    rows = zip(layout.owners, places, fresh, strict=True)
+    filled = [put(x, new) if owner >= 0 and missing[owner] else x for owner, x, new in rows]
+    return replace_state(state, layout.rebuild(filled))
+
+
+def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
+    state = abstract_init(tx, params)
+    if not isinstance(state, FreezeState):
+        raise TypeError(
+            f"{verb} takes the transformation that fo.freezable gives, but the state of this one "
+            f"is a {type(state).__name__}; pass the freezable itself, not a chain around it"
+        )
+    return state.plan
+
+
+def abstract_init(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The state that `tx` would make, as shapes, with its plans."""
+    leaves = Leaves(params)
+    traced = [is_array(x) or kind(x) != "other" for x in leaves.values]
+
+    def init(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        both = zip(leaves.values, traced, strict=True)
+        return tx.init(leaves.rebuild(next(given) if flag else x for x, flag in both))
+
+    with warnings.catch_warnings():  # of nothing left to train, which is not settled here
+        warnings.simplefilter("ignore")
+        return jax.eval_shape(init, [x for x, f in zip(leaves.values, traced, strict=True) if f])
+
+
+def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
+    wanted = [not flag for flag in plan.frozen]
+    layout, inner = plan.origin.layout, plan.origin.inner
+    if inner is None:
+        return
+    alone = inner._replace(init=lambda params: init_leaves(plan, params, wanted))
+    expected = layout.places(abstract_init(alone, params))
+    rows = zip(layout.paths, layout.owners, places, expected, strict=True)
+    odd = [
+        f"{path!r} has {shapes(x)}, where the params give {shapes(new)}"
+        for path, owner, x, new in rows
+        if owner >= 0 and wanted[owner] and shapes(x) != shapes(new)
+    ]
+    if odd:
+        raise ValueError(f"the state is of other params: {listed(odd)}")

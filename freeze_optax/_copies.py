@@ -1,0 +1,27 @@
+"""Trees that hold the params once, or twice as `optax.lookahead` has them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from freeze_optax._leaves import Leaves
+
+
+def copies_of(tree: Any) -> list[Any]:
+    """The copies of the params: the tree itself, the two of `LookaheadParams`, or none in None."""
+    if tree is None:
+        return []
+    return list(tree) if isinstance(tree, optax.LookaheadParams) else [tree]
+
+
+def like(tree: Any, copies: Sequence[Any]) -> Any:
+    """Other copies in the form of `tree`."""
+    if isinstance(tree, optax.LookaheadParams):
+        return optax.LookaheadParams(*copies)
+    return copies[0] if copies else None
+
+
+def live(params: Any, flags: Sequence[bool]) -> Any:
+    """The params with a hole in each copy wherever a flag is set."""
+    return like(params, [Leaves(copy).without(flags) for copy in copies_of(params)])

@@ -1,0 +1,262 @@
+"""Freezing and thawing mid-training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from freeze_optax._cohorts import cohort_counters, stack
+from freeze_optax._copies import copies_of, like
+from freeze_optax._leaves import HOLE, Leaves, can_train, is_variable
+from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._state import FreezeState, states_in
+
+_FRESH = 1 << 30
+"""Where the counters of newly made state come from: after all cohorts there are."""
+
+
+def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> Any:
+    """Freezes more leaves, and thaws none; all others keep their very state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> opt_state = fo.freezable(optax.adam(0.1)).init(params)
+      >>> opt_state = fo.freeze(opt_state, params, "encoder")
+      >>> fo.mask(opt_state, params)
+      {'encoder': True, 'head': False}
+
+    Args:
+      state: A `FreezeState`, or any tree that holds exactly one: the state of an `optax.chain`, a
+        flax `TrainState`.
+      params: The params that the state is for.
+      where: The leaves to freeze: any spec, see `freeze_optax.mask`. A leaf that is frozen
+        already stays as it is, parked or not.
+      keep_state: Whether to park the state of these leaves, counters too, for `thaw` to go on
+        with, rather than drop it. As `freeze!` of Optimisers.jl, or `requires_grad = False` of
+        PyTorch, keeps it.
+
+    Returns:
+      The same tree with the state replaced; the tree itself where nothing changes. What `state`
+      holds is not copied and does not change.
+
+    Raises:
+      TypeError: If `state` holds no `FreezeState`.
+      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
+        or if a pattern selects nothing.
+    """
+
+    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+        selected = in_order(plan, leaves, as_selector(where).flags(leaves))
+        return [a or b for a, b in zip(plan.frozen, selected, strict=True)]
+
+    return _edit("freeze", state, params, target, keep_state)
+
+
+def thaw(state: Any, params: Any, where: Spec) -> Any:
+    """Trains leaves again: parked state goes on exactly where it stopped, dropped state afresh.
+
+    A leaf without state behaves like one of a fresh optimizer: it counts its own steps, so
+    Adam's bias correction does not take it for an old one. Schedules run on for all.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> opt_state = fo.freezable(optax.adam(0.1), "encoder").init(params)
+      >>> opt_state = fo.thaw(opt_state, params, "encoder")
+      >>> fo.mask(opt_state, params)
+      {'encoder': False, 'head': False}
+
+    Args:
+      state: A `FreezeState`, or any tree that holds exactly one.
+      params: The params that the state is for.
+      where: The leaves to train: any spec, see `freeze_optax.mask`. Those that train already
+        stay as they are, and those that cannot be trained stay frozen.
+
+    Returns:
+      The same tree with the state replaced; the tree itself where nothing changes. New moments
+      have the sharding of their parameter. Works inside a jitted function too.
+
+    Raises:
+      TypeError: If `state` holds no `FreezeState`.
+      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
+        or if a pattern selects nothing.
+    """
+
+    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+        selected = in_order(plan, leaves, as_selector(where).flags(leaves))
+        trainable = in_order(plan, leaves, [can_train(leaf) for leaf in leaves.values])
+        rows = zip(plan.frozen, selected, trainable, strict=True)
+        return [frozen and not (a and b) for frozen, a, b in rows]
+
+    return _edit("thaw", state, params, target, keep_state=False)
+
+
+def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) -> Any:
+    """Freezes exactly these leaves: `freeze` and `thaw` in one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> opt_state = fo.freezable(optax.adam(0.1), "encoder").init(params)
+      >>> opt_state = fo.set_frozen(opt_state, params, "head")
+      >>> fo.mask(opt_state, params)
+      {'encoder': False, 'head': True}
+
+    Args:
+      state: A `FreezeState`, or any tree that holds exactly one.
+      params: The params that the state is for.
+      frozen: What is to be frozen: any spec, see `freeze_optax.mask`; `Phases.at` gives one.
+      keep_state: Whether to park the state of newly frozen leaves rather than drop it.
+
+    Returns:
+      The same tree with the state replaced; the tree itself where nothing changes.
+
+    Raises:
+      TypeError: If `state` holds no `FreezeState`.
+      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
+        or if a pattern selects nothing.
+    """
+
+    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+        return in_order(plan, leaves, resolve(frozen, leaves))
+
+    return _edit("set_frozen", state, params, target, keep_state)
+
+
+def in_order(plan: Plan, leaves: Leaves, values: Sequence[Any]) -> list[Any]:
+    """Values for `leaves` in the order of the plan, whose containers may order them otherwise."""
+    if plan.knows(leaves) or leaves.paths == plan.paths:
+        return list(values)
+    by_path = dict(zip(leaves.paths, values, strict=True))
+    return [by_path[path] for path in plan.paths]
+
+
+def only_state(verb: str, tree: Any) -> FreezeState:
+    """The one `FreezeState` in a tree."""
+    if isinstance(tree, optax.GradientTransformation):
+        raise TypeError(
+            f"{verb} takes an optimizer state, not a transformation; to choose what a new "
+            "state freezes write fo.freezable(inner, frozen), to edit one fo."
+            f"{verb}(opt_state, params, ...)"
+        )
+    states = states_in(tree)
+    if not states:
+        raise TypeError(
+            f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
+            f"the order is {verb}(state, params, ...), and the state one of fo.freezable"
+        )
+    if len(states) > 1:
+        raise ValueError(
+            f"{verb} was given a {type(tree).__name__} with {len(states)} FreezeStates, and can't "
+            "tell which is meant; edit one of them and put it in its place"
+        )
+    return states[0]
+
+
+def replace_state(tree: Any, state: Any) -> Any:
+    """The tree with another thing in the place of its `FreezeState`."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, FreezeState)
+
+    return jax.tree.map(lambda x: state if is_state(x) else x, tree, is_leaf=is_state)
+
+
+def _edit(
+    verb: str,
+    tree: Any,
+    params: Any,
+    target: Callable[[Plan, Leaves], list[bool]],
+    keep_state: bool,
+) -> Any:
+    state = only_state(verb, tree)
+    leaves = Leaves(copies_of(params)[0])
+    state.plan.flags(leaves, "params")
+    edited = move(state, params, tuple(target(state.plan, leaves)), keep_state)
+    return tree if edited is state else replace_state(tree, edited)
+
+
+def move(
+    state: FreezeState, params: Any, frozen: tuple[bool, ...], keep_state: bool
+) -> FreezeState:
+    """The state with other leaves frozen, the state itself if these are."""
+    plan = state.plan
+    if plan.schedule:
+        raise ValueError("the state of fo.scheduled follows its phases; it can't be edited")
+    if frozen == plan.frozen:
+        return state
+    layout = plan.origin.layout
+    places = layout.places(state.inner)
+    changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
+    groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
+    order = {group: i for i, group in enumerate(sorted({g for g in groups if g is not None}))}
+    cohorts = tuple(DROPPED if group is None else order[group] for group in groups)
+
+    renewed = [cohort == DROPPED and not now for cohort, _, now in changes]
+    fresh = places
+    if any(renewed) or not order:
+        fresh = layout.places(init_leaves(plan, params, renewed))
+
+    def next_at(place: int, owner: int) -> Any:
+        if owner < 0:
+            return places[place]
+        if cohorts[owner] == DROPPED:
+            return put(places[place], HOLE)
+        return put(places[place], fresh[place]) if renewed[owner] else places[place]
+
+    moved = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
+    counters = dict(enumerate(cohort_counters(state, places)))
+    counters[_FRESH] = [fresh[place] for place in layout.counters]
+    first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
+    for place, counter in zip(layout.counters, first, strict=True):
+        moved[place] = put(places[place], counter)
+    ages = stack([[_value(counter) for counter in row] for row in others])
+    ages = tuple(put(places[p], age) for p, age in zip(layout.counters, ages, strict=False))
+    return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
+
+
+def _group(
+    cohort: int, was_frozen: bool, is_frozen: bool, keep_state: bool, counted: bool
+) -> tuple[int, bool] | None:
+    """Whose counters a leaf will have, and whether they stand still; None for no state.
+
+    A leaf keeps the counters of the cohort that it was in, which splits where only a part of it
+    is parked or goes on.
+    """
+    if is_frozen and (cohort == DROPPED or not (was_frozen or keep_state)):
+        return None
+    if not counted:  # then cohorts have nothing to keep apart
+        return (0, False)
+    return (_FRESH if cohort == DROPPED else cohort, is_frozen)
+
+
+def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
+    """The inner state as `init` makes it for the wanted leaves alone, in its own containers."""
+    copies = copies_of(params)
+    rebuilt: list[Any] = []
+    for i, containers in enumerate(copies_of(plan.origin.skeleton)):
+        leaves = Leaves(copies[min(i, len(copies) - 1)])
+        values = zip(in_order(plan, leaves, leaves.values), wanted, strict=True)
+        rebuilt.append(Leaves(containers).rebuild(x if flag else HOLE for x, flag in values))
+    inner = plan.origin.inner
+    return None if inner is None else inner.init(like(plan.origin.skeleton, rebuilt))
+
+
+def put(old: Any, new: Any) -> Any:
+    """`new` in place of `old`, within the NNX Variable that `old` may be."""
+    if not is_variable(old) or new is old:
+        return new
+    return old.replace(_value(new))
+
+
+def _value(x: Any) -> Any:
+    return jax.tree.leaves(x)[0] if is_variable(x) else x

@@ -1,0 +1,101 @@
+"""What is frozen from each step on, as data."""
+
+import bisect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from freeze_optax._leaves import Leaves
+from freeze_optax._selectors import Spec, resolve
+
+
+class Phases:
+    """What is frozen from each step on: a plan of gradual unfreezing, as data.
+
+    Because what is frozen at a step depends on nothing but the step, a loop that says
+    `state = fo.set_frozen(state, params, phases.at(step))` can be interrupted and resumed
+    anywhere. Gradual unfreezing is of Howard and Ruder, `Universal Language Model Fine-tuning for
+    Text Classification <https://arxiv.org/abs/1801.06146>`_, 2018.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> phases = fo.Phases({0: "encoder", 500: "encoder/layer_{0..9}", 1000: fo.nothing})
+      >>> phases.at(499)
+      'encoder'
+      >>> phases.at(500)
+      'encoder/layer_{0..9}'
+
+    Args:
+      specs: From each step on, counted from 0, a spec; see `freeze_optax.mask`.
+
+    Raises:
+      ValueError: If there is no phase, or one begins before step 0.
+      TypeError: If a step is no integer.
+    """
+
+    def __init__(self, specs: Mapping[int, Spec]):
+        if not specs:
+            raise ValueError(
+                "Phases needs a phase; to freeze nothing write Phases({0: fo.nothing})"
+            )
+        steps = {_as_int(step): spec for step, spec in specs.items()}
+        self.starts: tuple[int, ...] = tuple(sorted(steps))
+        self.specs: tuple[Spec, ...] = tuple(steps[start] for start in self.starts)
+        if self.starts[0] < 0:
+            raise ValueError(f"a phase begins at step {self.starts[0]}; steps count from 0")
+
+    def at(self, step: int) -> Spec:
+        """The spec of the phase that a step is in.
+
+        Args:
+          step: The number of steps taken before this one; an integer, or an array that holds
+            one, outside of jit.
+
+        Returns:
+          The spec, as it was given.
+
+        Raises:
+          ValueError: If the step is before the first phase.
+          TypeError: If it is no integer, or traced: under jit use `freeze_optax.scheduled`.
+        """
+        index = bisect.bisect_right(self.starts, _as_int(step)) - 1
+        if index < 0:
+            raise ValueError(
+                f"step {step} is before the first phase, which begins at {self.starts[0]}"
+            )
+        return self.specs[index]
+
+    def validate(self, params: Any) -> None:
+        """Resolves all phases, so that a typo in the last one shows before the first step.
+
+        Args:
+          params: The params; may be abstract.
+
+        Raises:
+          ValueError: If a spec does not fit the params, naming its phase.
+          TypeError: If a mask among them holds anything but bools.
+        """
+        self.resolve(Leaves(params))
+
+    def resolve(self, leaves: Leaves) -> tuple[tuple[bool, ...], ...]:
+        """The frozen flags of each phase."""
+        flags: list[tuple[bool, ...]] = []
+        for start, spec in zip(self.starts, self.specs, strict=True):
+            try:
+                flags.append(tuple(resolve(spec, leaves)))
+            except (ValueError, TypeError, IndexError) as error:
+                raise type(error)(f"in the phase from step {start} on: {error}") from error
+        return tuple(flags)
+
+    def __repr__(self) -> str:
+        return f"Phases({dict(zip(self.starts, self.specs, strict=True))!r})"
+
+
+def _as_int(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"a step is an integer known outside of jit, not {step!r}; inside a compiled loop "
+            "use fo.scheduled(inner, phases)"
+        ) from None

@@ -1,0 +1,146 @@
+"""Phases inside one compiled program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from freeze_optax._cohorts import cohort_counters, stack
+from freeze_optax._copies import copies_of, live
+from freeze_optax._leaves import Leaves, is_placeholder
+from freeze_optax._phases import Phases
+from freeze_optax._plan import DROPPED, Origin, Plan
+from freeze_optax._state import AnyAges, FreezeState, ScheduledState
+from freeze_optax._transform import freezable
+
+
+def scheduled(
+    inner: optax.GradientTransformation, phases: Phases
+) -> optax.GradientTransformationExtraArgs:
+    """Freezes what the phases say at each step, without a recompilation and off the host.
+
+    For loops that never return to the host, as inside `lax.scan`; elsewhere `set_frozen` with
+    `Phases.at` keeps no state for what is still frozen. Leaves that train in some phase keep
+    their state throughout, parked while they are frozen, so the result equals that of the host
+    loop with `keep_state=True`; leaves that never train keep none. What a phase freezes costs
+    it no work: one `lax.switch` chooses among static updates, and `value_and_grad(fun,
+    frozen=state)` switches likewise, so the backward pass ends where it has to.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> tx = fo.scheduled(optax.sgd(0.1), fo.Phases({0: "encoder", 2: fo.nothing}))
+      >>> def step(carry, _):
+      ...     params, state = carry
+      ...     loss = lambda params: (params["encoder"] + params["head"]).sum()
+      ...     grads = fo.grad(loss, frozen=state)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return (fo.apply_updates(params, updates, frozen=state), state), None
+      >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+      >>> [round(float(params[name][0]), 2) for name in ("encoder", "head")]
+      [0.9, 0.7]
+
+    Args:
+      inner: Any optax transformation whose init takes holes for params.
+      phases: What is frozen from each step on. Steps are counted by the calls of `update`.
+
+    Returns:
+      A transformation. Its state is a `ScheduledState`, a step counter and a `FreezeState`, which
+      as a spec says what no phase trains; it can't be edited. `init` raises ValueError if a spec
+      does not fit the params, or the first phase begins after step 0.
+
+    Raises:
+      ValueError: If the first phase begins after step 0.
+    """
+    phases.at(0)
+    inner = optax.with_extra_args_support(inner)
+    run: Any = freezable(inner).update
+
+    def init_fn(params: optax.Params) -> Any:
+        step = jnp.zeros((), jnp.int32)
+        if is_placeholder(params):
+            state = FreezeState(inner.init(params), AnyAges(), Plan.unknown())
+            return ScheduledState(step, state)
+        leaves = Leaves(copies_of(params)[0])
+        flags = phases.resolve(leaves)
+        plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
+        inner_state = inner.init(live(params, plan.frozen))
+        state = FreezeState(inner_state, (), plan)
+        (first,) = cohort_counters(state, plan.origin.layout.places(inner_state))
+        ages = stack([first] * max(plan.cohorts, default=0))
+        return ScheduledState(step, FreezeState(inner_state, ages, plan))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        if not isinstance(state, ScheduledState):
+            raise TypeError(
+                f"update was given a {type(state).__name__} for its state, not the "
+                "ScheduledState that init gives; the order is update(gradients, state, params)"
+            )
+        step, whole = state
+        plan = whole.plan
+
+        def branch(frozen: tuple[bool, ...]) -> Any:
+            now = Plan(plan.paths, frozen, plan.cohorts, plan.origin)
+
+            def update(_: None) -> Any:
+                state = FreezeState(whole.inner, whole.ages, now)
+                moved, after = run(updates, state, params, **extra)
+                return moved, after.inner, after.ages
+
+            return update
+
+        branches = _of_one_dtype([branch(frozen) for _, frozen in plan.schedule], plan)
+        moved, inner_state, ages = jax.lax.switch(state.phase, branches, None)
+        after = FreezeState(inner_state, ages, plan)
+        count: Any = optax.safe_increment(step)
+        return moved, ScheduledState(count, after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _plan(
+    leaves: Leaves, flags: tuple[tuple[bool, ...], ...], phases: Phases, origin: Origin
+) -> Plan:
+    """A cohort for each set of leaves that are always frozen and thawed together."""
+    patterns = list(zip(*flags, strict=True))
+    never = tuple(map(all, patterns))
+    kept = dict.fromkeys(p for p, dropped in zip(patterns, never, strict=True) if not dropped)
+    # Without counters there is nothing for cohorts to keep apart.
+    order = {p: i if origin.layout.counters else 0 for i, p in enumerate(kept)}
+    cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
+    schedule = tuple(zip(phases.starts, flags, strict=True))
+    return Plan(leaves.paths, never, cohorts, origin, schedule)
+
+
+def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
+    """Gives the zeros of each branch the dtypes that the updates have where the leaf trains.
+
+    A transformation may return another dtype than that of the params, and the branches of a
+    switch have to agree.
+    """
+    count = len(plan.frozen)
+    shapes = [Leaves(jax.eval_shape(branch, None)[0]).values for branch in branches]
+
+    def dtype_at(i: int) -> Any:
+        phases = zip(shapes, plan.schedule, strict=True)
+        live = (values[i].dtype for values, (_, frozen) in phases if not frozen[i % count])
+        return next(live, None)
+
+    dtypes = [dtype_at(i) for i in range(len(shapes[0]))]
+
+    def cast(branch: Any) -> Any:
+        def run(_: None) -> Any:
+            moved, *rest = branch(None)
+            leaves = Leaves(moved)
+            pairs = zip(leaves.values, dtypes, strict=True)
+            return leaves.rebuild(x if d is None else x.astype(d) for x, d in pairs), *rest
+
+        return run
+
+    return [cast(branch) for branch in branches]

@@ -1,0 +1,106 @@
+"""The optimizer state, which carries its plan as static metadata."""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from freeze_optax._patterns import listed
+from freeze_optax._plan import DROPPED, Plan
+
+_T = TypeVar("_T")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, repr=False)
+class FreezeState:
+    """State of `freezable`: the inner state, and as static metadata what is frozen.
+
+    Attributes:
+      inner: The state of the inner transformation for the params with holes
+        (`optax.MaskedNode`) at every leaf that keeps no state.
+      ages: For each cohort of leaves after the first, its own copy of the counters that belong
+        to per-leaf statistics; empty while there is one cohort.
+      plan: What is frozen. Static: part of the tree structure, no leaf.
+    """
+
+    inner: optax.OptState
+    ages: Any = ()
+    plan: Plan = dataclasses.field(default_factory=Plan.unknown)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Plan]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("inner"), self.inner), (key("ages"), self.ages)), self.plan
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Plan]:
+        return (self.inner, self.ages), self.plan
+
+    @classmethod
+    def tree_unflatten(cls, plan: Plan, children: tuple[Any, Any]) -> "FreezeState":
+        inner, ages = children
+        if plan.is_mapped and not plan.is_unknown:
+            ages = _mapped_ages(ages, plan)
+        return cls(inner, ages, plan)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        frozen = [
+            path for path, is_frozen in zip(plan.paths, plan.frozen, strict=True) if is_frozen
+        ]
+        return (
+            f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
+            + (f" [{listed(frozen, 3)}]" if frozen else "")
+            + f", inner={self.inner!r}, ages={self.ages!r})"
+        )
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled`.
+
+    Attributes:
+      step: The number of updates so far, int32.
+      state: The state of all leaves that some phase trains, and as its plan the phases.
+    """
+
+    step: jax.Array
+    state: FreezeState
+
+    @property
+    def phase(self) -> jax.Array:
+        """The index of the phase that the step is in."""
+        starts = [start for start, _ in self.state.plan.schedule]
+        return sum((self.step >= start for start in starts[1:]), jnp.zeros((), jnp.int32))
+
+
+class AnyAges:
+    """The ages of a state for `optax.tree_map_params`: a leaf, which fits any number of them.
+
+    How many cohorts there are shows in the plan alone, which a placeholder for the params can't
+    know. Arrays of no rows would fit every number too, but Orbax refuses to store such.
+    """
+
+
+def _mapped_ages(ages: Any, plan: Plan) -> Any:
+    # `transform_non_params` was called on all the ages at once, and may have put one thing
+    # (a sharding, say) in the place of them all.
+    if max(plan.cohorts, default=DROPPED) < 1:
+        return ()
+    count = len(plan.origin.layout.counters)
+    return ages if type(ages) is tuple and len(ages) == count else (ages,) * count
+
+
+def states_in(tree: Any) -> list[FreezeState]:
+    """All the `FreezeState`s that a tree holds."""
+    return _found(FreezeState, tree)
+
+
+def schedules_in(tree: Any) -> list[ScheduledState]:
+    """All the `ScheduledState`s that a tree holds."""
+    return _found(ScheduledState, tree)
+
+
+def _found(kind: type[_T], tree: Any) -> list[_T]:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in nodes if isinstance(x, kind)]
