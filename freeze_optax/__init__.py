@@ -7,6 +7,8 @@ from freeze_optax._apply import apply_updates as apply_updates
 from freeze_optax._edit import freeze as freeze
 from freeze_optax._edit import set_frozen as set_frozen
 from freeze_optax._edit import thaw as thaw
+from freeze_optax._export import export_state as export_state
+from freeze_optax._export import import_state as import_state
 from freeze_optax._grad import grad as grad
 from freeze_optax._grad import value_and_grad as value_and_grad
 from freeze_optax._mask import labels as labels

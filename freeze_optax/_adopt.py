@@ -1,6 +1,7 @@
 """From a plain optimizer's state to ours and back."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def release(state: Any, params: Any) -> Any:
 
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
-    state = abstract_init(tx, params)
+    state = abstract_init(tx.init, params)
     if not isinstance(state, FreezeState):
         raise TypeError(
             f"{verb} takes the transformation that fo.freezable gives, but the state of this one "
@@ -102,28 +103,28 @@ def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
     return state.plan
 
 
-def abstract_init(tx: optax.GradientTransformation, params: Any) -> Any:
-    """The state that `tx` would make, as shapes, with its plans."""
+def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
+    """The state that `init` would make, as shapes, with its plans."""
     leaves = Leaves(params)
     traced = [is_array(x) or kind(x) != "other" for x in leaves.values]
 
-    def init(arrays: list[Any]) -> Any:
+    def of_arrays(arrays: list[Any]) -> Any:
         given = iter(arrays)
         both = zip(leaves.values, traced, strict=True)
-        return tx.init(leaves.rebuild(next(given) if flag else x for x, flag in both))
+        return init(leaves.rebuild(next(given) if flag else x for x, flag in both))
 
     with warnings.catch_warnings():  # of nothing left to train, which is not settled here
         warnings.simplefilter("ignore")
-        return jax.eval_shape(init, [x for x, f in zip(leaves.values, traced, strict=True) if f])
+        return jax.eval_shape(
+            of_arrays, [x for x, f in zip(leaves.values, traced, strict=True) if f]
+        )
 
 
 def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
     wanted = [not flag for flag in plan.frozen]
-    layout, inner = plan.origin.layout, plan.origin.inner
-    if inner is None:
-        return
-    alone = inner._replace(init=lambda params: init_leaves(plan, params, wanted))
-    expected = layout.places(abstract_init(alone, params))
+    layout = plan.origin.layout
+    alone = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
+    expected = layout.places(alone)
     rows = zip(layout.paths, layout.owners, places, expected, strict=True)
     odd = [
         f"{path!r} has {shapes(x)}, where the params give {shapes(new)}"

@@ -247,8 +247,7 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
         leaves = Leaves(copies[min(i, len(copies) - 1)])
         values = zip(in_order(plan, leaves, leaves.values), wanted, strict=True)
         rebuilt.append(Leaves(containers).rebuild(x if flag else HOLE for x, flag in values))
-    inner = plan.origin.inner
-    return None if inner is None else inner.init(like(plan.origin.skeleton, rebuilt))
+    return plan.origin.init(like(plan.origin.skeleton, rebuilt))
 
 
 def put(old: Any, new: Any) -> Any:

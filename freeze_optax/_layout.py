@@ -1,9 +1,9 @@
 """Where in an optimizer's state the statistics of each leaf, their counters and the clocks are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import listed
@@ -30,12 +30,12 @@ class Layout:
 
     def __init__(
         self,
-        inner: optax.GradientTransformationExtraArgs,
+        init: Callable[[Any], Any],
         skeleton: Any,
         param_paths: tuple[str, ...],
     ):
         try:
-            template = Leaves(jax.eval_shape(inner.init, skeleton))
+            template = Leaves(jax.eval_shape(init, skeleton))
         except Exception as error:
             raise ValueError(
                 f"the state of this inner transformation can't be edited: its init fails on params "

@@ -1,6 +1,7 @@
 """What was resolved against the params: static metadata of the optimizer state."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,15 +44,20 @@ class Origin:
         self.treedefs: list[Any] = [leaves.treedef]
         self._paths = leaves.paths
 
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """The layout of the inner state; made when an edit or a second cohort first needs it."""
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """Makes the inner state for params with holes."""
         if self.inner is None:
             raise ValueError(
                 "this state was unpickled, without its transformation, which pickle refuses; it "
                 "can be edited after an update, or stored with fo.export_state instead"
             )
-        return Layout(self.inner, self.skeleton, self._paths)
+        return self.inner.init
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The layout of the inner state; made when an edit or a second cohort first needs it."""
+        return Layout(self.init, self.skeleton, self._paths)
 
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
