@@ -124,3 +124,41 @@ def test_masks_of_two_polarities():
     assert (frozen["encoder"] == 0.0).all()
     assert fo.mask(MASK, params()) == MASK
     assert fo.labels(MASK, params()) == LABELS
+
+
+def moved(tx, grads, tree, steps):
+    state = tx.init(tree)
+    for _ in range(steps):
+        _, state = tx.update(grads, state, tree)
+    return state
+
+
+def test_another_frozen_set_loses_all_moments():
+    def partition(labels):
+        groups = {"frozen": optax.set_to_zero(), "trainable": optax.adam(0.1)}
+        return optax.partition(groups, labels)
+
+    old = moved(partition(LABELS), params(), params(), 3)
+    new = partition({"encoder": "trainable", "head": "trainable"})
+    with pytest.raises((TypeError, ValueError), match="pytree|multiply sequence"):
+        new.update(params(), old, params())
+    fresh = optax.tree_utils.tree_get(new.init(params()), "mu")
+    assert not fresh["head"].any()
+
+    state = moved(fo.freezable(optax.adam(0.1), "encoder"), params(), params(), 3)
+    before = optax.tree_utils.tree_get(state, "mu")["head"]
+    state = fo.thaw(state, params(), "encoder")
+    assert optax.tree_utils.tree_get(state, "mu")["head"] is before
+
+
+def test_a_shared_count_makes_the_first_update_too_large():
+    count = jnp.array(10_000, jnp.int32)
+    fresh = optax.adam(0.1).init(params())
+    patched = optax.tree_utils.tree_set(fresh, count=count)
+    updates, _ = optax.adam(0.1).update(params(), patched)
+    np.testing.assert_allclose(updates["head"], np.full(4, -0.316), rtol=1e-2)
+
+    tx = fo.freezable(optax.adam(0.1), "head")
+    state = optax.tree_utils.tree_set(tx.init(params()), count=count)
+    updates, _ = tx.update(params(), fo.thaw(state, params(), "head"))
+    np.testing.assert_allclose(updates["head"], np.full(4, -0.1), rtol=1e-5)
