@@ -8,7 +8,7 @@ import jax
 import optax
 
 from freeze_optax._copies import copies_of
-from freeze_optax._edit import in_order, init_leaves, only_state, put, replace_state
+from freeze_optax._edit import editable_state, in_order, init_leaves, put, replace_state
 from freeze_optax._layout import shapes
 from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind
 from freeze_optax._patterns import listed
@@ -78,7 +78,7 @@ def release(state: Any, params: Any) -> Any:
       TypeError: If `state` holds no `FreezeState`.
       ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves.
     """
-    whole = only_state("release", state)
+    whole = editable_state("release", state)
     plan = whole.plan
     leaves = Leaves(copies_of(params)[0])
     plan.flags(leaves, "params")

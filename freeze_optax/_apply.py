@@ -1,5 +1,7 @@
 """Applying updates."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import jax.numpy as jnp
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import listed
 from freeze_optax._plan import odd_paths
-from freeze_optax._selectors import Spec, nothing, resolve
+from freeze_optax._selectors import Selector, Spec, nothing, resolve
+from freeze_optax._state import schedules_in
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
@@ -42,14 +45,30 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     leaves = Leaves(params)
     flags = resolve(frozen, leaves)
     steps = _align(leaves, updates)
+    add = _add_unless_zero if _is_scheduled(frozen) else _add
     triples = zip(leaves.values, steps, flags, strict=True)
     return leaves.rebuild(
-        p if flag or u is None or is_hole(u) or is_hole(p) else _add(p, u) for p, u, flag in triples
+        p if flag or u is None or is_hole(u) or is_hole(p) else add(p, u) for p, u, flag in triples
     )
+
+
+def _is_scheduled(frozen: Spec) -> bool:
+    return not isinstance(frozen, Selector | str) and bool(schedules_in(frozen))
 
 
 def _add(param: Any, update: Any) -> Any:
     return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+
+def _add_unless_zero(param: Any, update: Any) -> Any:
+    """The sum, but every bit of `param` where the update is -0.0, as `scheduled` has it.
+
+    What is frozen then shows in the updates alone; and where XLA does not see that they are
+    constant, its addition flushes subnormals on a CPU.
+    """
+    parts = (jnp.real(update), jnp.imag(update)) if jnp.iscomplexobj(update) else (update,)
+    still = functools.reduce(operator.and_, [(x == 0) & jnp.signbit(x) for x in parts])
+    return jnp.where(still, jnp.asarray(param), _add(param, update))
 
 
 def _align(leaves: Leaves, updates: Any) -> list[Any]:

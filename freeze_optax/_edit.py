@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 
 from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import copies_of, like
@@ -162,6 +163,16 @@ def only_state(verb: str, tree: Any) -> FreezeState:
     return states[0]
 
 
+def editable_state(verb: str, tree: Any) -> FreezeState:
+    """The one `FreezeState` in a tree, which must not be of `scheduled`."""
+    state = only_state(verb, tree)
+    if state.plan.schedule:
+        raise ValueError(
+            f"the state of fo.scheduled follows its phases; it can't be edited by {verb}"
+        )
+    return state
+
+
 def replace_state(tree: Any, state: Any) -> Any:
     """The tree with another thing in the place of its `FreezeState`."""
 
@@ -178,7 +189,7 @@ def _edit(
     target: Callable[[Plan, Leaves], list[bool]],
     keep_state: bool,
 ) -> Any:
-    state = only_state(verb, tree)
+    state = editable_state(verb, tree)
     leaves = Leaves(copies_of(params)[0])
     state.plan.flags(leaves, "params")
     edited = move(state, params, tuple(target(state.plan, leaves)), keep_state)
@@ -190,8 +201,6 @@ def move(
 ) -> FreezeState:
     """The state with other leaves frozen, the state itself if these are."""
     plan = state.plan
-    if plan.schedule:
-        raise ValueError("the state of fo.scheduled follows its phases; it can't be edited")
     if frozen == plan.frozen:
         return state
     layout = plan.origin.layout
@@ -218,9 +227,10 @@ def move(
     counters[_FRESH] = [fresh[place] for place in layout.counters]
     first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
     for place, counter in zip(layout.counters, first, strict=True):
-        moved[place] = put(places[place], counter)
+        moved[place] = put(places[place], _beside(counter, places[place]))
     ages = stack([[_value(counter) for counter in row] for row in others])
-    ages = tuple(put(places[p], age) for p, age in zip(layout.counters, ages, strict=False))
+    pairs = zip(layout.counters, ages, strict=False)
+    ages = tuple(put(places[place], _beside(age, places[place])) for place, age in pairs)
     return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
 
 
@@ -255,6 +265,14 @@ def put(old: Any, new: Any) -> Any:
     if not is_variable(old) or new is old:
         return new
     return old.replace(_value(new))
+
+
+def _beside(new: Any, old: Any) -> Any:
+    """A counter on all the devices of another; Orbax stores none of one process among several."""
+    new, old = _value(new), _value(old)
+    if isinstance(new, Tracer) or isinstance(old, Tracer) or len(old.sharding.device_set) == 1:
+        return new
+    return jax.device_put(new, old.sharding)
 
 
 def _value(x: Any) -> Any:

@@ -38,8 +38,9 @@ class Layout:
             template = Leaves(jax.eval_shape(init, skeleton))
         except Exception as error:
             raise ValueError(
-                f"the state of this inner transformation can't be edited: its init fails on params "
-                f"that are all holes (optax.MaskedNode), with {type(error).__name__}: {error}"
+                "the state of this inner transformation can't be edited, nor follow phases: its "
+                "init fails on params that are all holes (optax.MaskedNode), with "
+                f"{type(error).__name__}: {error}"
             ) from error
         self._treedef, self._template = template.treedef, template.values
         self.paths = template.paths

@@ -25,7 +25,9 @@ def scheduled(
     their state throughout, parked while they are frozen, so the result equals that of the host
     loop with `keep_state=True`; leaves that never train keep none. What a phase freezes costs
     it no work: one `lax.switch` chooses among static updates, and `value_and_grad(fun,
-    frozen=state)` switches likewise, so the backward pass ends where it has to.
+    frozen=state)` switches likewise, so the backward pass ends where it has to. Apply the updates
+    with `apply_updates(params, updates, frozen=state)`: that of optax flushes subnormal numbers
+    on a CPU here even under jit.
 
     Examples:
       >>> import jax

@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class FreezeState:
     """State of `freezable`: the inner state, and as static metadata what is frozen.
 

@@ -140,7 +140,7 @@ def test_another_frozen_set_loses_all_moments():
 
     old = moved(partition(LABELS), params(), params(), 3)
     new = partition({"encoder": "trainable", "head": "trainable"})
-    with pytest.raises((TypeError, ValueError), match="pytree|multiply sequence"):
+    with pytest.raises((TypeError, ValueError), match=r"pytree|multiply sequence"):
         new.update(params(), old, params())
     fresh = optax.tree_utils.tree_get(new.init(params()), "mu")
     assert not fresh["head"].any()
