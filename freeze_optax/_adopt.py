@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import copies_of
+from freeze_optax._copies import leaves_of
 from freeze_optax._edit import editable_state, in_order, init_leaves, put, replace_state
-from freeze_optax._layout import shapes
+from freeze_optax._layout import COUNTER, shapes
 from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind
-from freeze_optax._patterns import listed
+from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._state import FreezeState
 
@@ -43,7 +43,7 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
       ValueError: If the state is none of that transformation, naming what differs.
     """
     plan = _plan_for("adopt", tx, params)
-    leaves = Leaves(copies_of(params)[0])
+    leaves = leaves_of(params)
     frozen = tuple(not can_train(leaf) for leaf in leaves.values)
     plan = plan.edited(frozen, tuple(DROPPED if flag else 0 for flag in frozen))
     layout = plan.origin.layout
@@ -80,17 +80,27 @@ def release(state: Any, params: Any) -> Any:
     """
     whole = editable_state("release", state)
     plan = whole.plan
-    leaves = Leaves(copies_of(params)[0])
+    leaves = leaves_of(params)
     plan.flags(leaves, "params")
     layout = plan.origin.layout
     places = layout.places(whole.inner)
-    # A plain optimizer keeps state for integers as well, but init fails on what is no number.
-    numbers = in_order(plan, leaves, [kind(leaf) != "other" for leaf in leaves.values])
+    numbers = _numbers(plan, params)
     missing = [c == DROPPED and number for c, number in zip(plan.cohorts, numbers, strict=True)]
     fresh = layout.places(init_leaves(plan, params, missing)) if any(missing) else places
+    nobodys = all(cohort == DROPPED for cohort in plan.cohorts)
+
+    def is_fresh(owner: int) -> bool:
+        return missing[owner] if owner >= 0 else owner == COUNTER and nobodys
+
     rows = zip(layout.owners, places, fresh, strict=True)
-    filled = [put(x, new) if owner >= 0 and missing[owner] else x for owner, x, new in rows]
+    filled = [put(x, new) if is_fresh(owner) else x for owner, x, new in rows]
     return replace_state(state, layout.rebuild(filled))
+
+
+def _numbers(plan: Plan, params: Any) -> list[bool]:
+    """For which leaves a plain optimizer keeps state: integers too, but init fails on the rest."""
+    leaves = leaves_of(params)
+    return in_order(plan, leaves, [kind(leaf) != "other" for leaf in leaves.values])
 
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
@@ -121,7 +131,7 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
 
 
 def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
-    wanted = [not flag for flag in plan.frozen]
+    wanted = _numbers(plan, params)
     layout = plan.origin.layout
     alone = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
     expected = layout.places(alone)
@@ -132,4 +142,4 @@ def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
         if owner >= 0 and wanted[owner] and shapes(x) != shapes(new)
     ]
     if odd:
-        raise ValueError(f"the state is of other params: {listed(odd)}")
+        raise ValueError(f"the state is of other params: {some(odd)}")

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from freeze_optax._leaves import Leaves, is_hole
-from freeze_optax._patterns import listed
-from freeze_optax._plan import odd_paths
+from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._selectors import Selector, Spec, nothing, resolve
 from freeze_optax._state import schedules_in
 

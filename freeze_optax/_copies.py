@@ -15,6 +15,13 @@ def copies_of(tree: Any) -> list[Any]:
     return list(tree) if isinstance(tree, optax.LookaheadParams) else [tree]
 
 
+def leaves_of(params: Any) -> Leaves:
+    """The leaves of the params, of the first copy where there are two."""
+    if params is None:
+        raise TypeError("the params are missing: None was given for them")
+    return Leaves(copies_of(params)[0])
+
+
 def like(tree: Any, copies: Sequence[Any]) -> Any:
     """Other copies in the form of `tree`."""
     if isinstance(tree, optax.LookaheadParams):

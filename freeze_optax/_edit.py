@@ -8,7 +8,7 @@ import optax
 from jax.core import Tracer
 
 from freeze_optax._cohorts import cohort_counters, stack
-from freeze_optax._copies import copies_of, like
+from freeze_optax._copies import copies_of, leaves_of, like
 from freeze_optax._leaves import HOLE, Leaves, can_train, is_variable
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._selectors import Spec, as_selector, resolve
@@ -190,7 +190,7 @@ def _edit(
     keep_state: bool,
 ) -> Any:
     state = editable_state(verb, tree)
-    leaves = Leaves(copies_of(params)[0])
+    leaves = leaves_of(params)
     state.plan.flags(leaves, "params")
     edited = move(state, params, tuple(target(state.plan, leaves)), keep_state)
     return tree if edited is state else replace_state(tree, edited)

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 
 from freeze_optax._adopt import abstract_init
-from freeze_optax._copies import copies_of
+from freeze_optax._copies import leaves_of
 from freeze_optax._edit import in_order, init_leaves, only_state, replace_state, set_frozen
 from freeze_optax._leaves import Leaves, is_hole
-from freeze_optax._patterns import listed
-from freeze_optax._plan import DROPPED, Plan, odd_paths
+from freeze_optax._patterns import odd_paths, some
+from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._selectors import Spec
 from freeze_optax._state import FreezeState
 from freeze_optax._storage import decode, encode
@@ -189,7 +189,7 @@ def _abstract_state(plan: Plan, params: Any) -> FreezeState:
 
 def _place(state: FreezeState, params: Any) -> FreezeState:
     """The state with the statistics of each sharded param on the same devices."""
-    leaves = Leaves(copies_of(params)[0])
+    leaves = leaves_of(params)
     values = in_order(state.plan, leaves, leaves.values)
     if not any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in values):
         return state
@@ -212,4 +212,4 @@ def _odd(given: dict[str, Any], expected: dict[str, Any]) -> str:
     if given.keys() != expected.keys():
         return odd_paths(tuple(given), tuple(expected), "in the export", "in the state to be")
     differing = [path for path, what in given.items() if what != expected[path]]
-    return listed(f"{p} is {given[p]}, not {expected[p]}" for p in differing)
+    return some([f"{path!r} is {given[path]}, not {expected[path]}" for path in differing])

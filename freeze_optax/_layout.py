@@ -5,11 +5,16 @@ from typing import Any
 
 import jax
 
+from freeze_optax._copies import copies_of
 from freeze_optax._leaves import Leaves, is_hole
-from freeze_optax._patterns import listed
+from freeze_optax._patterns import odd_paths, some
 
 COUNTER = -1
 CLOCK = -2
+ABSENT = -3
+"""A node of the params that the transformation leaves out, with all leaves below it."""
+
+Keys = tuple[Any, ...]
 
 
 class Layout:
@@ -23,8 +28,8 @@ class Layout:
 
     Attributes:
       paths: The key path of each place in the state.
-      owners: For each place the index of the leaf whose statistics it holds, or `COUNTER` or
-        `CLOCK`.
+      owners: For each place the index of the leaf whose statistics it holds, or `COUNTER`,
+        `CLOCK` or `ABSENT`.
       counters: The places of the counters, in order.
     """
 
@@ -32,19 +37,18 @@ class Layout:
         self,
         init: Callable[[Any], Any],
         skeleton: Any,
-        param_paths: tuple[str, ...],
     ):
         try:
             template = Leaves(jax.eval_shape(init, skeleton))
         except Exception as error:
             raise ValueError(
-                "the state of this inner transformation can't be edited, nor follow phases: its "
-                "init fails on params that are all holes (optax.MaskedNode), with "
+                f"the state of {_raiser(error)} can't be edited, nor follow phases: its init fails "
+                "on params that are all holes (optax.MaskedNode), with "
                 f"{type(error).__name__}: {error}"
             ) from error
         self._treedef, self._template = template.treedef, template.values
         self.paths = template.paths
-        self.owners = _owners(template, param_paths)
+        self.owners = _owners(_keys(template.tree), template.values, _keys(copies_of(skeleton)[0]))
         self.counters = tuple(i for i, owner in enumerate(self.owners) if owner == COUNTER)
 
     def places(self, inner_state: Any) -> list[Any]:
@@ -56,10 +60,12 @@ class Layout:
         """
         try:
             values = self._treedef.flatten_up_to(inner_state)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError):
+            odd = odd_paths(Leaves(inner_state).paths, self.paths, "in it", "in that")
             raise ValueError(
-                f"the inner state has not the structure that its transformation gives it: {error}"
-            ) from error
+                f"the inner state, a {type(inner_state).__name__}, has not the structure that its "
+                f"transformation gives: {odd}"
+            ) from None
         carried = zip(self.paths, self.owners, self._template, values, strict=True)
         odd = [
             f"{path!r} has {shapes(value)}, where all leaves frozen give {shapes(expected)}"
@@ -69,7 +75,7 @@ class Layout:
         if odd:
             raise ValueError(
                 "the state of this inner transformation can't be edited, as a part of it mixes "
-                f"the leaves (a flattened vector, say): {listed(odd)}"
+                f"the leaves (a flattened vector, say): {some(odd)}"
             )
         return values
 
@@ -78,34 +84,74 @@ class Layout:
         return jax.tree.unflatten(self._treedef, values)
 
 
+def _raiser(error: BaseException) -> str:
+    """What the error comes from: the innermost transformation of optax's making, by its name."""
+    name, traceback = "this inner transformation", error.__traceback__
+    while traceback is not None:
+        factory, _, function = traceback.tb_frame.f_code.co_qualname.rpartition(".<locals>.")
+        if factory and function.startswith("init"):
+            name = factory
+        traceback = traceback.tb_next
+    return name
+
+
 def shapes(x: Any) -> list[tuple[int, ...]]:
     """The shapes of the arrays at a place: none at a hole."""
     return [leaf.shape for leaf in jax.tree.leaves(x)]
 
 
-def _owners(template: Leaves, param_paths: tuple[str, ...]) -> tuple[int, ...]:
-    owners = [CLOCK] * len(template.paths)
-    count, restarting, place = len(param_paths), set[str](), 0
-    while place < len(owners):
-        block = template.paths[place : place + count]
-        prefix = _prefix(block, param_paths) if is_hole(template.values[place]) else None
-        if prefix is None:
-            place += 1
-            continue
-        owners[place : place + count] = range(count)
+def _keys(tree: Any) -> list[Keys]:
+    # Not the text of paths: a key may be empty or have slashes.
+    return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]]
+
+
+def _owners(places: list[Keys], values: list[Any], params: list[Keys]) -> tuple[int, ...]:
+    owners = [CLOCK] * len(places)
+    restarting, place = set[Keys](), 0
+    while place < len(places):
+        prefix, block = _params_at(place, places, values, params)
+        owners[place : place + len(block)] = block
+        place += len(block) or 1
         if prefix:  # else the whole state is shaped like the params, with nothing beside it
-            restarting.add(prefix.rpartition("/")[0])
-        place += count
-    for i, (path, value) in enumerate(zip(template.paths, template.values, strict=True)):
-        if not is_hole(value) and path.rpartition("/")[0] in restarting:
+            restarting.add(prefix[:-1])
+    for i, (keys, value) in enumerate(zip(places, values, strict=True)):
+        if not is_hole(value) and keys[:-1] in restarting:
             owners[i] = COUNTER
     return tuple(owners)
 
 
-def _prefix(block: tuple[str, ...], param_paths: tuple[str, ...]) -> str | None:
-    """Where the tree of these paths hangs, if it is one of the params."""
-    first = param_paths[0]
-    prefix = block[0].removesuffix(first).removesuffix("/") if first else block[0]
-    start = f"{prefix}/" if prefix else ""
-    expected = tuple(start + path if path else prefix for path in param_paths)
-    return prefix if block == expected else None
+def _params_at(
+    place: int, places: list[Keys], values: list[Any], params: list[Keys]
+) -> tuple[Keys, list[int]]:
+    """The prefix and owners of the tree like the params that begins at a place, if one does."""
+    if params and is_hole(values[place]):
+        first = params[0]
+        # A label tree that is a prefix of the params puts one hole for all of a node it excludes.
+        for length in range(len(first), min(len(first), 1) - 1, -1):
+            prefix = places[place][: len(places[place]) - length]
+            if (*prefix, *first[:length]) == places[place]:
+                block = _block(place, prefix, places, values, params)
+                if block:
+                    return prefix, block
+    return (), []
+
+
+def _block(
+    place: int, prefix: Keys, places: list[Keys], values: list[Any], params: list[Keys]
+) -> list[int]:
+    block, owner = list[int](), 0
+    while owner < len(params):
+        i = place + len(block)
+        if i == len(places) or not is_hole(values[i]) or places[i][: len(prefix)] != prefix:
+            return []
+        node = places[i][len(prefix) :]
+        if params[owner][: len(node)] != node:
+            return []
+        if node == params[owner]:
+            block.append(owner)
+            owner += 1
+        else:
+            block.append(ABSENT)
+            while owner < len(params) and params[owner][: len(node)] == node:
+                owner += 1
+    return block

@@ -3,8 +3,7 @@
 from typing import Any
 
 from freeze_optax._leaves import HOLE, Leaves, is_hole
-from freeze_optax._patterns import listed
-from freeze_optax._plan import odd_paths
+from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._selectors import Spec, as_selector, resolve
 
 

@@ -202,3 +202,21 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def some(clauses: list[str], most: int = 3) -> str:
+    """A few of the clauses, and how many more there are."""
+    more = [f"and {len(clauses) - most:,} more"] if len(clauses) > most else []
+    return "; ".join([*clauses[:most], *more])
+
+
+def odd_paths(
+    ours: tuple[str, ...], theirs: tuple[str, ...], our_name: str, their_name: str
+) -> str:
+    """A clause for an error: the paths that only one of two trees has."""
+    mine, others = set(ours), set(theirs)
+    left = [path for path in ours if path not in others]
+    right = [path for path in theirs if path not in mine]
+    parts = [f"only {our_name}: {listed(left)}"] if left else []
+    parts += [f"only {their_name}: {listed(right)}"] if right else []
+    return "; ".join(parts) or "the same paths, in other containers or another order"

@@ -9,22 +9,10 @@ import optax
 
 from freeze_optax._layout import Layout
 from freeze_optax._leaves import Leaves, is_hole, skeleton
-from freeze_optax._patterns import listed
+from freeze_optax._patterns import listed, odd_paths
 
 DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
-
-
-def odd_paths(
-    ours: tuple[str, ...], theirs: tuple[str, ...], our_name: str, their_name: str
-) -> str:
-    """A clause for an error: the paths that only one of two trees has."""
-    mine, others = set(ours), set(theirs)
-    left = [path for path in ours if path not in others]
-    right = [path for path in theirs if path not in mine]
-    parts = [f"only {our_name}: {listed(left)}"] if left else []
-    parts += [f"only {their_name}: {listed(right)}"] if right else []
-    return "; ".join(parts) or "the same paths, in other containers or another order"
 
 
 class Origin:
@@ -42,7 +30,6 @@ class Origin:
         self.inner: optax.GradientTransformationExtraArgs | None = inner
         self.skeleton = skeleton(params)
         self.treedefs: list[Any] = [leaves.treedef]
-        self._paths = leaves.paths
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -57,7 +44,7 @@ class Origin:
     @functools.cached_property
     def layout(self) -> Layout:
         """The layout of the inner state; made when an edit or a second cohort first needs it."""
-        return Layout(self.init, self.skeleton, self._paths)
+        return Layout(self.init, self.skeleton)
 
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
@@ -66,7 +53,7 @@ class Origin:
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        return {"inner": None, "skeleton": None, "treedefs": [], "_paths": self._paths}
+        return {"inner": None, "skeleton": None, "treedefs": []}
 
 
 class Plan:

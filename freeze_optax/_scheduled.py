@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from freeze_optax._cohorts import cohort_counters, stack
-from freeze_optax._copies import copies_of, live
+from freeze_optax._copies import leaves_of, live
 from freeze_optax._leaves import Leaves, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
@@ -67,7 +67,7 @@ def scheduled(
         if is_placeholder(params):
             state = FreezeState(inner.init(params), AnyAges(), Plan.unknown())
             return ScheduledState(step, state)
-        leaves = Leaves(copies_of(params)[0])
+        leaves = leaves_of(params)
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
         inner_state = inner.init(live(params, plan.frozen))

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from freeze_optax._cohorts import update_cohorts
-from freeze_optax._copies import copies_of, like, live
+from freeze_optax._copies import copies_of, leaves_of, like, live
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed
 from freeze_optax._plan import DROPPED, Origin, Plan
@@ -76,7 +76,7 @@ def freezable(
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
-        leaves = Leaves(copies_of(params)[0])
+        leaves = leaves_of(params)
         flags = resolve(selector, leaves)
         if all(flags):
             warnings.warn(

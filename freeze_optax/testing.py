@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._leaves import Leaves, is_array, is_hole
-from freeze_optax._plan import odd_paths
+from freeze_optax._patterns import odd_paths
 from freeze_optax._selectors import Spec, resolve
 
 __all__ = ["assert_frozen"]

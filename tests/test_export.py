@@ -179,7 +179,7 @@ def test_an_export_of_other_params_names_the_paths_of_both():
 def test_an_export_of_other_shapes_names_them():
     tx = fo.freezable(optax.adam(0.1))
     exported = fo.export_state(tx.init({"w": jnp.ones(2)}))
-    with pytest.raises(ValueError, match=r"inner/0/mu/w is \(\[2\], 'float32'\), not \(\[3\]"):
+    with pytest.raises(ValueError, match=r"'inner/0/mu/w' is \(\[2\], 'float32'\), not \(\[3\]"):
         fo.import_state(tx, {"w": jnp.ones(3)}, exported)
 
 
