@@ -82,7 +82,7 @@ class Plan:
         self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
         self._origin = origin
         self._hash: int | None = None
-        # Whether the tree structure around it is of tree_map_params' making.
+        # Whether a tree structure that holds it is of tree_map_params' making.
         self.is_mapped = origin is None
 
     @classmethod
@@ -94,6 +94,10 @@ class Plan:
         only moment at which that answer meets the real plan, so it takes it over there.
         """
         return cls((), (), (), None)
+
+    def settled(self) -> "Plan":
+        """The same plan, and not of `optax.tree_map_params`."""
+        return Plan(self.paths, self.frozen, self.cohorts, self.origin, self.schedule)
 
     def edited(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
         """Another plan for the same params and transformation."""
@@ -126,6 +130,8 @@ class Plan:
     def _become(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
         self.schedule, self._origin = other.schedule, other._origin
+        for cached in ("live", "parked"):
+            self.__dict__.pop(cached, None)
 
     def _key(self) -> tuple[Any, ...]:
         return (self.frozen, self.cohorts, self.schedule, self.paths)

@@ -41,7 +41,7 @@ class FreezeState:
     def tree_unflatten(cls, plan: Plan, children: tuple[Any, Any]) -> "FreezeState":
         inner, ages = children
         if plan.is_mapped and not plan.is_unknown:
-            ages = _mapped_ages(ages, plan)
+            return cls(inner, _mapped_ages(ages, plan), plan.settled())
         return cls(inner, ages, plan)
 
     def __repr__(self) -> str:

@@ -153,14 +153,14 @@ def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
     return _on_whole_params(value, plan, params) if is_function(value) else _drop(value, plan)
 
 
-def _is_paramslike(leaves: Leaves, plan: Plan) -> bool:
+def _is_like_params(leaves: Leaves, plan: Plan) -> bool:
     # Every scalar has the structure of params that are one bare array.
     return plan.knows(leaves) and not jax.tree_util.treedef_is_leaf(leaves.treedef)
 
 
 def _drop(value: Any, plan: Plan) -> Any:
     leaves = Leaves(value)
-    return leaves.without(plan.frozen) if _is_paramslike(leaves, plan) else value
+    return leaves.without(plan.frozen) if _is_like_params(leaves, plan) else value
 
 
 def _on_whole_params(
@@ -168,7 +168,7 @@ def _on_whole_params(
 ) -> Callable[..., Any]:
     def fill(value: Any) -> Any:
         leaves = Leaves(value)
-        if not any(map(is_hole, leaves.values)) or not _is_paramslike(leaves, plan):
+        if not any(map(is_hole, leaves.values)) or not _is_like_params(leaves, plan):
             return value
         if not params:
             raise ValueError(

@@ -363,3 +363,13 @@ def test_plain_optax_apply_updates_keeps_the_sign_of_zero(negative):
     apply = functools.partial(tx.update, ones(tree), tx.init(tree), tree)
     new = optax.apply_updates(tree, apply()[0])
     fo.testing.assert_frozen(tree, new, "a")
+
+
+def test_a_plan_that_was_mapped_is_a_plan_like_any_other():
+    tx = fo.freezable(optax.adam(0.1), "encoder")
+    state = tx.init(params())
+    mapped = optax.tree_map_params(tx, lambda x: x, state)
+    repr(optax.tree_map_params(tx, lambda x: x, mapped))
+    assert hash(mapped.plan) == hash(state.plan)
+    thawed = fo.thaw(mapped, params(), "encoder")
+    assert jax.tree.structure(thawed) == jax.tree.structure(fo.thaw(state, params(), "encoder"))
