@@ -64,7 +64,7 @@ def test_a_linen_train_state(container):
 
     expected = adam_by_hand(dict(params["head"]), grads_of, 3)
     for name, leaf in expected.items():
-        np.testing.assert_allclose(state.params["head"][name], leaf, rtol=1e-6)
+        np.testing.assert_allclose(state.params["head"][name], leaf, rtol=1e-6, atol=1e-6)
 
 
 class Net(nnx.Module):
@@ -128,8 +128,8 @@ def test_an_equinox_module():
         return jax.grad(lambda x: loss(eqx.tree_at(lambda m: m.layers[2], model, x)))(last)
 
     expected = adam_by_hand(model.layers[2], grads_of, 3)
-    np.testing.assert_allclose(new.layers[2].weight, expected.weight, rtol=1e-5)
-    np.testing.assert_allclose(new.layers[2].bias, expected.bias, rtol=1e-5)
+    np.testing.assert_allclose(new.layers[2].weight, expected.weight, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.layers[2].bias, expected.bias, rtol=1e-5, atol=1e-6)
 
 
 def test_haiku_params():
@@ -198,7 +198,7 @@ def test_a_scan_over_steps_equals_a_loop():
     for _ in range(3):
         looped, _ = jax.jit(step)(looped, None)
     fo.testing.assert_frozen(params, scanned, "encoder")
-    np.testing.assert_allclose(scanned["head"]["w"], looped[0]["head"]["w"], rtol=1e-6)
+    np.testing.assert_allclose(scanned["head"]["w"], looped[0]["head"]["w"], rtol=1e-6, atol=1e-6)
     assert values[0] > values[2]
 
 
@@ -235,7 +235,7 @@ def test_sharded_arrays_over_eight_devices(jit):
     assert new["encoder"]["w"] is params["encoder"]["w"]
     local = tree_of_arrays()
     expected, _ = tx.update(jax.grad(tree_loss)(local), tx.init(local), local)
-    np.testing.assert_allclose(updates["head"]["w"], expected["head"]["w"], rtol=1e-5)
+    np.testing.assert_allclose(updates["head"]["w"], expected["head"]["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_zeros_made_outside_jit_have_the_sharding_of_their_leaf():
@@ -280,4 +280,4 @@ def test_vmap_over_an_ensemble():
     new = jax.vmap(step)(ensemble)
     for i in range(2):
         expected = step(jax.tree.map(lambda x, i=i: x[i], ensemble))
-        np.testing.assert_allclose(new["head"]["w"][i], expected["head"]["w"], rtol=1e-6)
+        np.testing.assert_allclose(new["head"]["w"][i], expected["head"]["w"], rtol=1e-6, atol=1e-6)
