@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import listed, odd_paths
-from freeze_optax._selectors import Selector, Spec, nothing, resolve
-from freeze_optax._state import schedules_in
+from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
@@ -44,15 +43,11 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     leaves = Leaves(params)
     flags = resolve(frozen, leaves)
     steps = _align(leaves, updates)
-    add = _add_unless_zero if _is_scheduled(frozen) else _add
+    add = _add_unless_zero if schedules_of(frozen) else _add
     triples = zip(leaves.values, steps, flags, strict=True)
     return leaves.rebuild(
         p if flag or u is None or is_hole(u) or is_hole(p) else add(p, u) for p, u, flag in triples
     )
-
-
-def _is_scheduled(frozen: Spec) -> bool:
-    return not isinstance(frozen, Selector | str) and bool(schedules_in(frozen))
 
 
 def _add(param: Any, update: Any) -> Any:

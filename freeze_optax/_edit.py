@@ -270,7 +270,9 @@ def put(old: Any, new: Any) -> Any:
 def _beside(new: Any, old: Any) -> Any:
     """A counter on all the devices of another; Orbax stores none of one process among several."""
     new, old = _value(new), _value(old)
-    if isinstance(new, Tracer) or isinstance(old, Tracer) or len(old.sharding.device_set) == 1:
+    if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
+        return new
+    if len(old.sharding.device_set) == 1:
         return new
     return jax.device_put(new, old.sharding)
 

@@ -113,23 +113,21 @@ def import_state(
     abstract = abstract_init(tx.init, params)
     plan = _plan(about, only_state("import_state", abstract).plan)
     template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
-    expected = {
-        path: (list(leaf.shape), str(leaf.dtype))
+    expected = [
+        (path, (list(leaf.shape), str(leaf.dtype)))
         for path, leaf in zip(template.paths, template.values, strict=True)
         if not is_hole(leaf)
-    }
-    given = {entry["path"]: (entry["shape"], entry["dtype"]) for entry in about["leaves"]}
+    ]
+    given = [(entry["path"], (entry["shape"], entry["dtype"])) for entry in about["leaves"]]
     if given != expected:
-        raise ValueError(
-            "the export is not of a state of this transformation: " + _odd(given, expected)
-        )
+        odd = _odd(dict(given), dict(expected))
+        raise ValueError(f"the export is not of a state of this transformation: {odd}")
     arrays = exported.get("leaves") or {}
-    values = {
-        entry["path"]: decode(arrays.get(f"{i:06d}"), entry)
-        for i, entry in enumerate(about["leaves"])
-    }
-    pairs = zip(template.paths, template.values, strict=True)
-    tree = template.rebuild(leaf if is_hole(leaf) else values[path] for path, leaf in pairs)
+    # In order, not by path: a key with a slash can make two leaves share one.
+    values = iter(
+        [decode(arrays.get(f"{i:06d}"), entry) for i, entry in enumerate(about["leaves"])]
+    )
+    tree = template.rebuild(x if is_hole(x) else next(values) for x in template.values)
     placed = _place(only_state("import_state", tree), params)
     tree = replace_state(tree, placed)
     return tree if frozen is None else set_frozen(tree, params, frozen)
@@ -209,7 +207,7 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
 
 
 def _odd(given: dict[str, Any], expected: dict[str, Any]) -> str:
-    if given.keys() != expected.keys():
+    if given.keys() != expected.keys() or given == expected:
         return odd_paths(tuple(given), tuple(expected), "in the export", "in the state to be")
     differing = [path for path, what in given.items() if what != expected[path]]
     return some([f"{path!r} is {given[path]}, not {expected[path]}" for path in differing])

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from freeze_optax._leaves import HOLE, Leaves
-from freeze_optax._selectors import Selector, Spec, as_selector, resolve
-from freeze_optax._state import schedules_in
+from freeze_optax._selectors import Spec, as_selector, resolve, schedules_of
 from freeze_optax._zeros import Zeros
 
 
@@ -46,8 +45,7 @@ def value_and_grad(
       ValueError: When called, if the spec does not fit the params.
     """
     selector = as_selector(frozen)
-    # A selector may be anything, and so has no state to look for.
-    schedules = [] if isinstance(frozen, Selector | str) else schedules_in(frozen)
+    schedules = schedules_of(frozen)
     if schedules and holes:
         raise ValueError(
             "with the state of fo.scheduled, what is frozen changes while the program runs, and "

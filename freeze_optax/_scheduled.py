@@ -11,7 +11,7 @@ from freeze_optax._copies import leaves_of, live
 from freeze_optax._leaves import Leaves, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
-from freeze_optax._state import AnyAges, FreezeState, ScheduledState
+from freeze_optax._state import FreezeState, ScheduledState
 from freeze_optax._transform import freezable
 
 
@@ -60,13 +60,12 @@ def scheduled(
     """
     phases.at(0)
     inner = optax.with_extra_args_support(inner)
-    run: Any = freezable(inner).update
+    tx: Any = freezable(inner)
 
     def init_fn(params: optax.Params) -> Any:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            state = FreezeState(inner.init(params), AnyAges(), Plan.unknown())
-            return ScheduledState(step, state)
+            return ScheduledState(step, tx.init(params))
         leaves = leaves_of(params)
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
@@ -92,7 +91,7 @@ def scheduled(
 
             def update(_: None) -> Any:
                 state = FreezeState(whole.inner, whole.ages, now)
-                moved, after = run(updates, state, params, **extra)
+                moved, after = tx.update(updates, state, params, **extra)
                 return moved, after.inner, after.ages
 
             return update

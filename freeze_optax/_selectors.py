@@ -13,7 +13,7 @@ from jax.core import Tracer
 from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
 from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
 from freeze_optax._plan import Plan
-from freeze_optax._state import FreezeState, states_in
+from freeze_optax._state import FreezeState, ScheduledState, schedules_in, states_in
 
 Spec: TypeAlias = Any
 """Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
@@ -337,6 +337,11 @@ def _of_tree(tree: Any) -> Selector:
 def _holds_bools(tree: Any) -> bool:
     # So it is a mask beside the state: no optimizer keeps Python bools.
     return any(isinstance(leaf, bool) for leaf in jax.tree.leaves(tree))
+
+
+def schedules_of(spec: Spec) -> list[ScheduledState]:
+    """The states of `scheduled` in a spec; a selector may be anything, and so holds none."""
+    return [] if isinstance(spec, Selector | str) else schedules_in(spec)
 
 
 def as_mask(spec: Any) -> Selector:

@@ -344,3 +344,12 @@ def test_an_unpickled_state_of_two_cohorts_trains_on_as_if_it_had_never_left():
     assert loaded[1].plan == state[1].plan
     expected = run(tx, state, params(), VALUES)
     fo.testing.assert_frozen(expected, run(tx, loaded, params(), VALUES), True)
+
+
+def test_a_state_of_numpy_arrays_can_be_edited():
+    tree = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = fo.freezable(optax.adam(0.1), "b")
+    state = jax.device_get(tx.init(tree))
+    thawed = fo.thaw(state, tree, "b")
+    updates, _ = tx.update(tree, thawed, tree)
+    np.testing.assert_allclose(updates["b"], np.full(3, -0.1), rtol=1e-5)

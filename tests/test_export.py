@@ -246,3 +246,13 @@ def test_something_else_is_no_export():
         fo.import_state(transformation(), params(), params())
     with pytest.raises(TypeError, match=r"export_state was given a dict .* holds no FreezeState"):
         fo.export_state(params())
+
+
+def test_two_leaves_that_share_a_path_keep_what_is_theirs():
+    tree = {"a/b": jnp.ones(2), "a": {"b": jnp.full(2, 5.0, jnp.float32)}}
+    tx = fo.freezable(optax.sgd(0.1, momentum=0.9))
+    _, state = tx.update(tree, tx.init(tree), tree)
+    restored = fo.import_state(tx, tree, fo.export_state(state))
+    momentum = optax.tree_utils.tree_get(restored, "trace")
+    np.testing.assert_array_equal(momentum["a/b"], tree["a/b"])
+    np.testing.assert_array_equal(momentum["a"]["b"], tree["a"]["b"])
