@@ -4,6 +4,7 @@ from freeze_optax import testing as testing
 from freeze_optax._adopt import adopt as adopt
 from freeze_optax._adopt import release as release
 from freeze_optax._apply import apply_updates as apply_updates
+from freeze_optax._assign import assign as assign
 from freeze_optax._edit import freeze as freeze
 from freeze_optax._edit import set_frozen as set_frozen
 from freeze_optax._edit import thaw as thaw
@@ -23,10 +24,15 @@ from freeze_optax._select import layers as layers
 from freeze_optax._select import path as path
 from freeze_optax._select import regex as regex
 from freeze_optax._select import where as where
+from freeze_optax._select_modules import by_module as by_module
+from freeze_optax._select_modules import declared as declared
+from freeze_optax._select_modules import of_type as of_type
 from freeze_optax._selectors import Selector as Selector
 from freeze_optax._selectors import everything as everything
 from freeze_optax._selectors import nothing as nothing
 from freeze_optax._state import FreezeState as FreezeState
+from freeze_optax._tie import tie as tie
+from freeze_optax._ties import tied_paths as tied_paths
 from freeze_optax._transform import freezable as freezable
 
 __version__ = "0.1.0"

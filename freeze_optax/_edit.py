@@ -13,6 +13,7 @@ from freeze_optax._leaves import HOLE, Leaves, can_train, is_variable
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._selectors import Spec, as_selector, resolve
 from freeze_optax._state import FreezeState, states_in
+from freeze_optax._ties import TIED, check_group, check_ties
 
 _FRESH = 1 << 30
 """Where the counters of newly made state come from: after all cohorts there are."""
@@ -204,6 +205,7 @@ def move(
     if frozen == plan.frozen:
         return state
     layout = plan.origin.layout
+    check_plan(plan.edited(frozen, plan.cohorts), params)
     places = layout.places(state.inner)
     changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
     groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
@@ -232,6 +234,14 @@ def move(
     pairs = zip(layout.counters, ages, strict=False)
     ages = tuple(put(places[place], _beside(age, places[place])) for place, age in pairs)
     return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
+
+
+def check_plan(plan: Plan, params: Any) -> None:
+    """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
+    frozen = dict(zip(plan.paths, plan.frozen, strict=True))
+    check_ties(leaves_of(params), frozen)
+    for group in plan.origin.layout.ties:
+        check_group(group, frozen, TIED)
 
 
 def _group(

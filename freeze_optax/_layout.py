@@ -8,6 +8,7 @@ import jax
 from freeze_optax._copies import copies_of
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import odd_paths, some
+from freeze_optax._ties import noted_ties
 
 COUNTER = -1
 CLOCK = -2
@@ -31,6 +32,7 @@ class Layout:
       owners: For each place the index of the leaf whose statistics it holds, or `COUNTER`,
         `CLOCK` or `ABSENT`.
       counters: The places of the counters, in order.
+      ties: The groups of each `tie` in the transformation.
     """
 
     def __init__(
@@ -39,7 +41,8 @@ class Layout:
         skeleton: Any,
     ):
         try:
-            template = Leaves(jax.eval_shape(init, skeleton))
+            with noted_ties() as self.ties:
+                template = Leaves(jax.eval_shape(init, skeleton))
         except Exception as error:
             raise ValueError(
                 f"the state of {_raiser(error)} can't be edited, nor follow phases: its init fails "

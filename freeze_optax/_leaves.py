@@ -1,7 +1,7 @@
 """The leaves of a pytree in order, holes included, and their key paths as text."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -88,8 +88,16 @@ def _component(entry: Any) -> str:
     return str(entry if attribute is None else getattr(entry, attribute))
 
 
-def _text(entries: Iterable[Any]) -> str:
+def text(entries: Iterable[Any]) -> str:
+    """The components of a key path as text, `/` between them."""
     return "/".join(map(_component, entries))
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """`path` and the paths of all nodes above it, the nearest first; not the root."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
 
 
 class Leaves:
@@ -98,15 +106,25 @@ class Leaves:
     Args:
       tree: Any pytree.
       stop: Which nodes are leaves too.
+      modules: The modules whose params they are, by path, if the tree does not hold them.
+      aliases: For each other path of a leaf or node the one that the tree has: NNX keeps a shared
+        Variable once.
 
     Attributes:
       tree: The tree itself.
+      modules: As given.
       values: Its leaves and holes, in flattening order.
       treedef: Its structure, a hole being a leaf.
     """
 
-    def __init__(self, tree: Any, stop: Callable[[Any], bool] = is_hole):
-        self.tree, self._stop = tree, stop
+    def __init__(
+        self,
+        tree: Any,
+        stop: Callable[[Any], bool] = is_hole,
+        modules: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ):
+        self.tree, self.modules, self._stop, self._aliases = tree, modules, stop, aliases or {}
         self.values, self.treedef = jax.tree.flatten(tree, is_leaf=stop)
 
     @functools.cached_property
@@ -121,10 +139,39 @@ class Leaves:
                 # Only here is the next component known to be the Variable's own `value`; a
                 # user's field of that name must stay, so it can't be told from the text.
                 inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=self._stop)
-                paths.extend(_text((*prefix, *rest[1:])) for rest, _ in inside)
+                paths.extend(text((*prefix, *rest[1:])) for rest, _ in inside)
             else:
-                paths.append(_text(prefix))
+                paths.append(text(prefix))
         return tuple(paths)
+
+    def names(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+        """Each path by which a leaf goes, with the leaf's index.
+
+        Args:
+          aliases: More of them than the leaves were made with.
+        """
+        yield from zip(self.paths, range(len(self.paths)), strict=True)
+        others = {**self._aliases, **(aliases or {})}
+        below: dict[str, list[str]] = {}
+        for alias, node in others.items():
+            below.setdefault(node, []).append(alias)
+        if below:
+            for i, path in enumerate(self.paths):
+                for node in ancestors(path):
+                    for alias in below.get(node, ()):
+                        yield alias + path[len(node) :], i
+
+    def below(self, nodes: Container[str], aliases: Mapping[str, str] | None = None) -> list[bool]:
+        """For each leaf, whether it is at or below one of the nodes; the root is `""`.
+
+        Args:
+          nodes: Paths.
+          aliases: More of them than the leaves were made with.
+        """
+        flags = ["" in nodes] * len(self.paths)
+        for path, i in self.names(aliases):
+            flags[i] = flags[i] or any(node in nodes for node in ancestors(path))
+        return flags
 
     def rebuild(self, values: Iterable[Any]) -> Any:
         """The tree with other leaves."""

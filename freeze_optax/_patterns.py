@@ -5,6 +5,8 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 
+from freeze_optax._leaves import ancestors
+
 _MOST_ALTERNATIVES = 10_000
 _MOST_CANDIDATES = 20_000
 
@@ -172,13 +174,6 @@ def compile_glob(pattern: str, *, whole: bool = False) -> re.Pattern[str]:
         return re.compile(f"(?:{text})", re.DOTALL)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r}: {error.msg}") from error
-
-
-def ancestors(path: str) -> Iterator[str]:
-    """`path` and the paths of all nodes above it, the nearest first; not the root."""
-    while path:
-        yield path
-        path = path.rpartition("/")[0]
 
 
 def nodes_of(paths: Iterable[str]) -> dict[str, None]:

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 
 from freeze_optax._leaves import Leaves, is_hole, kind
-from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
+from freeze_optax._patterns import compile_glob, listed, nearest, nodes_of
 from freeze_optax._selectors import Path, Selector, is_function, mark, spread
 
 
@@ -61,7 +61,7 @@ class _Regex(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)
         for regex in self._regexes:
-            mark(selected, regex.fullmatch, leaves.paths, "regex", regex.pattern)
+            mark(selected, regex.fullmatch, leaves, "regex", regex.pattern)
         return selected
 
     def __repr__(self) -> str:
@@ -116,9 +116,9 @@ class Layers(Selector):
     __iter__ = None
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        pairs = zip(leaves.paths, leaves.values, strict=True)
         # An activation function among the layers is a leaf, but nothing that a layer has learned.
-        nodes = nodes_of(path for path, x in pairs if is_hole(x) or kind(x) != "other")
+        learned = [is_hole(x) or kind(x) != "other" for x in leaves.values]
+        nodes = nodes_of(path for path, i in leaves.names() if learned[i])
         matched = sorted(filter(self._regex.match, nodes), key=_natural)
         if not matched:
             raise ValueError(
@@ -134,8 +134,7 @@ class Layers(Selector):
                     f"{listed(matched)}"
                 )
             chosen = [matched[self._index]]
-        kept = set(chosen)
-        return [not kept.isdisjoint(ancestors(path)) for path in leaves.paths]
+        return leaves.below(set(chosen))
 
     def __repr__(self) -> str:
         index = self._index

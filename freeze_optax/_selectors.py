@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._leaves import Leaves, can_train, is_hole, is_placeholder
-from freeze_optax._patterns import ancestors, compile_glob, listed, nearest, nodes_of
+from freeze_optax._leaves import Leaves, ancestors, can_train, is_hole, is_placeholder
+from freeze_optax._patterns import compile_glob, listed, nearest, nodes_of
 from freeze_optax._plan import Plan
 from freeze_optax._state import FreezeState, ScheduledState, schedules_in, states_in
 
@@ -156,7 +156,7 @@ class Path(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)
         for pattern, regex in zip(self._patterns, self._regexes, strict=True):
-            mark(selected, regex.match, leaves.paths, "pattern", pattern)
+            mark(selected, regex.match, leaves, "pattern", pattern)
         return selected
 
     def __repr__(self) -> str:
@@ -166,14 +166,15 @@ class Path(Selector):
 def mark(
     selected: list[bool],
     match: Callable[[str], re.Match[str] | None],
-    paths: Sequence[str],
+    leaves: Leaves,
     kind: str,
     pattern: str,
 ) -> None:
     """Sets the flags of the paths that match; that none does is an error."""
-    hits = [i for i, path in enumerate(paths) if match(path)]
+    hits = [i for path, i in leaves.names() if match(path)]
     if not hits:
         # A regex has to match a leaf, a glob may name a node above it.
+        paths = [path for path, _ in leaves.names()]
         nodes = paths if kind == "regex" else nodes_of(paths)
         raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
     for i in hits:

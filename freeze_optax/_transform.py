@@ -15,6 +15,7 @@ from freeze_optax._patterns import listed
 from freeze_optax._plan import DROPPED, Origin, Plan
 from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
 from freeze_optax._state import AnyAges, FreezeState
+from freeze_optax._ties import check_ties
 from freeze_optax._zeros import Zeros
 
 
@@ -58,8 +59,8 @@ def freezable(
     Returns:
       A transformation whose state is a `FreezeState`.
 
-      `init` raises ValueError if the spec does not fit the params, and warns if nothing is left
-      to train.
+      `init` raises ValueError if the spec does not fit the params, or freezes one of two leaves
+      that share a buffer (see `freeze_optax.tie`), and warns if nothing is left to train.
 
       `update` gives zeros at frozen leaves, or a hole where a hole came in. The zeros are
       negative: -0.0 is what leaves every number as it is when added, the sign of zeros too, so
@@ -78,6 +79,7 @@ def freezable(
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
         leaves = leaves_of(params)
         flags = resolve(selector, leaves)
+        check_ties(leaves, dict(zip(leaves.paths, flags, strict=True)))
         if all(flags):
             warnings.warn(
                 f"freezable({selector!r}): all {len(flags)} leaves are frozen, nothing is left to "

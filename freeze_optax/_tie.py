@@ -1,0 +1,180 @@
+"""One update for all leaves of a group."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
+from freeze_optax._patterns import listed, nearest
+from freeze_optax._selectors import is_function
+from freeze_optax._ties import TIED, Group, check_group, note_ties
+
+
+def tie(
+    inner: optax.GradientTransformation, *groups: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """Trains the leaves of each group as one: summed gradients, one state, one update for all.
+
+    JAX keeps no aliases: two leaves that start as one array part at the first step. With their
+    gradients summed and one update they stay equal, as one shared parameter would be. It goes
+    inside: `freezable(tie(inner, *groups), frozen)`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
+      >>> tx = fo.freezable(fo.tie(optax.sgd(0.5), ("embed", "head")))
+      >>> grads = {"embed": jnp.array([1.0, 0.0]), "head": jnp.array([1.0, 1.0])}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates
+      {'embed': Array([-1. , -0.5], dtype=float32), 'head': Array([-1. , -0.5], dtype=float32)}
+
+    Args:
+      inner: Any optax transformation.
+      *groups: The paths of leaves of one shape and dtype, two or more in each group;
+        `fo.tied_paths(params)` gives those that share a buffer.
+
+    Returns:
+      A transformation whose state is that of `inner` for the first leaf of each group and all
+      that is in none. `init` and `update` raise ValueError if a path names no leaf, if the leaves
+      of a group differ in shape or dtype, or only some of them are there.
+
+    Raises:
+      TypeError: If a group is a string.
+      ValueError: If a group has fewer than two paths, or a path is in two groups.
+    """
+    inner = optax.with_extra_args_support(inner)
+    tied = _Tied(_checked(groups))
+
+    def init_fn(params: optax.Params) -> Any:
+        if is_placeholder(params):
+            return inner.init(params)
+        note_ties(tied.groups)
+        tied.check(leaves_of(params))
+        return inner.init(_on_each(tied.drop, params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        structure = Leaves(updates).treedef
+        adapted = {name: _adapt(value, tied, structure) for name, value in extra.items()}
+        own = _on_each(tied.drop, params)
+        moved, state = inner.update(tied.sum(updates), state, own, **adapted)
+        return _on_each(tied.spread, moved), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Tied:
+    """What becomes of the leaves of a group: the first in the tree stands for the others."""
+
+    def __init__(self, groups: tuple[Group, ...]):
+        self.groups = groups
+        self._indices = functools.lru_cache(maxsize=64)(self._find)
+
+    def _find(self, paths: tuple[str, ...]) -> list[list[int]]:
+        index = {path: i for i, path in enumerate(paths)}
+        for path in (path for group in self.groups for path in group):
+            if path not in index:
+                raise ValueError(
+                    f"fo.tie was given {path!r}, which is no leaf; {nearest(path, paths)}"
+                )
+        return [sorted(index[path] for path in group) for group in self.groups]
+
+    def check(self, leaves: Leaves) -> None:
+        """Raises where leaves of a group can't be one."""
+        for group in self._indices(leaves.paths):
+            _check_holes(leaves, group)
+            _check_alike(leaves, group)
+
+    def drop(self, tree: Any) -> Any:
+        """The tree with a hole for each leaf but the first of a group."""
+        leaves = Leaves(tree)
+        others = {i for group in self._indices(leaves.paths) for i in group[1:]}
+        return leaves.without(i in others for i in range(len(leaves.values)))
+
+    def sum(self, gradients: Any) -> Any:
+        """The gradients with their sum at the first leaf of each group, and holes at the others."""
+        leaves = Leaves(gradients)
+        values = list(leaves.values)
+        for group in self._indices(leaves.paths):
+            _check_holes(leaves, group)
+            first, *others = group
+            for other in others:
+                if not is_hole(values[first]):
+                    values[first] = values[first] + values[other]
+                values[other] = HOLE
+        return leaves.rebuild(values)
+
+    def spread(self, tree: Any) -> Any:
+        """The tree with the first leaf of each group at the others too."""
+        leaves = Leaves(tree)
+        values = list(leaves.values)
+        for first, *others in self._indices(leaves.paths):
+            for other in others:
+                values[other] = values[first]
+        return leaves.rebuild(values)
+
+
+def _on_each(function: Callable[[Any], Any], tree: Any) -> Any:
+    return like(tree, [function(copy) for copy in copies_of(tree)])
+
+
+def _adapt(value: Any, tied: _Tied, structure: Any) -> Any:
+    """An extra argument as `inner` should see it, with one leaf for each group."""
+
+    def where_like_params(function: Callable[[Any], Any], value: Any) -> Any:
+        return function(value) if Leaves(value).treedef == structure else value
+
+    if not is_function(value):
+        return where_like_params(tied.drop, value)
+
+    # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
+    @functools.wraps(value)
+    def on_whole_params(*args: Any, **kwargs: Any) -> Any:
+        whole = [where_like_params(tied.spread, arg) for arg in args]
+        named = {name: where_like_params(tied.spread, arg) for name, arg in kwargs.items()}
+        return where_like_params(tied.sum, value(*whole, **named))
+
+    return on_whole_params
+
+
+def _checked(groups: tuple[Sequence[str], ...]) -> tuple[Group, ...]:
+    seen = set[str]()
+    for group in groups:
+        if isinstance(group, str):
+            raise TypeError(
+                f"fo.tie takes groups of paths, not the path {group!r}: fo.tie(inner, ({group!r}, "
+                "...))"
+            )
+        if len(group) < 2:
+            raise ValueError(f"a group of fo.tie needs two paths or more, not {list(group)}")
+        twice = sorted(path for path in set(group) if path in seen or group.count(path) > 1)
+        if twice:
+            raise ValueError(f"{listed(twice)} is in the groups of fo.tie more than once")
+        seen.update(group)
+    return tuple(map(tuple, groups))
+
+
+def _check_holes(leaves: Leaves, group: list[int]) -> None:
+    holes = {leaves.paths[i]: is_hole(leaves.values[i]) for i in group}
+    check_group(list(holes), holes, TIED)
+
+
+def _check_alike(leaves: Leaves, group: list[int]) -> None:
+    _check_holes(leaves, group)
+    if is_hole(leaves.values[group[0]]):
+        return
+    kinds = [jax.eval_shape(lambda x: x, leaves.values[i]) for i in group]
+    for i, kind in zip(group, kinds, strict=True):
+        if (kind.shape, kind.dtype) != (kinds[0].shape, kinds[0].dtype):
+            first = leaves.paths[group[0]]
+            raise ValueError(
+                f"{first!r} is {kinds[0].dtype}{list(kinds[0].shape)} and {leaves.paths[i]!r} "
+                f"{kind.dtype}{list(kind.shape)}; leaves that fo.tie ties have one shape and dtype"
+            )

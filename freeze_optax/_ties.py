@@ -1,0 +1,127 @@
+"""Groups of leaves that share a buffer, or are to stay equal."""
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from freeze_optax._leaves import Leaves
+from freeze_optax._patterns import listed
+
+Group = tuple[str, ...]
+
+
+def tied_paths(params: Any) -> list[Group]:
+    """The groups of paths whose leaves share one buffer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import freeze_optax as fo
+      >>> table = jnp.ones((3, 2))
+      >>> fo.tied_paths({"embed": table, "head": {"bias": jnp.ones(3), "kernel": table}})
+      [('embed', 'head/kernel')]
+
+    Args:
+      params: Any pytree. A jitted function returns a buffer of its own for each leaf, so ask
+        before the first step.
+
+    Returns:
+      A group for each buffer that stands at more than one path, in the order of the tree. Abstract
+      leaves (`jax.ShapeDtypeStruct`, tracers) have no buffer, and are never tied; nor are arrays
+      without elements.
+    """
+    return groups_of(Leaves(params))
+
+
+def groups_of(leaves: Leaves) -> list[Group]:
+    """`tied_paths`, with the leaves at hand."""
+    groups: dict[Any, list[str]] = {}
+    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
+        buffer = _buffer(leaf)
+        if buffer is not None:
+            groups.setdefault(buffer, []).append(path)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _buffer(leaf: Any) -> Any:
+    """What two leaves have in common if and only if they share their memory, in one form."""
+    if isinstance(leaf, np.ndarray):
+        start, _ = leaf.__array_interface__["data"]
+        return (start, leaf.shape, leaf.strides, leaf.dtype) if leaf.size else None
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.size:
+        return None
+    return (_pointers(leaf), leaf.shape, leaf.dtype)
+
+
+def _pointers(leaf: jax.Array) -> Any:
+    try:
+        if len(leaf.devices()) == 1:
+            return leaf.unsafe_buffer_pointer()
+        return tuple(shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards)
+    except Exception:  # noqa: BLE001
+        # Deleted, or of a platform or an extended dtype (PRNG keys) that tells no pointer.
+        return id(leaf)
+
+
+SHARED = "they share one buffer; freeze all or none of them, or give one its own with jnp.copy"
+TIED = "fo.tie ties them; freeze all or none of them"
+
+
+def check_ties(leaves: Leaves, frozen: Mapping[str, bool]) -> None:
+    """Raises where one of the leaves that share a buffer is frozen and another is not.
+
+    Args:
+      leaves: The leaves of the params.
+      frozen: For each path whether its leaf is frozen.
+
+    Raises:
+      ValueError: Naming both.
+    """
+    if len(set(frozen.values())) > 1:
+        for group in groups_of(leaves):
+            check_group(group, frozen, SHARED)
+
+
+def check_group(group: Sequence[str], frozen: Mapping[str, bool], why: str) -> None:
+    """Raises where some leaves of a group are frozen and others are not.
+
+    Args:
+      group: Their paths.
+      frozen: For each path whether its leaf is frozen.
+      why: What makes them a group, and what to do.
+
+    Raises:
+      ValueError: Naming both.
+    """
+    still = [path for path in group if frozen[path]]
+    moving = [path for path in group if not frozen[path]]
+    if still and moving:
+        raise ValueError(f"{listed(still)} would be frozen and {listed(moving)} trained, but {why}")
+
+
+_noted: ContextVar[list[Group] | None] = ContextVar("noted", default=None)
+
+
+def note_ties(groups: Sequence[Group]) -> None:
+    """Tells whoever is asking by `noted_ties` of groups."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.extend(groups)
+
+
+@contextlib.contextmanager
+def noted_ties() -> Generator[list[Group], None, None]:
+    """Collects the groups of each `tie` that is initialised meanwhile.
+
+    So an edit, which has nothing but the outermost `init`, learns what `tie`s there are in it.
+    """
+    groups = list[Group]()
+    token = _noted.set(groups)
+    try:
+        yield groups
+    finally:
+        _noted.reset(token)
