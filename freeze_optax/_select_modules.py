@@ -31,8 +31,9 @@ class _Found:
         if not modules:
             raise ValueError(
                 f"{self._name} looks for modules, but the tree, a "
-                f"{type(self._leaves.tree).__name__}, holds none; where params are kept apart from them, pass modules=linen.modules("
-                "module, *args) or modules=nnx.modules(model), both of freeze_optax"
+                f"{type(self._leaves.tree).__name__}, holds none; where params are kept apart from "
+                "them, pass modules=linen.modules(module, *args) or modules=nnx.modules(model), "
+                "both of freeze_optax"
             )
         return modules
 
