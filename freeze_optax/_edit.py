@@ -205,7 +205,7 @@ def move(
     if frozen == plan.frozen:
         return state
     layout = plan.origin.layout
-    check_plan(plan.edited(frozen, plan.cohorts), params)
+    check_mask(plan, leaves_of(params), frozen)
     places = layout.places(state.inner)
     changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
     groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
@@ -236,12 +236,13 @@ def move(
     return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
 
 
-def check_plan(plan: Plan, params: Any) -> None:
+def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[bool]) -> None:
     """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
-    frozen = dict(zip(plan.paths, plan.frozen, strict=True))
-    check_ties(leaves_of(params), frozen)
+    by_path = dict(zip(plan.paths, mask, strict=True))
+    same = leaves.paths == plan.paths
+    check_ties(leaves, mask if same else [by_path[path] for path in leaves.paths])
     for group in plan.origin.layout.ties:
-        check_group(group, frozen, TIED)
+        check_group([(path, by_path[path]) for path in group], TIED)
 
 
 def _group(

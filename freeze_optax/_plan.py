@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from freeze_optax._copies import leaves_of
 from freeze_optax._layout import Layout
 from freeze_optax._leaves import Leaves, is_hole, skeleton
 from freeze_optax._patterns import listed, odd_paths
@@ -29,6 +30,7 @@ class Origin:
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
         self.inner: optax.GradientTransformationExtraArgs | None = inner
         self.skeleton = skeleton(params)
+        self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
 
     @property
@@ -44,16 +46,23 @@ class Origin:
     @functools.cached_property
     def layout(self) -> Layout:
         """The layout of the inner state; made when an edit or a second cohort first needs it."""
-        return Layout(self.init, self.skeleton)
+        init = self.init
+        if len(leaves_of(self.skeleton).values) != self._count:
+            raise ValueError(
+                "the state of params with a tree in an NNX Variable can't be edited, nor follow "
+                "phases; make a Variable of each array"
+            )
+        return Layout(init, self.skeleton)
 
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
         if self.inner is None:
             self.inner, self.skeleton = inner, skeleton(params)
+            self._count = len(leaves_of(params).values)
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        return {"inner": None, "skeleton": None, "treedefs": []}
+        return {"inner": None, "skeleton": None, "treedefs": [], "_count": 0}
 
 
 class Plan:

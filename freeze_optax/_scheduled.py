@@ -8,7 +8,7 @@ import optax
 
 from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import leaves_of, live
-from freeze_optax._edit import check_plan
+from freeze_optax._edit import check_mask
 from freeze_optax._leaves import Leaves, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
@@ -71,7 +71,7 @@ def scheduled(
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
         for frozen in flags:
-            check_plan(plan.edited(frozen, plan.cohorts), params)
+            check_mask(plan, leaves, frozen)
         inner_state = inner.init(live(params, plan.frozen))
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.origin.layout.places(inner_state))
