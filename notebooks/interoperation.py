@@ -376,11 +376,10 @@ def frozen_adam(learning_rate):
 inside = fo.freezable(optax.inject_hyperparams(optax.adam)(learning_rate=0.01), "encoder")
 around = optax.inject_hyperparams(frozen_adam)(learning_rate=0.01)
 for tx in (inside, around):
-    # An array, like what it replaces.
-    state = optax.tree_utils.tree_set(tx.init(PARAMS), learning_rate=jnp.array(0.0))
+    state = optax.tree_utils.tree_set(tx.init(PARAMS), learning_rate=0.0)
     state = fo.thaw(state, PARAMS, "encoder/bias")
     assert moved(PARAMS, train(tx, PARAMS, state)[0]) == []
-    state = optax.tree_utils.tree_set(state, learning_rate=jnp.array(0.01))
+    state = optax.tree_utils.tree_set(state, learning_rate=0.01)
     expected = ["encoder/bias", "head/bias", "head/kernel"]
     assert moved(PARAMS, train(tx, PARAMS, state)[0]) == expected
 
