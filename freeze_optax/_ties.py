@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves
 from freeze_optax._patterns import listed
+from freeze_optax._rows import Flag
 
 Group = tuple[str, ...]
 
@@ -71,7 +72,7 @@ SHARED = "they share one buffer; freeze all or none of them, or give one its own
 TIED = "fo.tie ties them; freeze all or none of them"
 
 
-def check_ties(leaves: Leaves, frozen: Mapping[str, bool]) -> None:
+def check_ties(leaves: Leaves, frozen: Mapping[str, Flag]) -> None:
     """Raises where one of the leaves that share a buffer is frozen and another is not.
 
     Args:
@@ -86,7 +87,7 @@ def check_ties(leaves: Leaves, frozen: Mapping[str, bool]) -> None:
             check_group(group, frozen, SHARED)
 
 
-def check_group(group: Sequence[str], frozen: Mapping[str, bool], why: str) -> None:
+def check_group(group: Sequence[str], frozen: Mapping[str, Flag], why: str) -> None:
     """Raises where some leaves of a group are frozen and others are not.
 
     Args:
@@ -97,10 +98,15 @@ def check_group(group: Sequence[str], frozen: Mapping[str, bool], why: str) -> N
     Raises:
       ValueError: Naming both.
     """
+    if len({frozen[path] for path in group}) < 2:
+        return
     still = [path for path in group if frozen[path]]
-    moving = [path for path in group if not frozen[path]]
-    if still and moving:
-        raise ValueError(f"{listed(still)} would be frozen and {listed(moving)} trained, but {why}")
+    moving = [path for path in group if frozen[path] is not True]
+    parts = {path: flag for path in group if not isinstance(flag := frozen[path], bool)}
+    in_part = f" (of some only rows would be: {parts})" if parts else ""
+    raise ValueError(
+        f"{listed(still)} would be frozen and {listed(moving)} trained{in_part}, but {why}"
+    )
 
 
 _noted: ContextVar[list[Group] | None] = ContextVar("noted", default=None)
