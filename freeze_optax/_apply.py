@@ -33,8 +33,8 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
       updates: A tree with a leaf, a hole or None for each leaf of `params`; those at frozen ones
         are not looked at.
       frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
-        state. Of one that is frozen in part, those rows. Also left is each leaf whose update is None or a hole (`optax.MaskedNode`), and
-        each that cannot be trained.
+        state. Of a leaf that is frozen in part, those rows. Also left is each leaf whose update is
+        None or a hole (`optax.MaskedNode`), and each that cannot be trained.
 
     Returns:
       A tree like `params`: at other leaves the sum, in the dtype of the param.

@@ -46,6 +46,8 @@ def assign(params: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _index(path: str, leaves: Leaves) -> int:
+    if not isinstance(path, str):
+        raise TypeError(f"fo.assign takes paths, 'dense/kernel' say, but got the key {path!r}")
     count = leaves.paths.count(path)
     if count == 1:
         return leaves.paths.index(path)
@@ -56,6 +58,38 @@ def _index(path: str, leaves: Leaves) -> int:
     raise ValueError(f"fo.assign was given {path!r}, which is no leaf; {hint}")
 
 
+def _set(path: str, leaf: Any, value: Any) -> Any:
+    own = np.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
+    if not isinstance(own, jax.Array | np.ndarray | np.generic):
+        what = "abstract" if is_array(leaf) else f"a {type(leaf).__name__}"
+        raise TypeError(f"fo.assign sets arrays and numbers, but the leaf at {path!r} is {what}")
+    given = _array(path, value)
+    _check(path, own, given)
+    if isinstance(own, jax.Array):
+        return _on_devices_of(own, given)
+    if isinstance(given, Tracer):
+        raise TypeError(
+            f"the value for {path!r} is traced, but the leaf is a {type(leaf).__name__}, which "
+            "can't be; make the params arrays of JAX"
+        )
+    new = np.broadcast_to(np.asarray(given), own.shape).astype(own.dtype)
+    if isinstance(leaf, np.ndarray):
+        return new
+    return new[()] if isinstance(leaf, np.generic) else type(leaf)(new.item())
+
+
+def _array(path: str, value: Any) -> Any:
+    try:
+        given = value if isinstance(value, jax.Array) else np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the value for {path!r} is no array: {error}") from error
+    if given.dtype == object:
+        raise TypeError(
+            f"the value for {path!r} is a {type(value).__name__}, not an array or a number"
+        )
+    return given
+
+
 _RANKS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
@@ -64,52 +98,47 @@ def _rank(dtype: Any) -> int | None:
     return next((i for i, group in enumerate(_RANKS) if jnp.issubdtype(dtype, group)), None)
 
 
-def _set(path: str, leaf: Any, value: Any) -> Any:
-    given = value if is_array(value) else np.asarray(value)
-    own = np.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
-    if not isinstance(own, jax.Array | np.ndarray | np.generic):
-        what = "abstract" if is_array(leaf) else f"a {type(leaf).__name__}"
-        raise TypeError(f"fo.assign sets arrays and numbers, but the leaf at {path!r} is {what}")
-    _check(path, own, given)
-    if isinstance(own, jax.Array):
-        return _on_devices_of(own, given)
-    new = np.broadcast_to(np.asarray(given), own.shape).astype(own.dtype)
-    if own is leaf:
-        return new
-    return type(leaf)(new.item())
-
-
 def _check(path: str, own: Any, given: Any) -> None:
-    both = f"the leaf {path!r} is {own.dtype}{list(own.shape)}, the value {given.dtype}"
+    both = (
+        f"the leaf {path!r} is {own.dtype}{list(own.shape)}, the value {given.dtype}"
+        f"{list(given.shape)}"
+    )
     mine, other = _rank(own.dtype), _rank(given.dtype)
-    if other is None and given.dtype != own.dtype:
-        raise TypeError(f"{both}{list(given.shape)}; it must be an array or a number")
-    if mine is None and given.dtype != own.dtype:
-        raise TypeError(f"{both}{list(given.shape)}; it must be of that very dtype")
+    if given.dtype != own.dtype and (mine is None or other is None):
+        raise TypeError(f"{both}; only numbers are cast")
     try:
         fits = np.broadcast_shapes(given.shape, own.shape) == own.shape
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{both}{list(given.shape)}, which does not broadcast to that shape")
-    if mine is None or other is None:
-        return
-    loses = other > mine
-    if other == mine == _RANKS.index(jnp.integer) and not isinstance(given, Tracer):
-        exact = np.asarray(given)
-        loses = bool((exact.astype(own.dtype) != exact).any())
-    if loses:
-        raise ValueError(
-            f"{both}{list(given.shape)}, which would lose in that dtype; cast it first"
-        )
+        raise ValueError(f"{both}, which does not broadcast to that shape")
+    if mine is not None and other is not None and (other > mine or _is_beyond(given, own.dtype)):
+        raise ValueError(f"{both}, which that dtype can't hold; cast it first")
+
+
+def _is_beyond(given: Any, dtype: Any) -> bool:
+    """Whether a cast wraps an integer or makes a number infinite; not asked of traced values."""
+    if isinstance(given, Tracer) or given.dtype == dtype:
+        return False
+    numbers = np.asarray(given)
+    with np.errstate(all="ignore"):
+        cast = numbers.astype(dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            return bool((cast != numbers).any())
+        # As complex: NumPy knows of no finiteness in the small formats.
+        return bool((np.isfinite(numbers) & ~np.isfinite(cast.astype(np.complex128))).any())
 
 
 def _on_devices_of(own: jax.Array, given: Any) -> Any:
-    if _rank(own.dtype) is not None:
-        # A copy, even where the value fits as it is: two leaves set to one array would share its
-        # buffer, and donating the params would delete the user's.
-        given = jnp.array(given, dtype=own.dtype)
-    new = jnp.broadcast_to(given, own.shape)
-    if isinstance(own, Tracer) or not own.committed:
-        return new
-    return jax.device_put(new, own.sharding)
+    if isinstance(own, Tracer) or isinstance(given, Tracer):
+        cast = given if _rank(own.dtype) is None else jnp.asarray(given, own.dtype)
+        return jnp.broadcast_to(cast, own.shape)
+    # By way of the host: a copy, as two leaves set to one array would share its buffer and
+    # donating the params would delete the user's; and on no device that the leaf is not on.
+    if _rank(own.dtype) is None:
+        data = jnp.asarray(np.array(jax.random.key_data(given)))
+        new = jax.random.wrap_key_data(data, impl=jax.random.key_impl(given))
+    else:
+        new = jnp.asarray(np.array(given).astype(own.dtype))
+    new = jnp.broadcast_to(new, own.shape)
+    return jax.device_put(new, own.sharding) if own.committed else new

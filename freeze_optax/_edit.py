@@ -242,10 +242,11 @@ def move(
 
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag]) -> None:
     """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
-    frozen = dict(zip(plan.paths, mask, strict=True))
-    check_ties(leaves, frozen)
+    by_path = dict(zip(plan.paths, mask, strict=True))
+    same = leaves.paths == plan.paths
+    check_ties(leaves, mask if same else [by_path[path] for path in leaves.paths])
     for group in plan.layout.ties:
-        check_group(group, frozen, TIED)
+        check_group([(path, by_path[path]) for path in group], TIED)
 
 
 def _group(
@@ -282,4 +283,4 @@ def _beside(new: Any, old: Any) -> Any:
         return new
     if len(old.sharding.device_set) == 1:
         return new
-    return jax.device_replaced(new, old.sharding)
+    return jax.device_put(new, old.sharding)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from freeze_optax._copies import copies_of
 from freeze_optax._leaves import Leaves, is_hole
@@ -42,8 +43,9 @@ class Layout:
         skeleton: Any,
     ):
         try:
+            # By a function of its own: a trace that jax has cached would note no ties.
             with noted_ties() as self.ties:
-                template = Leaves(jax.eval_shape(init, skeleton))
+                template = Leaves(jax.eval_shape(lambda: init(skeleton)))
         except Exception as error:
             raise ValueError(
                 f"the state of {_raiser(error)} can't be edited, nor follow phases: its init fails "
@@ -106,7 +108,7 @@ def _raiser(error: BaseException) -> str:
 
 def shapes(x: Any) -> list[tuple[int, ...]]:
     """The shapes of the arrays at a place: none at a hole."""
-    return [leaf.shape for leaf in jax.tree.leaves(x)]
+    return [np.shape(leaf) for leaf in jax.tree.leaves(x)]
 
 
 def _keys(tree: Any) -> list[Keys]:

@@ -1,6 +1,8 @@
 """The modules of a model, by path: the nodes of its tree, or a table that an adapter makes."""
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +18,25 @@ class Modules(dict[str, Any]):
 
     Attributes:
       aliases: For each other path of a shared leaf the one that the params have.
+      more: Further modules at paths that have one: Linen's `share_scope` puts two at one path.
     """
 
-    def __init__(self, table: Mapping[str, Any], aliases: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        table: Mapping[str, Any],
+        aliases: Mapping[str, str] | None = None,
+        more: Sequence[tuple[str, Any]] = (),
+    ):
         super().__init__(table)
-        self.aliases = dict(aliases or {})
+        self.aliases, self.more = dict(aliases or {}), list(more)
 
 
 def children_of(node: Any) -> list[tuple[Entries, Any]] | None:
     """What stands directly below a node of a pytree, with its key; None if it is a leaf."""
-    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    if len(below) == 1 and below[0][1] is node:
+    # All but the node itself, which is asked first, are leaves; it may be among its own children.
+    is_below = itertools.chain([False], itertools.repeat(True))
+    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(is_below))
+    if len(below) == 1 and not below[0][0]:
         return None
     # The `value` of an NNX Variable is no component of a path.
     return [((), value) for _, value in below] if is_variable(node) else below
@@ -64,17 +74,17 @@ def _is_among(node: Any, chain: Any) -> bool:
 
 
 _CONTAINERS = (dict, list, tuple, type(None))
+# Told by name, as flax may not be there: boxes around a param, and what NNX keeps in a module.
+_FLAX_WRAPPERS = {"flax.core.meta.AxisMetadata", "flax.nnx.pytreelib.PytreeState"}
 
 
 def is_module(node: Any) -> bool:
     """Whether a node is an instance of a class that may mean something: no mere container."""
-    return not (
-        type(node) in _CONTAINERS
-        or is_hole(node)
-        or is_variable(node)
-        or (isinstance(node, Mapping) and not _is_nnx_module(node))
-    )
-
-
-def _is_nnx_module(node: Any) -> bool:
-    return any(base.__module__ == "flax.nnx.module" for base in type(node).__mro__)
+    if type(node) in _CONTAINERS or is_hole(node) or is_variable(node):
+        return False
+    bases = {f"{base.__module__}.{base.__name__}" for base in type(node).__mro__}
+    if bases & _FLAX_WRAPPERS:
+        return False
+    # Dataclasses of chex are Mappings as well, and so is nnx.Dict.
+    is_class = dataclasses.is_dataclass(node) or "flax.nnx.module.Module" in bases
+    return is_class or not isinstance(node, Mapping)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from freeze_optax._cut import Parts, is_whole, join
-from freeze_optax._leaves import HOLE, Leaves, is_hole
+from freeze_optax._leaves import HOLE, Leaves, is_hole, is_variable
 from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._rows import Flag, Rows, invert, put, take
 from freeze_optax._selectors import Spec, as_selector, resolve
@@ -132,7 +134,8 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
       A tree of the structure of `new`; the leaves are the very objects.
 
     Raises:
-      ValueError: If the trees differ in structure, or the spec does not fit them.
+      ValueError: If the trees differ in structure, or the spec does not fit them; or if a selected
+        NNX Variable is in both trees, so that nothing of what it was is left.
     """
     after, before = Leaves(new), Leaves(old)
     if after.treedef != before.treedef:
@@ -141,6 +144,7 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
             + odd_paths(after.paths, before.paths, "in `new`", "in `old`")
         )
     held = as_selector(where).flags(after)
+    _check_copied(new, old, after.fill(held))
     triples = zip(after.values, before.values, held, strict=True)
     return after.rebuild(_held(n, o, flag) for n, o, flag in triples)
 
@@ -149,3 +153,14 @@ def _held(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Rows):
         return put(new, flag, take(old, flag))
     return old if flag else new
+
+
+def _check_copied(new: Any, old: Any, held: Any) -> None:
+    # `nnx.state` gives the model's own Variables, which go on changing with it.
+    trees = [Leaves(tree, stop=is_variable).values for tree in (new, old, held)]
+    triples = zip(*trees, strict=True)
+    if any(a is b and is_variable(a) and any(jax.tree.leaves(flag)) for a, b, flag in triples):
+        raise ValueError(
+            "`new` and `old` hold the very same Variables, so what they were is gone; keep a copy "
+            "before they change: old = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import copies_of, like
+from freeze_optax._copies import copies_of, leaves_of, like
 from freeze_optax._cut import Cut
 from freeze_optax._layout import Layout
 from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
@@ -32,6 +32,7 @@ class Origin:
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
         self.inner: optax.GradientTransformationExtraArgs | None = inner
         self.skeleton = skeleton(params)
+        self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
         self._layouts: dict[Cut | None, Layout] = {}
 
@@ -48,7 +49,13 @@ class Origin:
     def layout(self, cut: Cut | None) -> Layout:
         """The layout of the inner state; made when an edit or a second cohort first needs it."""
         if cut not in self._layouts:
-            self._layouts[cut] = Layout(self.init, self._cut_skeleton(cut))
+            init = self.init
+            if len(leaves_of(self.skeleton).values) != self._count:
+                raise ValueError(
+                    "the state of params with a tree in an NNX Variable can't be edited, nor "
+                    "follow phases; make a Variable of each array"
+                )
+            self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
         return self._layouts[cut]
 
     def _cut_skeleton(self, cut: Cut | None) -> Any:
@@ -62,10 +69,12 @@ class Origin:
         """Takes what unpickling has lost from the transformation that updates the state."""
         if self.inner is None:
             self.inner, self.skeleton = inner, skeleton(params)
+            self._count = len(leaves_of(params).values)
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        return {"inner": None, "skeleton": None, "treedefs": [], "_layouts": {}}
+        lost: dict[str, Any] = {"inner": None, "skeleton": None, "treedefs": []}
+        return {**lost, "_layouts": {}, "_count": 0}
 
 
 class Plan:

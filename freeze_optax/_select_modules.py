@@ -1,12 +1,13 @@
 """The selectors that ask for the module around a leaf."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, final
 
 import numpy as np
 
-from freeze_optax._leaves import Leaves
-from freeze_optax._modules import Modules, is_module, walk
+from freeze_optax._leaves import Leaves, text
+from freeze_optax._modules import Modules, children_of, is_module, walk
 from freeze_optax._patterns import listed, nearest, nodes_of
 from freeze_optax._selectors import Selector
 
@@ -18,11 +19,23 @@ class _Found:
 
     def __init__(self, table: Table, leaves: Leaves, name: str):
         table = leaves.modules if table is None else table
+        self._leaves, self._name, self._table = leaves, name, table
         self._aliases = table.aliases if isinstance(table, Modules) else None
-        self._leaves, self._name = leaves, name
-        self.nodes = list(walk(leaves.tree) if table is None else table.items())
-        named = leaves.names(self._aliases)
-        self._paths = nodes_of(path for path, _ in named)
+        self._paths = nodes_of(path for path, _ in leaves.names(self._aliases))
+        if table is None:
+            self.nodes = list(walk(leaves.tree))
+        else:
+            self.nodes = [*table.items(), *(table.more if isinstance(table, Modules) else ())]
+            self._check_table()
+
+    def _check_table(self) -> None:
+        below = [path for path, _ in self.nodes if path]
+        if below and not any(path in self._paths for path in below):
+            raise ValueError(
+                f"the modules of {self._name} are not of this tree: it has nothing at "
+                f"{listed(below, 3)}, but {listed(self._leaves.paths, 3)}; params go without the "
+                "collection's name: variables['params']"
+            )
 
     @property
     def modules(self) -> list[tuple[str, Any]]:
@@ -37,9 +50,18 @@ class _Found:
             )
         return modules
 
-    def has(self, path: str, module: Any, field: str) -> bool:
-        """Whether a module has a field, be it None, or params of that name."""
-        return join(path, field) in self._paths or hasattr(module, field)
+    def field(self, path: str, module: Any, name: str) -> str | None:
+        """The path of a module's direct field, be it None or empty; None if it has no such."""
+        own = join(path, name)
+        if own in self._paths and "/" not in name:
+            return own
+        if name not in _attributes(module):
+            return None
+        # Of a class that is registered without keys, only the value tells which child it is.
+        value = getattr(module, name)
+        below = [] if self._table is not None else children_of(module) or []
+        same = [text(keys) for keys, child in below if child is value and child is not None]
+        return join(path, same[0]) if same else own
 
     def fields_of(self, path: str) -> list[str]:
         """The names of what the tree has directly below a node."""
@@ -50,6 +72,12 @@ class _Found:
     def below(self, nodes: Iterable[str]) -> list[bool]:
         """For each leaf, whether it is at or below one of the nodes."""
         return self._leaves.below(set(nodes), self._aliases)
+
+
+def _attributes(module: Any) -> Container[str]:
+    """The names of what an instance holds; methods and properties are none of it."""
+    slots = getattr(type(module), "_fields", ()) or getattr(type(module), "__slots__", ())
+    return {*getattr(module, "__dict__", ()), *slots}
 
 
 def join(path: str, field: str) -> str:
@@ -87,7 +115,7 @@ class _OfType(Selector):
                     f"{self!r}: no module is a {cls.__name__}; {nearest(cls.__name__, present)}"
                 )
         for field in self._fields:
-            if not any(found.has(path, node, field) for path, node in of_type):
+            if not any(found.field(path, node, field) for path, node in of_type):
                 path, node = of_type[0]
                 raise ValueError(
                     f"{self!r}: no such module has a field {field!r}; {path!r}, a "
@@ -95,7 +123,9 @@ class _OfType(Selector):
                 )
         nodes = [path for path, _ in of_type]
         if self._fields:
-            nodes = [join(path, field) for path in nodes for field in self._fields]
+            pairs = itertools.product(of_type, self._fields)
+            named = [found.field(path, node, name) for (path, node), name in pairs]
+            nodes = [path for path in named if path is not None]
         flags = found.below(nodes)
         if not any(flags):
             raise ValueError(f"{self!r} selects no leaf: the tree has none at {listed(nodes)}")
@@ -141,10 +171,10 @@ def of_type(
     if odd or not types:
         what = f"but got {odd[0]!r}" if odd else "and got none"
         raise TypeError(f"fo.of_type takes classes, one argument each, {what}")
-    fields = fields if isinstance(fields, str) else tuple(fields)
-    if not _is_names(fields):
+    names = fields if isinstance(fields, str) or not isinstance(fields, Iterable) else tuple(fields)
+    if not _is_names(names):
         raise TypeError(f"the fields of fo.of_type are strings, ('kernel',) say, not {fields!r}")
-    return _OfType(types, tuple(fields), _checked_table(modules, "of_type"))
+    return _OfType(types, tuple(names), _checked_table(modules, "of_type"))
 
 
 @final
@@ -166,13 +196,14 @@ class _ByModule(Selector):
                 f"the function of {self!r} gave {answer!r} at {path!r}, a {type(module).__name__}; "
                 "it must give True, False or a tuple of names of fields, ('kernel',) say"
             )
-        for field in answer:
-            if not found.has(path, module, field):
+        fields = {name: found.field(path, module, name) for name in answer}
+        for name, field in fields.items():
+            if field is None:
                 raise ValueError(
-                    f"the function of {self!r} named the field {field!r} at {path!r}, but this "
+                    f"the function of {self!r} named the field {name!r} at {path!r}, but this "
                     f"{type(module).__name__} has {listed(found.fields_of(path))}"
                 )
-        return [join(path, field) for field in answer]
+        return [field for field in fields.values() if field is not None]
 
     def __repr__(self) -> str:
         return f"by_module({getattr(self._function, '__qualname__', self._function)})"
@@ -209,8 +240,10 @@ def by_module(
       selected is no error.
 
     Raises:
-      TypeError: If `modules` is no table.
+      TypeError: If `fn` is no function, or `modules` no table.
     """
+    if not callable(fn):
+        raise TypeError(f"fo.by_module takes a function of a module and its path, not {fn!r}")
     return _ByModule(fn, _checked_table(modules, "by_module"))
 
 
@@ -226,11 +259,12 @@ class _Declared(Selector):
         present = set[tuple[type, str]]()
         for path, module in found.modules:
             for cls, field in _declared_by(type(module)):
-                nodes.append(join(path, field))
-                if found.has(path, module, field):
-                    present.add((cls, field))
-                else:
+                node = found.field(path, module, field)
+                if node is None:
                     missing.setdefault((cls, field), path)
+                else:
+                    present.add((cls, field))
+                    nodes.append(node)
         # One without it may be right (a mask is optional), but none with it is a slip.
         for (cls, field), path in missing.items():
             if (cls, field) not in present:

@@ -19,7 +19,8 @@ def encode(leaf: Any) -> tuple[Any, dict[str, Any]]:
     Returns:
       The leaf itself where it may be stored as it is, else its bits; and its shape and dtype.
     """
-    array = leaf if is_array(leaf) else np.asarray(leaf)
+    # A Python number, set by hand, gets the dtype that it will have after the next update.
+    array = leaf if is_array(leaf) else jnp.asarray(leaf)
     entry = {"shape": list(array.shape), "dtype": str(array.dtype)}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(array), {**entry, "key": str(jax.random.key_impl(array))}

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ from freeze_optax._ties import TIED, Group, check_group, note_ties
 
 
 def tie(
-    inner: optax.GradientTransformation, *groups: Sequence[str]
+    inner: optax.GradientTransformation, *groups: Iterable[str]
 ) -> optax.GradientTransformationExtraArgs:
     """Trains the leaves of each group as one: summed gradients, one state, one update for all.
 
     JAX keeps no aliases: two leaves that start as one array part at the first step. With their
     gradients summed and one update they stay equal, as one shared parameter would be. It goes
-    inside: `freezable(tie(inner, *groups), frozen)`.
+    inside: `freezable(tie(inner, *groups), frozen)`. Leaves that still share their buffer can't be
+    donated; copy them first, `jax.tree.map(jnp.copy, params)`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -47,7 +48,7 @@ def tie(
       of a group differ in shape or dtype, or only some of them are there.
 
     Raises:
-      TypeError: If a group is a string.
+      TypeError: If a group is a string, or holds anything else than strings.
       ValueError: If a group has fewer than two paths, or a path is in two groups.
     """
     inner = optax.with_extra_args_support(inner)
@@ -64,7 +65,7 @@ def tie(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         structure = Leaves(updates, stop=is_whole).treedef
-        adapted = {name: _adapt(value, tied, structure) for name, value in extra.items()}
+        adapted = {name: _adapt(name, value, tied, structure) for name, value in extra.items()}
         own = _on_each(tied.drop, params)
         moved, state = inner.update(tied.sum(updates), state, own, **adapted)
         return _on_each(tied.spread, moved), state
@@ -85,6 +86,10 @@ class _Tied:
             if path not in index:
                 raise ValueError(
                     f"fo.tie was given {path!r}, which is no leaf; {nearest(path, paths)}"
+                )
+            if paths.count(path) > 1:
+                raise ValueError(
+                    f"fo.tie can't tell which of {paths.count(path)} leaves at {path!r} is meant"
                 )
         return [sorted(index[path] for path in group) for group in self.groups]
 
@@ -126,14 +131,15 @@ def _on_each(function: Callable[[Any], Any], tree: Any) -> Any:
     return like(tree, [function(copy) for copy in copies_of(tree)])
 
 
-def _adapt(value: Any, tied: _Tied, structure: Any) -> Any:
+def _adapt(name: str, value: Any, tied: _Tied, structure: Any) -> Any:
     """An extra argument as `inner` should see it, with one leaf for each group."""
 
     def where_like_params(function: Callable[[Any], Any], value: Any) -> Any:
         return function(value) if Leaves(value, stop=is_whole).treedef == structure else value
 
     if not is_function(value):
-        return where_like_params(tied.drop, value)
+        # A line search takes the slope along the shared leaf from the gradient.
+        return where_like_params(tied.sum if name == "grad" else tied.drop, value)
 
     # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
     @functools.wraps(value)
@@ -145,26 +151,28 @@ def _adapt(value: Any, tied: _Tied, structure: Any) -> Any:
     return on_whole_params
 
 
-def _checked(groups: tuple[Sequence[str], ...]) -> tuple[Group, ...]:
+def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
     seen = set[str]()
-    for group in groups:
-        if isinstance(group, str):
+    checked: list[Group] = []
+    for given in groups:
+        group = () if isinstance(given, str) else tuple(given)
+        if isinstance(given, str) or not all(isinstance(path, str) for path in group):
             raise TypeError(
-                f"fo.tie takes groups of paths, not the path {group!r}: fo.tie(inner, ({group!r}, "
-                "...))"
+                f"fo.tie takes groups of paths, one argument each, but got {given!r}: write "
+                "fo.tie(inner, ('embed', 'head')), or fo.tie(inner, *fo.tied_paths(params))"
             )
         if len(group) < 2:
             raise ValueError(f"a group of fo.tie needs two paths or more, not {list(group)}")
-        twice = sorted(path for path in set(group) if path in seen or group.count(path) > 1)
+        twice = sorted({path for path in group if path in seen or group.count(path) > 1})
         if twice:
             raise ValueError(f"{listed(twice)} is in the groups of fo.tie more than once")
         seen.update(group)
-    return tuple(map(tuple, groups))
+        checked.append(group)
+    return tuple(checked)
 
 
 def _check_holes(leaves: Leaves, group: list[int]) -> None:
-    holes = {leaves.paths[i]: is_hole(leaves.values[i]) for i in group}
-    check_group(list(holes), holes, TIED)
+    check_group([(leaves.paths[i], is_hole(leaves.values[i])) for i in group], TIED)
 
 
 def _check_alike(leaves: Leaves, group: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Groups of leaves that share a buffer, or are to stay equal."""
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,17 +35,17 @@ def tied_paths(params: Any) -> list[Group]:
       leaves (`jax.ShapeDtypeStruct`, tracers) have no buffer, and are never tied; nor are arrays
       without elements.
     """
-    return groups_of(Leaves(params))
+    leaves = Leaves(params)
+    return [tuple(leaves.paths[i] for i in group) for group in _groups(leaves)]
 
 
-def groups_of(leaves: Leaves) -> list[Group]:
-    """`tied_paths`, with the leaves at hand."""
-    groups: dict[Any, list[str]] = {}
-    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
+def _groups(leaves: Leaves) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves.values):
         buffer = _buffer(leaf)
         if buffer is not None:
-            groups.setdefault(buffer, []).append(path)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
+            groups.setdefault(buffer, []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _buffer(leaf: Any) -> Any:
@@ -61,10 +61,14 @@ def _buffer(leaf: Any) -> Any:
 def _pointers(leaf: jax.Array) -> Any:
     try:
         if len(leaf.devices()) == 1:
-            return leaf.unsafe_buffer_pointer()
-        return tuple(shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards)
+            (device,) = leaf.devices()
+            return (device.id, leaf.unsafe_buffer_pointer())
+        shards = leaf.addressable_shards
+        pointers = [(shard.device.id, shard.data.unsafe_buffer_pointer()) for shard in shards]
+        return tuple(pointers) or id(leaf)
     except Exception:  # noqa: BLE001
-        # Deleted, or of a platform or an extended dtype (PRNG keys) that tells no pointer.
+        # Deleted, of another process, or of a platform or an extended dtype (PRNG keys) that
+        # tells no pointer.
         return id(leaf)
 
 
@@ -72,40 +76,39 @@ SHARED = "they share one buffer; freeze all or none of them, or give one its own
 TIED = "fo.tie ties them; freeze all or none of them"
 
 
-def check_ties(leaves: Leaves, frozen: Mapping[str, Flag]) -> None:
+def check_ties(leaves: Leaves, frozen: Sequence[Flag]) -> None:
     """Raises where one of the leaves that share a buffer is frozen and another is not.
 
     Args:
       leaves: The leaves of the params.
-      frozen: For each path whether its leaf is frozen.
+      frozen: For each of them whether it is frozen.
 
     Raises:
       ValueError: Naming both.
     """
-    if len(set(frozen.values())) > 1:
-        for group in groups_of(leaves):
-            check_group(group, frozen, SHARED)
+    if len(set(frozen)) > 1:
+        for group in _groups(leaves):
+            check_group([(leaves.paths[i], frozen[i]) for i in group], SHARED)
 
 
-def check_group(group: Sequence[str], frozen: Mapping[str, Flag], why: str) -> None:
+def check_group(group: Sequence[tuple[str, Flag]], why: str) -> None:
     """Raises where some leaves of a group are frozen and others are not.
 
     Args:
-      group: Their paths.
-      frozen: For each path whether its leaf is frozen.
+      group: Their paths, each with whether it is frozen.
       why: What makes them a group, and what to do.
 
     Raises:
       ValueError: Naming both.
     """
-    if len({frozen[path] for path in group}) < 2:
+    if len({flag for _, flag in group}) < 2:
         return
-    still = [path for path in group if frozen[path]]
-    moving = [path for path in group if frozen[path] is not True]
-    parts = {path: flag for path in group if not isinstance(flag := frozen[path], bool)}
-    in_part = f" (of some only rows would be: {parts})" if parts else ""
+    still = [path for path, flag in group if flag]
+    moving = [path for path, flag in group if flag is not True]
+    parts = [f"of {path!r} {flag!r}" for path, flag in group if not isinstance(flag, bool)]
+    only = f" ({', '.join(parts)})" if parts else ""
     raise ValueError(
-        f"{listed(still)} would be frozen and {listed(moving)} trained{in_part}, but {why}"
+        f"{listed(still)} would be frozen{only} and {listed(moving)} trained, but {why}"
     )
 
 

@@ -81,7 +81,7 @@ def freezable(
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
         leaves = leaves_of(params)
         flags = resolve(selector, leaves)
-        check_ties(leaves, dict(zip(leaves.paths, flags, strict=True)))
+        check_ties(leaves, flags)
         if all(flag is True for flag in flags):
             warnings.warn(
                 f"freezable({selector!r}): all {len(flags)} leaves are frozen, nothing is left to "

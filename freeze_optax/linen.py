@@ -1,10 +1,12 @@
 """Flax Linen: which module each param belongs to."""
 
+import dataclasses
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
-from freeze_optax._leaves import is_array
+from freeze_optax._leaves import Leaves, is_array
 from freeze_optax._modules import Modules
 
 try:
@@ -55,23 +57,96 @@ def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:
             f"linen.modules takes a Linen module and the arguments of its __call__, not a "
             f"{type(module).__name__}"
         )
-    found: dict[str, linen.Module] = {}
-
-    def note(fun: Any, args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
-        path = "/".join(context.module.path)
-        # The first at a path: a lifted module (nn.scan, nn.remat) is seen once more as a wrapper
-        # at the path of the module that it stands in.
-        if path not in found:
-            found[path] = context.module.clone(parent=None)
-        return fun(*args, **kwargs)
-
     leaves, treedef = jax.tree.flatten((args, kwargs))
 
-    def init(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        args, kwargs = treedef.unflatten(next(given) if is_array(x) else x for x in leaves)
-        with linen.intercept_methods(note):
-            return module.init(jax.random.key(0), *args, **kwargs)
+    def trace() -> tuple[_Notes, Any]:
+        notes = _Notes()
 
-    jax.eval_shape(init, [x for x in leaves if is_array(x)])
-    return Modules(found)
+        def init(arrays: list[Any]) -> Any:
+            given = iter(arrays)
+            args, kwargs = treedef.unflatten(next(given) if is_array(x) else x for x in leaves)
+            with linen.intercept_methods(notes.intercept), notes:
+                return module.init(jax.random.key(0), *args, **kwargs)
+
+        return notes, jax.eval_shape(init, [x for x in leaves if is_array(x)])
+
+    notes, variables = trace()
+    if not notes.cover(variables):
+        # What `nn.jit` has traced before is not run again. Without jit it is, but then a scan
+        # takes as long as its steps, so only where something is missing.
+        with jax.disable_jit():
+            notes, _ = trace()
+    return Modules(notes.found, more=notes.more)
+
+
+class _Notes:
+    """The modules whose methods are called while a model is initialised.
+
+    Attributes:
+      found: The first module at each path. A lifted module (`nn.scan`, `nn.remat`) is seen once
+        more as a wrapper at the path of the module that it stands in.
+      more: Others at the same path, as `nn.share_scope` puts them.
+    """
+
+    def __init__(self):
+        self.found: dict[str, linen.Module] = {}
+        self.more: list[tuple[str, linen.Module]] = []
+        self._root: Any = None
+        self._foreign = 0
+
+    def __enter__(self) -> None:
+        self._root = None
+
+    def __exit__(self, *_: object) -> None:
+        self._root = None  # It holds tracers.
+
+    def intercept(self, fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Notes a module and calls its method; an interceptor for `linen.intercept_methods`."""
+        self._root = self._root or context.module
+        # A model that is initialised or applied inside of this one has paths of its own.
+        is_foreign = bool(self._foreign) or self._is_other_root(context.module)
+        if not is_foreign:
+            self._note(context.module)
+        self._foreign += is_foreign
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            self._foreign -= is_foreign
+
+    def _is_other_root(self, module: Any) -> bool:
+        root = self._root
+        is_lifted = isinstance(root, type(module)) or isinstance(module, type(root))
+        return not module.path and module.scope is not root.scope and not is_lifted
+
+    def _note(self, module: Any) -> None:
+        if isinstance(module.parent, linen.Module):  # whose own methods may never be called
+            self._note(module.parent)
+        path = "/".join(module.path)
+        if path not in self.found:
+            self.found[path] = _unbound(module)
+        elif type(module).__module__ != "flax.linen.transforms":
+            known = [self.found[path], *(other for p, other in self.more if p == path)]
+            if not any(isinstance(other, type(module)) for other in known):
+                self.more.append((path, _unbound(module)))
+
+    def cover(self, variables: Any) -> bool:
+        """Whether there is a module for each of the params."""
+        paths = Leaves(variables.get("params", {})).paths
+        return all(path.rpartition("/")[0] in self.found for path in paths)
+
+
+def _unbound(module: Any) -> linen.Module:
+    """A copy that holds nothing of the trace."""
+    fields = [field.name for field in dataclasses.fields(module) if field.init]
+    values = {name: getattr(module, name) for name in fields if name not in ("parent", "name")}
+    traced = {name: value for name, value in values.items() if _is_traced(value)}
+    abstract = {name: jax.tree.map(_abstract, value) for name, value in traced.items()}
+    return module.clone(parent=None, _deep_clone=True, **abstract)
+
+
+def _is_traced(value: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(value))
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Tracer) else x

@@ -67,7 +67,7 @@ def modules(module: nnx.Module, /) -> Modules:
         own = {_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
         for group in shared:
             kept = [path for path in group if path in own]
-            aliases.update((path, kept[0]) for path in group if path not in kept)
+            aliases.update((path, kept[0]) for path in group if kept and path not in kept)
     return Modules(found, aliases)
 
 
@@ -78,7 +78,7 @@ def _text(entries: Entries) -> str:
 def _children(node: Any) -> list[tuple[Entries, Any]] | None:
     # With `pytree=False` a class is a leaf to jax; its attributes are what its graph has.
     below = children_of(node)
-    if below is None and isinstance(node, nnx.Module):
+    if below is None and isinstance(node, nnx.Pytree):
         return [((k,), v) for k, v in sorted(vars(node).items()) if not k.startswith("_pytree__")]
     return below
 
@@ -141,8 +141,7 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[Entries, Any], bool]:
       >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=trainable)
       >>> loss = lambda model: model.layers[1].kernel.sum()
       >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, trainable))(model)
-      >>> optimizer.update(model, grads) is not None
-      True
+      >>> updates = optimizer.update(model, grads)
 
     Args:
       model: The model.
@@ -194,7 +193,8 @@ def value_and_grad(
       `frozen` is one, else of all `nnx.Param`s, with zeros at the frozen ones.
 
     Raises:
-      ValueError: When called, if the spec does not fit the params.
+      ValueError: If `frozen` is the state of `freeze_optax.scheduled`; when called, if the spec
+        does not fit the params.
       TypeError: When called, if the first argument is no NNX module.
     """
     if schedules_of(frozen):

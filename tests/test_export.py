@@ -256,3 +256,14 @@ def test_two_leaves_that_share_a_path_keep_what_is_theirs():
     momentum = optax.tree_utils.tree_get(restored, "trace")
     np.testing.assert_array_equal(momentum["a/b"], tree["a/b"])
     np.testing.assert_array_equal(momentum["a"]["b"], tree["a"]["b"])
+
+
+def test_a_rate_set_by_hand_to_a_python_number_is_edited_and_stored():
+    tree = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = fo.freezable(optax.inject_hyperparams(optax.adam)(learning_rate=0.01), "a")
+    state = optax.tree_utils.tree_set(tx.init(tree), learning_rate=0.5)
+    restored = fo.import_state(tx, tree, fo.export_state(state))
+    rate = optax.tree_utils.tree_get(restored, "learning_rate")
+    assert (rate.dtype, float(rate)) == (jnp.float32, 0.5)
+    thawed = fo.thaw(state, tree, "a")
+    assert optax.tree_utils.tree_get(thawed, "learning_rate") == 0.5

@@ -220,3 +220,22 @@ def test_hold_keeps_batch_statistics_inside_a_jitted_step():
 def test_hold_names_what_does_not_fit(new, old, where, message):
     with pytest.raises(ValueError, match=message):
         fo.hold(new, old, where)
+
+
+class Norm(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+
+def test_holding_live_variables_is_an_error_that_says_to_keep_a_copy():
+    model = Norm()
+    old = nnx.state(model, nnx.BatchStat)
+    kept = jax.tree.map(jnp.copy, old)
+    model.norm(jnp.ones((3, 2)))
+    new = nnx.state(model, nnx.BatchStat)
+    with pytest.raises(ValueError, match=r"very same Variables.*keep a copy"):
+        fo.hold(new, old, True)
+    assert fo.hold(new, old, fo.nothing)["norm"]["mean"] is not None
+    nnx.update(model, fo.hold(new, kept, "norm/mean"))
+    np.testing.assert_array_equal(model.norm.mean[...], np.zeros(2))
+    np.testing.assert_allclose(model.norm.var[...], np.full(2, 0.99), rtol=1e-6)
