@@ -27,6 +27,7 @@ from freeze_optax._select import where as where
 from freeze_optax._select_modules import by_module as by_module
 from freeze_optax._select_modules import declared as declared
 from freeze_optax._select_modules import of_type as of_type
+from freeze_optax._select_rows import rows as rows
 from freeze_optax._selectors import Selector as Selector
 from freeze_optax._selectors import everything as everything
 from freeze_optax._selectors import nothing as nothing

@@ -8,11 +8,13 @@ import jax
 import optax
 
 from freeze_optax._copies import leaves_of
-from freeze_optax._edit import editable_state, in_order, init_leaves, put, replace_state
-from freeze_optax._layout import COUNTER, shapes
-from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind
+from freeze_optax._cut import Cut
+from freeze_optax._edit import editable_state, in_order, init_leaves, replace_state
+from freeze_optax._layout import ABSENT, COUNTER, shapes
+from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
 from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._rows import Rows, put
 from freeze_optax._state import FreezeState
 
 
@@ -45,12 +47,12 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
     plan = _plan_for("adopt", tx, params)
     leaves = leaves_of(params)
     frozen = tuple(not can_train(leaf) for leaf in leaves.values)
-    plan = plan.edited(frozen, tuple(DROPPED if flag else 0 for flag in frozen))
-    layout = plan.origin.layout
+    plan = Plan.of(plan.paths, frozen, plan.origin)
+    layout = plan.layout
     places = layout.places(inner_state)
     _check_shapes(plan, places, params)
     pairs = zip(layout.owners, places, strict=True)
-    kept = [put(x, HOLE) if owner >= 0 and frozen[owner] else x for owner, x in pairs]
+    kept = [replaced(x, HOLE) if owner >= 0 and frozen[owner] else x for owner, x in pairs]
     return FreezeState(layout.rebuild(kept), (), plan)
 
 
@@ -82,19 +84,54 @@ def release(state: Any, params: Any) -> Any:
     plan = whole.plan
     leaves = leaves_of(params)
     plan.flags(leaves, "params")
-    layout = plan.origin.layout
-    places = layout.places(whole.inner)
+    cut = plan.cut or Cut((i, None) for i in range(len(plan.paths)))
     numbers = _numbers(plan, params)
-    missing = [c == DROPPED and number for c, number in zip(plan.cohorts, numbers, strict=True)]
-    fresh = layout.places(init_leaves(plan, params, missing)) if any(missing) else places
+    complete = [
+        [(plan.cohorts[i] != DROPPED, cut.parts[i][1]) for i in own] == [(True, None)]
+        for own in cut.by_leaf
+    ]
+    missing = [number and not done for number, done in zip(numbers, complete, strict=True)]
+    uncut = Plan.of(plan.paths, [not flag for flag in missing], plan.origin)
+    layout, own = uncut.layout, plan.layout
+    places = own.places(whole.inner)
+    fresh = layout.places(init_leaves(uncut, params, missing)) if any(missing) else places
+    at = {
+        (own.prefixes[i], owner): x
+        for i, (owner, x) in enumerate(zip(own.owners, places, strict=True))
+    }
+    shared = (x for owner, x in zip(own.owners, places, strict=True) if ABSENT < owner < 0)
     nobodys = all(cohort == DROPPED for cohort in plan.cohorts)
 
-    def is_fresh(owner: int) -> bool:
-        return missing[owner] if owner >= 0 else owner == COUNTER and nobodys
+    def value_at(place: int, owner: int) -> Any:
+        if owner < 0:
+            value = HOLE if owner == ABSENT else next(shared)
+            return replaced(value, fresh[place]) if owner == COUNTER and nobodys else value
+        parts = [
+            (cut.parts[part][1], at.get((layout.prefixes[place], part), HOLE), plan.cohorts[part])
+            for part in cut.by_leaf[owner]
+        ]
+        if not missing[owner]:
+            return parts[0][1]
+        value = fresh[place]
+        for rows, x, cohort in parts:
+            if rows and cohort != DROPPED:
+                value = _with_rows(value, rows, x, layout.paths[place])
+        return replaced(parts[0][1], value)
 
-    rows = zip(layout.owners, places, fresh, strict=True)
-    filled = [put(x, new) if is_fresh(owner) else x for owner, x, new in rows]
+    filled = [value_at(place, owner) for place, owner in enumerate(layout.owners)]
     return replace_state(state, layout.rebuild(filled))
+
+
+def _with_rows(fresh: Any, rows: Rows, x: Any, path: str) -> Any:
+    """Fresh statistics of a leaf with those of some rows in their place."""
+    if not jax.tree.leaves(x):
+        return fresh
+    if [(rows.count, *shape[1:]) for shape in shapes(fresh)] != shapes(x):
+        raise ValueError(
+            f"{path!r} has {shapes(x)} for {rows!r}, which can't be put among the other rows of "
+            f"{shapes(fresh)}"
+        )
+    return put(fresh, rows, value_of(x))
 
 
 def _numbers(plan: Plan, params: Any) -> list[bool]:
@@ -132,7 +169,7 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
 
 def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
     wanted = _numbers(plan, params)
-    layout = plan.origin.layout
+    layout = plan.layout
     alone = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
     expected = layout.places(alone)
     rows = zip(layout.paths, layout.owners, places, expected, strict=True)

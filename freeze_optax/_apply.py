@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import listed, odd_paths
+from freeze_optax._rows import Flag, Rows, put, take
 from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
 
 
@@ -31,8 +33,8 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
       updates: A tree with a leaf, a hole or None for each leaf of `params`; those at frozen ones
         are not looked at.
       frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
-        state. Also left is each leaf whose update is None or a hole (`optax.MaskedNode`), and
-        each that cannot be trained.
+        state. Of a leaf that is frozen in part, those rows. Also left is each leaf whose update is
+        None or a hole (`optax.MaskedNode`), and each that cannot be trained.
 
     Returns:
       A tree like `params`: at other leaves the sum, in the dtype of the param.
@@ -46,8 +48,19 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     add = _add_unless_zero if schedules_of(frozen) else _add
     triples = zip(leaves.values, steps, flags, strict=True)
     return leaves.rebuild(
-        p if flag or u is None or is_hole(u) or is_hole(p) else add(p, u) for p, u, flag in triples
+        p if flag is True or u is None or is_hole(u) or is_hole(p) else _moved(p, u, flag, add)
+        for p, u, flag in triples
     )
+
+
+def _moved(param: Any, update: Any, frozen: Flag, add: Callable[[Any, Any], Any]) -> Any:
+    if not isinstance(frozen, Rows):
+        return add(param, update)
+    live = ~frozen
+    step = update if update.shape[0] == live.count else take(update, live)
+    if param.shape[0] == live.count:
+        return add(param, step)
+    return put(param, live, add(take(param, live), step))
 
 
 def _add(param: Any, update: Any) -> Any:

@@ -34,7 +34,7 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
         updates, inner = run(state.inner)
         return updates, FreezeState(inner, (), plan)
 
-    layout = plan.origin.layout
+    layout = plan.layout
     before = layout.places(state.inner)
     rows = cohort_counters(state, before)
     updates: dict[int, Leaves] = {}
@@ -73,7 +73,7 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
 
 def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     """The counters of each cohort, the first one's from the inner state, in the layout's order."""
-    first = [places[place] for place in state.plan.origin.layout.counters]
+    first = [places[place] for place in state.plan.layout.counters]
     more = state.ages[0].shape[0] if state.ages else 0
     return [first, *([age[i] for age in state.ages] for i in range(more))]
 

@@ -27,8 +27,3 @@ def like(tree: Any, copies: Sequence[Any]) -> Any:
     if isinstance(tree, optax.LookaheadParams):
         return optax.LookaheadParams(*copies)
     return copies[0] if copies else None
-
-
-def live(params: Any, flags: Sequence[bool]) -> Any:
-    """The params with a hole in each copy wherever a flag is set."""
-    return like(params, [Leaves(copy).without(flags) for copy in copies_of(params)])

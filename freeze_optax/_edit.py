@@ -9,8 +9,10 @@ from jax.core import Tracer
 
 from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import copies_of, leaves_of, like
-from freeze_optax._leaves import HOLE, Leaves, can_train, is_variable
+from freeze_optax._leaves import HOLE, Leaves, can_train, replaced, value_of
 from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._recut import recut
+from freeze_optax._rows import Flag, either, minus
 from freeze_optax._selectors import Spec, as_selector, resolve
 from freeze_optax._state import FreezeState, states_in
 from freeze_optax._ties import TIED, check_group, check_ties
@@ -52,9 +54,9 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
         or if a pattern selects nothing.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
         selected = in_order(plan, leaves, as_selector(where).flags(leaves))
-        return [a or b for a, b in zip(plan.frozen, selected, strict=True)]
+        return list(map(either, plan.mask, selected))
 
     return _edit("freeze", state, params, target, keep_state)
 
@@ -91,11 +93,11 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
         or if a pattern selects nothing.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
         selected = in_order(plan, leaves, as_selector(where).flags(leaves))
         trainable = in_order(plan, leaves, [can_train(leaf) for leaf in leaves.values])
-        rows = zip(plan.frozen, selected, trainable, strict=True)
-        return [frozen and not (a and b) for frozen, a, b in rows]
+        rows = zip(plan.mask, selected, trainable, strict=True)
+        return [minus(frozen, a) if b else frozen for frozen, a, b in rows]
 
     return _edit("thaw", state, params, target, keep_state=False)
 
@@ -128,7 +130,7 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
         or if a pattern selects nothing.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[bool]:
+    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
         return in_order(plan, leaves, resolve(frozen, leaves))
 
     return _edit("set_frozen", state, params, target, keep_state)
@@ -187,25 +189,27 @@ def _edit(
     verb: str,
     tree: Any,
     params: Any,
-    target: Callable[[Plan, Leaves], list[bool]],
+    target: Callable[[Plan, Leaves], list[Flag]],
     keep_state: bool,
 ) -> Any:
     state = editable_state(verb, tree)
     leaves = leaves_of(params)
     state.plan.flags(leaves, "params")
-    edited = move(state, params, tuple(target(state.plan, leaves)), keep_state)
-    return tree if edited is state else replace_state(tree, edited)
+    mask = tuple(target(state.plan, leaves))
+    if mask == state.plan.mask:
+        return tree
+    check_mask(state.plan, leaves, mask)
+    values = in_order(state.plan, leaves, leaves.values)
+    recut_state, frozen = recut(state, [getattr(x, "shape", ()) for x in values], mask, keep_state)
+    return replace_state(tree, move(recut_state, params, frozen, keep_state))
 
 
 def move(
     state: FreezeState, params: Any, frozen: tuple[bool, ...], keep_state: bool
 ) -> FreezeState:
-    """The state with other leaves frozen, the state itself if these are."""
+    """The state with other parts frozen."""
     plan = state.plan
-    if frozen == plan.frozen:
-        return state
-    layout = plan.origin.layout
-    check_mask(plan, leaves_of(params), frozen)
+    layout = plan.layout
     places = layout.places(state.inner)
     changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
     groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
@@ -221,27 +225,27 @@ def move(
         if owner < 0:
             return places[place]
         if cohorts[owner] == DROPPED:
-            return put(places[place], HOLE)
-        return put(places[place], fresh[place]) if renewed[owner] else places[place]
+            return replaced(places[place], HOLE)
+        return replaced(places[place], fresh[place]) if renewed[owner] else places[place]
 
     moved = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))
     counters[_FRESH] = [fresh[place] for place in layout.counters]
     first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
     for place, counter in zip(layout.counters, first, strict=True):
-        moved[place] = put(places[place], _beside(counter, places[place]))
-    ages = stack([[_value(counter) for counter in row] for row in others])
+        moved[place] = replaced(places[place], _beside(counter, places[place]))
+    ages = stack([[value_of(counter) for counter in row] for row in others])
     pairs = zip(layout.counters, ages, strict=False)
-    ages = tuple(put(places[place], _beside(age, places[place])) for place, age in pairs)
+    ages = tuple(replaced(places[place], _beside(age, places[place])) for place, age in pairs)
     return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
 
 
-def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[bool]) -> None:
+def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag]) -> None:
     """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
     by_path = dict(zip(plan.paths, mask, strict=True))
     same = leaves.paths == plan.paths
     check_ties(leaves, mask if same else [by_path[path] for path in leaves.paths])
-    for group in plan.origin.layout.ties:
+    for group in plan.layout.ties:
         check_group([(path, by_path[path]) for path in group], TIED)
 
 
@@ -261,32 +265,22 @@ def _group(
 
 
 def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
-    """The inner state as `init` makes it for the wanted leaves alone, in its own containers."""
+    """The inner state as `init` makes it for the wanted parts alone, in its own containers."""
     copies = copies_of(params)
     rebuilt: list[Any] = []
     for i, containers in enumerate(copies_of(plan.origin.skeleton)):
-        leaves = Leaves(copies[min(i, len(copies) - 1)])
-        values = zip(in_order(plan, leaves, leaves.values), wanted, strict=True)
-        rebuilt.append(Leaves(containers).rebuild(x if flag else HOLE for x, flag in values))
+        given = Leaves(copies[min(i, len(copies) - 1)])
+        leaves = Leaves(containers)
+        leaves.values = in_order(plan, given, given.values)
+        rebuilt.append(plan.part(leaves, [not flag for flag in wanted]))
     return plan.origin.init(like(plan.origin.skeleton, rebuilt))
-
-
-def put(old: Any, new: Any) -> Any:
-    """`new` in place of `old`, within the NNX Variable that `old` may be."""
-    if not is_variable(old) or new is old:
-        return new
-    return old.replace(_value(new))
 
 
 def _beside(new: Any, old: Any) -> Any:
     """A counter on all the devices of another; Orbax stores none of one process among several."""
-    new, old = _value(new), _value(old)
+    new, old = value_of(new), value_of(old)
     if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
         return new
     if len(old.sharding.device_set) == 1:
         return new
     return jax.device_put(new, old.sharding)
-
-
-def _value(x: Any) -> Any:
-    return jax.tree.leaves(x)[0] if is_variable(x) else x

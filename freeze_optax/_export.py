@@ -10,10 +10,12 @@ import optax
 
 from freeze_optax._adopt import abstract_init
 from freeze_optax._copies import leaves_of
+from freeze_optax._cut import Cut
 from freeze_optax._edit import in_order, init_leaves, only_state, replace_state, set_frozen
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import odd_paths, some
 from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._rows import Rows, flag_of
 from freeze_optax._selectors import Spec
 from freeze_optax._state import FreezeState
 from freeze_optax._storage import decode, encode
@@ -67,6 +69,7 @@ def export_state(state: Any) -> dict[str, Any]:
         "frozen": plan.frozen,
         "cohorts": plan.cohorts,
         "schedule": plan.schedule,
+        "parts": plan.cut and [(leaf, _encoded(rows)) for leaf, rows in plan.cut.parts],
         "leaves": entries,
     }
     return {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "leaves": arrays}
@@ -111,7 +114,7 @@ def import_state(
     """
     about = _read(exported)
     abstract = abstract_init(tx.init, params)
-    plan = _plan(about, only_state("import_state", abstract).plan)
+    plan = _plan(about, only_state("import_state", abstract).plan, params)
     template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
     expected = [
         (path, (list(leaf.shape), str(leaf.dtype)))
@@ -133,12 +136,47 @@ def import_state(
     return tree if frozen is None else set_frozen(tree, params, frozen)
 
 
+def _encoded(rows: Rows | None) -> Any:
+    return rows and [len(rows.mask), np.packbits(rows.mask).tobytes().hex()]
+
+
+def _decoded(rows: Any) -> Rows | None:
+    if rows is None:
+        return None
+    count, bits = rows
+    packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
+    if len(packed) != (count + 7) // 8:
+        raise ValueError(f"{count} rows in {len(packed)} bytes")
+    flag = flag_of(np.unpackbits(packed, count=count).astype(bool))
+    if not isinstance(flag, Rows):
+        raise TypeError("a part of all rows or none")
+    return flag
+
+
+def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
+    """The parts again, which have to be parts of these leaves."""
+    if parts is None:
+        return None
+    cut = Cut((int(leaf), _decoded(rows)) for leaf, rows in parts)
+    if [leaf for leaf, _ in cut.parts] != [i for i, own in enumerate(cut.by_leaf) for _ in own]:
+        raise ValueError("its parts are in disorder")
+    for leaf, own in zip(leaves, cut.by_leaf, strict=True):
+        masks = [rows.mask for i in own if (rows := cut.parts[i][1])]
+        shape = getattr(leaf, "shape", ())[:1]
+        if any(mask.shape != shape for mask in masks) or (masks and len(masks) != len(own)):
+            raise ValueError(f"its rows are not those of a leaf of shape {shape}")
+        if masks and np.sum(masks, axis=0).max() > 1:
+            raise ValueError("two of its parts have one row")
+    return cut
+
+
 def _read(exported: Any) -> dict[str, Any]:
     try:
         text = np.asarray(exported["about"]).astype(np.uint8).tobytes()
         about = json.loads(text)
-        ok = about["format"] == _FORMAT and len(about["paths"]) == len(about["frozen"])
-        ok = ok and len(about["paths"]) == len(about["cohorts"])
+        parts = about["paths"] if about["parts"] is None else about["parts"]
+        ok = about["format"] == _FORMAT and len(parts) == len(about["frozen"])
+        ok = ok and len(parts) == len(about["cohorts"])
         ok = ok and all({"path", "shape", "dtype"} <= set(entry) for entry in about["leaves"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
@@ -153,7 +191,7 @@ def _read(exported: Any) -> dict[str, Any]:
     return about
 
 
-def _plan(about: dict[str, Any], own: Plan) -> Plan:
+def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
     paths = tuple(about["paths"])
     if paths != own.paths:
         raise ValueError(
@@ -163,13 +201,18 @@ def _plan(about: dict[str, Any], own: Plan) -> Plan:
     frozen = tuple(bool(flag) for flag in about["frozen"])
     cohorts = tuple(int(cohort) for cohort in about["cohorts"])
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
-    if schedule != own.schedule:
+    try:
+        leaves = leaves_of(params)
+        cut = _cut(about.get("parts"), in_order(own, leaves, leaves.values))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"the export is damaged: {error}") from error
+    if schedule != own.schedule or (schedule and cut != own.cut):
         raise ValueError("the export is of other phases than those of the transformation")
     present = sorted(set(cohorts) - {DROPPED})
     live = [i for i, flag in enumerate(frozen) if not flag]
     if present != list(range(len(present))) or any(cohorts[i] == DROPPED for i in live):
         raise ValueError("the export is damaged: its cohorts and frozen flags do not agree")
-    return own if schedule else own.edited(frozen, cohorts)
+    return own if schedule else Plan(own.paths, frozen, cohorts, own.origin, cut=cut)
 
 
 def _abstract_state(plan: Plan, params: Any) -> FreezeState:
@@ -178,7 +221,7 @@ def _abstract_state(plan: Plan, params: Any) -> FreezeState:
     rows = max(plan.cohorts, default=0)
     if rows < 1:
         return FreezeState(inner, (), plan)
-    layout = plan.origin.layout
+    layout = plan.layout
     places = layout.places(inner)
     counters = [places[place] for place in layout.counters]
     ages = tuple(jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for x in counters)
@@ -191,14 +234,16 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
     values = in_order(state.plan, leaves, leaves.values)
     if not any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in values):
         return state
-    layout = state.plan.origin.layout
+    layout, cut = state.plan.layout, state.plan.cut
 
     def beside(x: Any, param: Any) -> Any:
         return jax.device_put(x, param.sharding) if x.shape == param.shape else x
 
     pairs = zip(layout.owners, layout.places(state.inner), strict=True)
     placed = [
-        jax.tree.map(lambda x, owner=owner: beside(x, values[owner]), place)
+        jax.tree.map(
+            lambda x, leaf=cut.parts[owner][0] if cut else owner: beside(x, values[leaf]), place
+        )
         if owner >= 0
         else place
         for owner, place in pairs

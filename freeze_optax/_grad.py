@@ -1,12 +1,13 @@
 """Gradients with respect to the trainable leaves only."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from freeze_optax._leaves import HOLE, Leaves
+from freeze_optax._rows import Flag, Rows, among, take, whole
 from freeze_optax._selectors import Spec, as_selector, resolve, schedules_of
 from freeze_optax._zeros import Zeros
 
@@ -39,7 +40,8 @@ def value_and_grad(
     Returns:
       A function of the arguments of `fun` that gives the pair of its value and the gradient. The
       gradient has the structure of the params: zeros at frozen leaves, or holes; where the
-      dtype has no gradient, zeros of dtype `jax.dtypes.float0`.
+      dtype has no gradient, zeros of dtype `jax.dtypes.float0`. Where a leaf is frozen in part it
+      has zeros at those rows, or with `holes` the rows that train alone.
 
     Raises:
       ValueError: When called, if the spec does not fit the params.
@@ -59,36 +61,53 @@ def value_and_grad(
         def of_params(params: Any) -> Any:
             return fun(params, *args, **kwargs)
 
-        def differentiate(flags: Sequence[bool]) -> Any:
+        def differentiate(flags: Sequence[Flag]) -> Any:
             return _value_and_grad(of_params, leaves, flags, has_aux, holes)
 
         if not schedules:
             return differentiate(resolve(selector, leaves))
         (state,) = schedules
         selector.flags(leaves)  # whether the params are those of the state
-        phases = [functools.partial(differentiate, flags) for _, flags in state.state.plan.schedule]
+        plan = state.state.plan
+        phases = [functools.partial(differentiate, plan.mask_of(f)) for _, f in plan.schedule]
         return jax.lax.switch(state.phase, phases)
 
     return value_and_grad_fn
 
 
 def _value_and_grad(
-    fun: Callable[[Any], Any], leaves: Leaves, flags: Sequence[bool], has_aux: bool, holes: bool
+    fun: Callable[[Any], Any], leaves: Leaves, flags: Sequence[Flag], has_aux: bool, holes: bool
 ) -> tuple[Any, Any]:
     # Only the trainable leaves are an argument: what is closed over is a constant to the
     # differentiation, which then builds no backward pass for it, whatever its dtype.
     def of_trainable(trainable: list[Any]) -> Any:
         moving = iter(trainable)
         both = zip(leaves.values, flags, strict=True)
-        return fun(leaves.rebuild(x if flag else next(moving) for x, flag in both))
+        return fun(leaves.rebuild(x if flag is True else _in(x, flag, moving) for x, flag in both))
 
-    trainable = [x for x, flag in zip(leaves.values, flags, strict=True) if not flag]
-    value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable)
+    live = [
+        _part(x, flag) for x, flag in zip(leaves.values, flags, strict=True) if flag is not True
+    ]
+    value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
     zeros, moving = Zeros(), iter(moved)
     both = zip(leaves.values, flags, strict=True)
     if holes:
-        return value, leaves.rebuild(HOLE if flag else next(moving) for _, flag in both)
-    return value, leaves.fill(zeros.gradient(x) if flag else next(moving) for x, flag in both)
+        return value, leaves.rebuild(HOLE if flag is True else next(moving) for _, flag in both)
+    return value, leaves.fill(
+        zeros.gradient(x) if flag is True else _among_zeros(next(moving), flag) for x, flag in both
+    )
+
+
+def _part(leaf: Any, frozen: Flag) -> Any:
+    return take(leaf, ~frozen) if isinstance(frozen, Rows) else leaf
+
+
+def _in(leaf: Any, frozen: Flag, moving: Iterator[Any]) -> Any:
+    return whole(leaf, next(moving), ~frozen) if isinstance(frozen, Rows) else next(moving)
+
+
+def _among_zeros(gradient: Any, frozen: Flag) -> Any:
+    return among(gradient, ~frozen, 0.0) if isinstance(frozen, Rows) else gradient
 
 
 def grad(

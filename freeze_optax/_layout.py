@@ -33,6 +33,7 @@ class Layout:
       owners: For each place the index of the leaf whose statistics it holds, or `COUNTER`,
         `CLOCK` or `ABSENT`.
       counters: The places of the counters, in order.
+      prefixes: For each place, the keys of the node like the params that it is in.
       ties: The groups of each `tie` in the transformation.
     """
 
@@ -53,7 +54,12 @@ class Layout:
             ) from error
         self._treedef, self._template = template.treedef, template.values
         self.paths = template.paths
-        self.owners = _owners(_keys(template.tree), template.values, _keys(copies_of(skeleton)[0]))
+        keys, params = _keys(template.tree), _keys(copies_of(skeleton)[0])
+        self.owners = _owners(keys, template.values, params)
+        self.prefixes = [
+            place[: len(place) - len(params[owner])] if owner >= 0 else ()
+            for place, owner in zip(keys, self.owners, strict=True)
+        ]
         self.counters = tuple(i for i, owner in enumerate(self.owners) if owner == COUNTER)
 
     def places(self, inner_state: Any) -> list[Any]:

@@ -70,6 +70,18 @@ def is_variable(x: Any) -> bool:
     return _is_variable_type(type(x))
 
 
+def value_of(x: Any) -> Any:
+    """What an NNX Variable holds; anything else as it is."""
+    return jax.tree.leaves(x)[0] if is_variable(x) else x
+
+
+def replaced(old: Any, new: Any) -> Any:
+    """`new` in place of `old`, within the NNX Variable that `old` may be."""
+    if not is_variable(old) or new is old:
+        return new
+    return old.replace(value_of(new))
+
+
 def skeleton(tree: Any) -> Any:
     """The containers of `tree`, with a hole for each leaf and each NNX Variable."""
     return jax.tree.map(lambda _: HOLE, tree, is_leaf=lambda x: is_hole(x) or is_variable(x))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from freeze_optax._leaves import Leaves
+from freeze_optax._rows import public
 from freeze_optax._selectors import Spec, as_selector, resolve
 
 
@@ -29,15 +30,15 @@ def mask(spec: Spec, tree: Any) -> Any:
       tree: Any pytree; leaves may be abstract (`jax.ShapeDtypeStruct`).
 
     Returns:
-      The structure of `tree` with a Python bool at each leaf, True for frozen. Holes
-      (`optax.MaskedNode`) stay.
+      The structure of `tree` with a Python bool at each leaf, True for frozen; a NumPy vector of
+      bools, one for each row, where a leaf is frozen in part. Holes (`optax.MaskedNode`) stay.
 
     Raises:
       ValueError: If a pattern selects nothing, or a mask or state is of another tree.
       TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(tree)
-    return leaves.fill(resolve(spec, leaves))
+    return leaves.fill(map(public, resolve(spec, leaves)))
 
 
 def labels(spec: Spec, tree: Any) -> Any:

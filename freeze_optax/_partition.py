@@ -1,11 +1,14 @@
 """A tree in two: what trains and the rest, each with holes where the other has leaves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from freeze_optax._cut import Parts, is_whole, join
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_variable
 from freeze_optax._patterns import listed, odd_paths
+from freeze_optax._rows import Flag, Rows, invert, put, take
 from freeze_optax._selectors import Spec, as_selector, resolve
 
 
@@ -29,7 +32,9 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
 
     Returns:
       Two trees of the structure of `tree`, with `optax.MaskedNode()`, a node without leaves,
-      wherever the other one has the leaf. The leaves are the very objects.
+      wherever the other one has the leaf. The leaves are the very objects. Of a leaf that is
+      frozen in part the trainable tree has the array of the rows that train; the rest keeps the
+      other rows, in a node that knows which they are.
 
     Raises:
       ValueError: If the spec does not fit the tree.
@@ -39,12 +44,21 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
     return split(leaves, flags)
 
 
-def split(leaves: Leaves, frozen: list[bool] | tuple[bool, ...]) -> tuple[Any, Any]:
+def split(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
     """`partition`, with the flags at hand."""
     pairs = list(zip(leaves.values, frozen, strict=True))
-    trainable = leaves.rebuild(HOLE if flag else leaf for leaf, flag in pairs)
-    rest = leaves.rebuild(leaf if flag else HOLE for leaf, flag in pairs)
+    trainable = leaves.rebuild(_selected(leaf, invert(flag)) for leaf, flag in pairs)
+    rest = leaves.rebuild(
+        Parts([take(leaf, flag)], (flag,)) if isinstance(flag, Rows) else _selected(leaf, flag)
+        for leaf, flag in pairs
+    )
     return trainable, rest
+
+
+def _selected(leaf: Any, flag: Flag) -> Any:
+    if isinstance(flag, Rows):
+        return take(leaf, flag)
+    return leaf if flag else HOLE
 
 
 def merge(trainable: Any, rest: Any) -> Any:
@@ -67,24 +81,34 @@ def merge(trainable: Any, rest: Any) -> Any:
     Raises:
       ValueError: If the structures differ or both trees have a leaf at one path.
     """
-    left, right = Leaves(trainable), Leaves(rest)
+    left, right = Leaves(trainable), Leaves(rest, stop=is_whole)
     if left.treedef != right.treedef:
         raise ValueError(
             "the two parts are of different trees: "
             + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
         )
     pairs = list(zip(left.values, right.values, strict=True))
-    if not all(is_hole(a) or is_hole(b) for a, b in pairs):
-        both = [
-            path
-            for path, (a, b) in zip(left.paths, pairs, strict=True)
-            if not (is_hole(a) or is_hole(b))
-        ]
+    both = [path for path, (a, b) in zip(left.paths, pairs, strict=True) if not _fit_together(a, b)]
+    if both:
         raise ValueError(
             f"both parts have a leaf at {listed(both)}; each leaf belongs to one of them, with "
             "optax.MaskedNode() in the other, as fo.partition gives them"
         )
-    return left.rebuild(b if is_hole(a) else a for a, b in pairs)
+    return left.rebuild(_merged(a, b) for a, b in pairs)
+
+
+def _fit_together(left: Any, right: Any) -> bool:
+    if isinstance(right, Parts):
+        (rows,) = right.rows
+        return getattr(left, "shape", ())[:1] == (len(rows.mask) - rows.count,)
+    return is_hole(left) or is_hole(right)
+
+
+def _merged(left: Any, right: Any) -> Any:
+    if isinstance(right, Parts):
+        (rows,) = right.rows
+        return join(Parts((*right.values, left), (rows, ~rows)))
+    return right if is_hole(left) else left
 
 
 def hold(new: Any, old: Any, where: Spec) -> Any:
@@ -122,14 +146,19 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
     held = as_selector(where).flags(after)
     _check_copied(new, old, after.fill(held))
     triples = zip(after.values, before.values, held, strict=True)
-    return after.rebuild(o if flag else n for n, o, flag in triples)
+    return after.rebuild(_held(n, o, flag) for n, o, flag in triples)
+
+
+def _held(new: Any, old: Any, flag: Flag) -> Any:
+    if isinstance(flag, Rows):
+        return put(new, flag, take(old, flag))
+    return old if flag else new
 
 
 def _check_copied(new: Any, old: Any, held: Any) -> None:
     # `nnx.state` gives the model's own Variables, which go on changing with it.
-    triples = zip(
-        *(Leaves(tree, stop=is_variable).values for tree in (new, old, held)), strict=True
-    )
+    trees = [Leaves(tree, stop=is_variable).values for tree in (new, old, held)]
+    triples = zip(*trees, strict=True)
     if any(a is b and is_variable(a) and any(jax.tree.leaves(flag)) for a, b, flag in triples):
         raise ValueError(
             "`new` and `old` hold the very same Variables, so what they were is gone; keep a copy "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from freeze_optax._leaves import Leaves
+from freeze_optax._rows import Flag
 from freeze_optax._selectors import Spec, resolve
 
 
@@ -77,9 +78,9 @@ class Phases:
         """
         self.resolve(Leaves(params))
 
-    def resolve(self, leaves: Leaves) -> tuple[tuple[bool, ...], ...]:
+    def resolve(self, leaves: Leaves) -> tuple[tuple[Flag, ...], ...]:
         """The frozen flags of each phase."""
-        flags: list[tuple[bool, ...]] = []
+        flags: list[tuple[Flag, ...]] = []
         for start, spec in zip(self.starts, self.specs, strict=True):
             try:
                 flags.append(tuple(resolve(spec, leaves)))

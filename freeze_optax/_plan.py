@@ -1,16 +1,18 @@
 """What was resolved against the params: static metadata of the optimizer state."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from freeze_optax._copies import leaves_of
+from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._cut import Cut
 from freeze_optax._layout import Layout
-from freeze_optax._leaves import Leaves, is_hole, skeleton
+from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
 from freeze_optax._patterns import listed, odd_paths
+from freeze_optax._rows import Flag
 
 DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
@@ -32,6 +34,7 @@ class Origin:
         self.skeleton = skeleton(params)
         self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
+        self._layouts: dict[Cut | None, Layout] = {}
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -43,16 +46,24 @@ class Origin:
             )
         return self.inner.init
 
-    @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self, cut: Cut | None) -> Layout:
         """The layout of the inner state; made when an edit or a second cohort first needs it."""
-        init = self.init
-        if len(leaves_of(self.skeleton).values) != self._count:
-            raise ValueError(
-                "the state of params with a tree in an NNX Variable can't be edited, nor follow "
-                "phases; make a Variable of each array"
-            )
-        return Layout(init, self.skeleton)
+        if cut not in self._layouts:
+            init = self.init
+            if len(leaves_of(self.skeleton).values) != self._count:
+                raise ValueError(
+                    "the state of params with a tree in an NNX Variable can't be edited, nor "
+                    "follow phases; make a Variable of each array"
+                )
+            self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
+        return self._layouts[cut]
+
+    def _cut_skeleton(self, cut: Cut | None) -> Any:
+        if cut is None:
+            return self.skeleton
+        holes = cut.restore([HOLE] * len(cut.parts))
+        copies = [Leaves(copy).rebuild(holes) for copy in copies_of(self.skeleton)]
+        return like(self.skeleton, copies)
 
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
@@ -62,21 +73,23 @@ class Origin:
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        return {"inner": None, "skeleton": None, "treedefs": [], "_count": 0}
+        lost: dict[str, Any] = {"inner": None, "skeleton": None, "treedefs": []}
+        return {**lost, "_layouts": {}, "_count": 0}
 
 
 class Plan:
     """Which leaves are frozen, settled once at `init` or by an edit, then static.
 
     It is part of the state's tree structure, so `jax.jit` retraces exactly when it changes:
-    plans are equal when their paths, frozen flags, cohorts and schedule are.
+    plans are equal when their paths, frozen flags, cohorts, cut and schedule are.
 
     Attributes:
       paths: The key path of each leaf of the params.
-      frozen: For each leaf, whether it is frozen.
-      cohorts: For each leaf, the index of the cohort whose counters it uses, or `DROPPED`. A
-        frozen leaf that has a cohort is parked: its state waits, untouched.
+      frozen: For each part of a leaf, whether it is frozen. A part is the leaf, unless it is cut.
+      cohorts: For each part, the index of the cohort whose counters it uses, or `DROPPED`. A
+        frozen part that has a cohort is parked: its state waits, untouched.
       schedule: With `scheduled`, pairs of a first step and the frozen flags from it on.
+      cut: The parts, if a leaf is frozen by rows.
       origin: What is shared with other plans, and not compared.
     """
 
@@ -87,9 +100,10 @@ class Plan:
         cohorts: tuple[int, ...],
         origin: Origin | None,
         schedule: tuple[tuple[int, tuple[bool, ...]], ...] = (),
+        cut: Cut | None = None,
     ):
         self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
-        self._origin = origin
+        self.cut, self._origin = cut, origin
         self._hash: int | None = None
         # Whether a tree structure that holds it is of tree_map_params' making.
         self.is_mapped = origin is None
@@ -104,13 +118,35 @@ class Plan:
         """
         return cls((), (), (), None)
 
+    @classmethod
+    def of(cls, paths: tuple[str, ...], flags: Sequence[Flag], origin: Origin) -> "Plan":
+        """The plan of a new state, with one cohort."""
+        cut = Cut.of(flags)
+        frozen = tuple(flag is True for flag in flags)
+        cohorts = tuple(DROPPED if flag else 0 for flag in frozen)
+        return cls(paths, frozen, cohorts, origin, cut=cut)
+
     def settled(self) -> "Plan":
         """The same plan, and not of `optax.tree_map_params`."""
-        return Plan(self.paths, self.frozen, self.cohorts, self.origin, self.schedule)
+        return Plan(self.paths, self.frozen, self.cohorts, self.origin, self.schedule, self.cut)
 
     def edited(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
-        """Another plan for the same params and transformation."""
-        return Plan(self.paths, frozen, cohorts, self.origin)
+        """Another plan for the same parts and transformation."""
+        return Plan(self.paths, frozen, cohorts, self.origin, cut=self.cut)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the inner state."""
+        return self.origin.layout(self.cut)
+
+    @functools.cached_property
+    def mask(self) -> tuple[Flag, ...]:
+        """What is frozen, for each leaf."""
+        return self.mask_of(self.frozen)
+
+    def mask_of(self, frozen: tuple[bool, ...]) -> tuple[Flag, ...]:
+        """What is frozen of each leaf when these parts are."""
+        return frozen if self.cut is None else self.cut.mask(frozen)
 
     @property
     def is_unknown(self) -> bool:
@@ -132,18 +168,18 @@ class Plan:
 
     @functools.cached_property
     def parked(self) -> frozenset[int]:
-        """The indices of the leaves that are frozen but keep their state."""
+        """The indices of the parts that are frozen but keep their state."""
         pairs = enumerate(zip(self.cohorts, self.frozen, strict=True))
         return frozenset(i for i, (cohort, frozen) in pairs if frozen and cohort != DROPPED)
 
     def _become(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
-        self.schedule, self._origin = other.schedule, other._origin
-        for cached in ("live", "parked"):
+        self.schedule, self.cut, self._origin = other.schedule, other.cut, other._origin
+        for cached in ("live", "parked", "mask"):
             self.__dict__.pop(cached, None)
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.frozen, self.cohorts, self.schedule, self.paths)
+        return (self.frozen, self.cohorts, self.schedule, self.cut, self.paths)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -169,9 +205,22 @@ class Plan:
 
     def __repr__(self) -> str:
         parked = f", {len(self.parked)} of them parked" if self.parked else ""
-        return f"Plan({sum(self.frozen)} of {len(self.frozen)} leaves frozen{parked})"
+        cut = sum(not isinstance(flag, bool) for flag in self.mask)
+        in_part = f", {cut} in part" if cut else ""
+        whole = sum(flag is True for flag in self.mask)
+        return f"Plan({whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
-    def flags(self, leaves: Leaves, role: str) -> tuple[bool, ...]:
+    def live_part(self, leaves: Leaves) -> Any:
+        """The tree without what is frozen; its leaves are in the plan's order."""
+        return self.part(leaves, self.frozen)
+
+    def part(self, leaves: Leaves, without: Sequence[bool]) -> Any:
+        """The tree with holes for some parts; its leaves are in the plan's order."""
+        if self.cut is None:
+            return leaves.without(without)
+        return self.cut.split(leaves, without)
+
+    def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
         """What is frozen, in the order of `leaves`, which must be of the same params.
 
         Args:
@@ -179,19 +228,19 @@ class Plan:
           role: What to call the tree in an error.
 
         Returns:
-          One bool for each leaf.
+          One flag for each leaf.
 
         Raises:
           ValueError: If the paths differ, naming those that do.
         """
         if self.knows(leaves):
-            return self.frozen
+            return self.mask
         if isinstance(leaves.tree, optax.LookaheadParams):
             copies = [self.flags(Leaves(copy), role) for copy in leaves.tree]
             return (*copies[0], *copies[1])
         if leaves.paths != self.paths:
             if sorted(leaves.paths) == sorted(self.paths):
-                by_path = dict(zip(self.paths, self.frozen, strict=True))
+                by_path = dict(zip(self.paths, self.mask, strict=True))
                 return tuple(by_path[path] for path in leaves.paths)
             raise ValueError(
                 f"the {role} and the optimizer state are of different params: "
@@ -200,7 +249,7 @@ class Plan:
         # Another container for the same paths (a FrozenDict, an nnx.State of plain arrays):
         # remembered, so that a training loop compares texts once.
         self.origin.treedefs.append(leaves.treedef)
-        return self.frozen
+        return self.mask
 
     def knows(self, leaves: Leaves) -> bool:
         """Whether a tree has a structure that is known to be that of the params."""
@@ -225,7 +274,7 @@ class Plan:
         with_none = self._fit_none(tree)
         if with_none is not None:
             return with_none
-        if self.flags(leaves, role) is not self.frozen:
+        if self.flags(leaves, role) is not self.mask:
             raise ValueError(
                 f"the {role} has the leaves of the optimizer state in another order: {role} has "
                 f"{listed(leaves.paths)}, the state {listed(self.paths)}"

@@ -4,14 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from freeze_optax._cohorts import cohort_counters, stack
-from freeze_optax._copies import leaves_of, live
+from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._cut import Cut, Part
 from freeze_optax._edit import check_mask
 from freeze_optax._leaves import Leaves, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
+from freeze_optax._rows import Flag, Rows, flag_of
 from freeze_optax._state import FreezeState, ScheduledState
 from freeze_optax._transform import freezable
 
@@ -70,11 +73,12 @@ def scheduled(
         leaves = leaves_of(params)
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
-        for frozen in flags:
-            check_mask(plan, leaves, frozen)
-        inner_state = inner.init(live(params, plan.frozen))
+        for mask in flags:
+            check_mask(plan, leaves, mask)
+        live = [plan.live_part(Leaves(copy)) for copy in copies_of(params)]
+        inner_state = inner.init(like(params, live))
         state = FreezeState(inner_state, (), plan)
-        (first,) = cohort_counters(state, plan.origin.layout.places(inner_state))
+        (first,) = cohort_counters(state, plan.layout.places(inner_state))
         ages = stack([first] * max(plan.cohorts, default=0))
         return ScheduledState(step, FreezeState(inner_state, ages, plan))
 
@@ -90,7 +94,7 @@ def scheduled(
         plan = whole.plan
 
         def branch(frozen: tuple[bool, ...]) -> Any:
-            now = Plan(plan.paths, frozen, plan.cohorts, plan.origin)
+            now = Plan(plan.paths, frozen, plan.cohorts, plan.origin, cut=plan.cut)
 
             def update(_: None) -> Any:
                 state = FreezeState(whole.inner, whole.ages, now)
@@ -109,17 +113,38 @@ def scheduled(
 
 
 def _plan(
-    leaves: Leaves, flags: tuple[tuple[bool, ...], ...], phases: Phases, origin: Origin
+    leaves: Leaves, flags: tuple[tuple[Flag, ...], ...], phases: Phases, origin: Origin
 ) -> Plan:
-    """A cohort for each set of leaves that are always frozen and thawed together."""
-    patterns = list(zip(*flags, strict=True))
+    """A cohort for each set of leaves, or rows, that are always frozen and thawed together."""
+    parts: list[Part] = []
+    patterns: list[tuple[bool, ...]] = []
+    for leaf, in_phases in enumerate(zip(*flags, strict=True)):
+        for rows, pattern in _patterns(in_phases):
+            parts.append((leaf, rows))
+            patterns.append(pattern)
     never = tuple(map(all, patterns))
     kept = dict.fromkeys(p for p, dropped in zip(patterns, never, strict=True) if not dropped)
+    cut = Cut(parts) if any(rows for _, rows in parts) else None
     # Without counters there is nothing for cohorts to keep apart.
-    order = {p: i if origin.layout.counters else 0 for i, p in enumerate(kept)}
+    order = {p: i if origin.layout(cut).counters else 0 for i, p in enumerate(kept)}
     cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
-    schedule = tuple(zip(phases.starts, flags, strict=True))
-    return Plan(leaves.paths, never, cohorts, origin, schedule)
+    schedule = tuple(zip(phases.starts, zip(*patterns, strict=True), strict=True))
+    return Plan(leaves.paths, never, cohorts, origin, schedule, cut)
+
+
+def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ...]]]:
+    """The rows of a leaf that are always frozen and thawed together, each with when they are."""
+    count = next((len(flag.mask) for flag in flags if isinstance(flag, Rows)), None)
+    if count is None:
+        return [(None, tuple(flag is True for flag in flags))]
+    table = np.stack(
+        [np.full(count, flag) if isinstance(flag, bool) else flag.mask for flag in flags], axis=1
+    )
+    patterns = dict.fromkeys(map(tuple, table.tolist()))
+    parts = [(flag_of((table == pattern).all(axis=1)), pattern) for pattern in patterns]
+    return [
+        (rows, pattern) for rows, pattern in parts if isinstance(rows, Rows) and not all(pattern)
+    ]
 
 
 def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
@@ -128,12 +153,13 @@ def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
     A transformation may return another dtype than that of the params, and the branches of a
     switch have to agree.
     """
-    count = len(plan.frozen)
+    count = len(plan.paths)
+    masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
     shapes = [Leaves(jax.eval_shape(branch, None)[0]).values for branch in branches]
 
     def dtype_at(i: int) -> Any:
-        phases = zip(shapes, plan.schedule, strict=True)
-        live = (values[i].dtype for values, (_, frozen) in phases if not frozen[i % count])
+        phases = zip(shapes, masks, strict=True)
+        live = (values[i].dtype for values, mask in phases if mask[i % count] is not True)
         return next(live, None)
 
     dtypes = [dtype_at(i) for i in range(len(shapes[0]))]

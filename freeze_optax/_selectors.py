@@ -1,7 +1,6 @@
 """Selectors, their algebra, and everything that may be written in place of one."""
 
 import abc
-import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
@@ -13,6 +12,7 @@ from jax.core import Tracer
 from freeze_optax._leaves import Leaves, ancestors, can_train, is_hole, is_placeholder
 from freeze_optax._patterns import compile_glob, listed, nearest, nodes_of
 from freeze_optax._plan import Plan
+from freeze_optax._rows import Flag, Rows, both, either, flag_of, invert, minus, public, union
 from freeze_optax._state import FreezeState, ScheduledState, schedules_in, states_in
 
 Spec: TypeAlias = Any
@@ -36,20 +36,24 @@ class Selector(abc.ABC):
     """
 
     @abc.abstractmethod
-    def flags(self, leaves: Leaves) -> list[bool]:
-        """For each leaf, whether it is selected; no leaf is, or is not, for its dtype."""
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        """For each leaf, whether it is selected, or which of its rows; whatever its dtype."""
 
     def __call__(self, tree: Any) -> Any:
-        """The raw mask: the structure of `tree`, a Python bool at each leaf."""
+        """The raw mask: the structure of `tree`, a Python bool at each leaf.
+
+        Where only some rows of a leaf are selected, a NumPy vector of bools.
+        """
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        return leaves.fill(self.flags(leaves))
+        return leaves.fill(map(public, self.flags(leaves)))
 
     def labels(self, tree: Any) -> Any:
         """`"frozen"` or `"trainable"` at each leaf: a label function for `optax.partition`.
 
-        A leaf that cannot be trained (an integer, a PRNG key) is `"frozen"` in any case.
+        A leaf that cannot be trained (an integer, a PRNG key) is `"frozen"` in any case. One that
+        is frozen in part (`freeze_optax.rows`) has no label, and is an error.
 
         Examples:
           >>> import optax
@@ -66,31 +70,37 @@ class Selector(abc.ABC):
             return tree
         leaves = Leaves(tree)
         frozen = resolve(self, leaves)
+        for path, flag in zip(leaves.paths, frozen, strict=True):
+            if isinstance(flag, Rows):
+                raise ValueError(
+                    f"{path!r} is frozen in part ({flag!r}), but a label is for a whole leaf; "
+                    "freeze_optax.freezable takes such a spec"
+                )
         return leaves.fill("frozen" if flag else "trainable" for flag in frozen)
 
     def __or__(self, other: "Selector | str") -> "Selector":
-        return _combine("|", operator.or_, self, other)
+        return _combine("|", either, self, other)
 
     def __ror__(self, other: str) -> "Selector":
-        return _combine("|", operator.or_, other, self)
+        return _combine("|", either, other, self)
 
     def __and__(self, other: "Selector | str") -> "Selector":
-        return _combine("&", operator.and_, self, other)
+        return _combine("&", both, self, other)
 
     def __rand__(self, other: str) -> "Selector":
-        return _combine("&", operator.and_, other, self)
+        return _combine("&", both, other, self)
 
     def __sub__(self, other: "Selector | str") -> "Selector":
-        return _combine("-", operator.gt, self, other)
+        return _combine("-", minus, self, other)
 
     def __rsub__(self, other: str) -> "Selector":
-        return _combine("-", operator.gt, other, self)
+        return _combine("-", minus, other, self)
 
     def __invert__(self) -> "Selector":
         return _Not(self)
 
 
-def _combine(symbol: str, function: Callable[[bool, bool], bool], left: Any, right: Any) -> Any:
+def _combine(symbol: str, function: Callable[[Flag, Flag], Flag], left: Any, right: Any) -> Any:
     if not all(isinstance(side, Selector | str) for side in (left, right)):
         return NotImplemented
     return _Combined(symbol, function, as_selector(left), as_selector(right))
@@ -101,13 +111,13 @@ class _Combined(Selector):
     def __init__(
         self,
         symbol: str,
-        function: Callable[[bool, bool], bool],
+        function: Callable[[Flag, Flag], Flag],
         left: Selector,
         right: Selector,
     ):
         self._symbol, self._function, self._left, self._right = symbol, function, left, right
 
-    def flags(self, leaves: Leaves) -> list[bool]:
+    def flags(self, leaves: Leaves) -> list[Flag]:
         return list(map(self._function, self._left.flags(leaves), self._right.flags(leaves)))
 
     def __repr__(self) -> str:
@@ -119,8 +129,8 @@ class _Not(Selector):
     def __init__(self, inner: Selector):
         self._inner = inner
 
-    def flags(self, leaves: Leaves) -> list[bool]:
-        return [not flag for flag in self._inner.flags(leaves)]
+    def flags(self, leaves: Leaves) -> list[Flag]:
+        return list(map(invert, self._inner.flags(leaves)))
 
     def __repr__(self) -> str:
         return f"~{self._inner!r}"
@@ -186,9 +196,9 @@ class _Union(Selector):
     def __init__(self, specs: Sequence[Any]):
         self._parts = [as_selector(spec) for spec in specs]
 
-    def flags(self, leaves: Leaves) -> list[bool]:
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
         columns = [part.flags(leaves) for part in self._parts]
-        return [any(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
+        return [union(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
 
     def __repr__(self) -> str:
         return repr(self._parts)
@@ -201,8 +211,8 @@ class _Planned(Selector):
     def __init__(self, plan: Plan):
         self._plan = plan
 
-    def flags(self, leaves: Leaves) -> list[bool]:
-        return list(self._plan.flags(leaves, "tree"))
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        return self._plan.flags(leaves, "tree")
 
     def __repr__(self) -> str:
         return repr(self._plan)
@@ -213,12 +223,12 @@ class _Mask(Selector):
     def __init__(self, mask: Any):
         self._mask = mask
 
-    def flags(self, leaves: Leaves) -> list[bool]:
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
         mask = self._mask
         if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
             return _Union(mask).flags(leaves)
         pairs = zip(spread(mask, leaves, "mask"), leaves.values, strict=True)
-        return [is_hole(leaf) or _as_bool(value, path) for (path, value), leaf in pairs]
+        return [is_hole(leaf) or _as_flag(value, path, leaf) for (path, value), leaf in pairs]
 
     def __repr__(self) -> str:
         return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
@@ -229,7 +239,7 @@ class _Function(Selector):
     def __init__(self, function: Callable[[Any], Any]):
         self._function = function
 
-    def flags(self, leaves: Leaves) -> list[bool]:
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
         return as_mask(self._function(leaves.tree)).flags(leaves)
 
     def __repr__(self) -> str:
@@ -274,16 +284,26 @@ def _leafless(tree: Any) -> frozenset[str]:
     return frozenset(Leaves(tree, stop=lambda x: not jax.tree.leaves(x, is_leaf=is_hole)).paths)
 
 
-def _as_bool(value: Any, path: str) -> bool:
+def _as_flag(value: Any, path: str, leaf: Any) -> Flag:
     if isinstance(value, bool | np.bool_):
         return bool(value)
-    if getattr(value, "shape", None) == () and getattr(value, "dtype", None) == np.bool_:
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) < 2 and getattr(value, "dtype", None) == np.bool_:
         if isinstance(value, Tracer):
             raise TypeError(
                 f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
                 "make the mask of Python bools"
             )
-        return bool(value)
+        if not shape:
+            return bool(value)
+        own = getattr(leaf, "shape", ())
+        if own and isinstance(value, np.ndarray | jax.Array):
+            if shape != own[:1]:
+                raise ValueError(
+                    f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf is "
+                    f"of shape {own}"
+                )
+            return flag_of(np.asarray(value))
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
     hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
     if not path and not isinstance(value, str):
@@ -352,7 +372,8 @@ def as_mask(spec: Any) -> Selector:
     return _Mask(spec)
 
 
-def resolve(spec: Spec, leaves: Leaves) -> list[bool]:
+def resolve(spec: Spec, leaves: Leaves) -> list[Flag]:
     """What is frozen: what the spec selects, and every leaf that cannot be trained."""
     raw = as_selector(spec).flags(leaves)
-    return [flag or not can_train(leaf) for flag, leaf in zip(raw, leaves.values, strict=True)]
+    pairs = zip(raw, leaves.values, strict=True)
+    return [flag if can_train(leaf) else True for flag, leaf in pairs]

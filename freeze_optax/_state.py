@@ -46,9 +46,7 @@ class FreezeState:
 
     def __repr__(self) -> str:
         plan = self.plan
-        frozen = [
-            path for path, is_frozen in zip(plan.paths, plan.frozen, strict=True) if is_frozen
-        ]
+        frozen = [path for path, flag in zip(plan.paths, plan.mask, strict=True) if flag]
         return (
             f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
             + (f" [{listed(frozen, 3)}]" if frozen else "")
@@ -87,7 +85,7 @@ def _mapped_ages(ages: Any, plan: Plan) -> Any:
     # (a sharding, say) in the place of them all.
     if max(plan.cohorts, default=DROPPED) < 1:
         return ()
-    count = len(plan.origin.layout.counters)
+    count = len(plan.layout.counters)
     return ages if type(ages) is tuple and len(ages) == count else (ages,) * count
 
 

@@ -1,6 +1,7 @@
 """One update for all leaves of a group."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import optax
 
 from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._cut import is_whole
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed, nearest
 from freeze_optax._selectors import is_function
@@ -62,7 +64,7 @@ def tie(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        structure = Leaves(updates).treedef
+        structure = Leaves(updates, stop=is_whole).treedef
         adapted = {name: _adapt(name, value, tied, structure) for name, value in extra.items()}
         own = _on_each(tied.drop, params)
         moved, state = inner.update(tied.sum(updates), state, own, **adapted)
@@ -99,26 +101,25 @@ class _Tied:
 
     def drop(self, tree: Any) -> Any:
         """The tree with a hole for each leaf but the first of a group."""
-        leaves = Leaves(tree)
+        leaves = Leaves(tree, stop=is_whole)
         others = {i for group in self._indices(leaves.paths) for i in group[1:]}
         return leaves.without(i in others for i in range(len(leaves.values)))
 
     def sum(self, gradients: Any) -> Any:
         """The gradients with their sum at the first leaf of each group, and holes at the others."""
-        leaves = Leaves(gradients)
+        leaves = Leaves(gradients, stop=is_whole)
         values = list(leaves.values)
         for group in self._indices(leaves.paths):
             _check_holes(leaves, group)
             first, *others = group
             for other in others:
-                if not is_hole(values[first]):
-                    values[first] = values[first] + values[other]
+                values[first] = jax.tree.map(operator.add, values[first], values[other])
                 values[other] = HOLE
         return leaves.rebuild(values)
 
     def spread(self, tree: Any) -> Any:
         """The tree with the first leaf of each group at the others too."""
-        leaves = Leaves(tree)
+        leaves = Leaves(tree, stop=is_whole)
         values = list(leaves.values)
         for first, *others in self._indices(leaves.paths):
             for other in others:
@@ -134,7 +135,7 @@ def _adapt(name: str, value: Any, tied: _Tied, structure: Any) -> Any:
     """An extra argument as `inner` should see it, with one leaf for each group."""
 
     def where_like_params(function: Callable[[Any], Any], value: Any) -> Any:
-        return function(value) if Leaves(value).treedef == structure else value
+        return function(value) if Leaves(value, stop=is_whole).treedef == structure else value
 
     if not is_function(value):
         # A line search takes the slope along the shared leaf from the gradient.

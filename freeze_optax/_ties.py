@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves
 from freeze_optax._patterns import listed
+from freeze_optax._rows import Flag
 
 Group = tuple[str, ...]
 
@@ -75,7 +76,7 @@ SHARED = "they share one buffer; freeze all or none of them, or give one its own
 TIED = "fo.tie ties them; freeze all or none of them"
 
 
-def check_ties(leaves: Leaves, frozen: Sequence[bool]) -> None:
+def check_ties(leaves: Leaves, frozen: Sequence[Flag]) -> None:
     """Raises where one of the leaves that share a buffer is frozen and another is not.
 
     Args:
@@ -90,7 +91,7 @@ def check_ties(leaves: Leaves, frozen: Sequence[bool]) -> None:
             check_group([(leaves.paths[i], frozen[i]) for i in group], SHARED)
 
 
-def check_group(group: Sequence[tuple[str, bool]], why: str) -> None:
+def check_group(group: Sequence[tuple[str, Flag]], why: str) -> None:
     """Raises where some leaves of a group are frozen and others are not.
 
     Args:
@@ -100,10 +101,15 @@ def check_group(group: Sequence[tuple[str, bool]], why: str) -> None:
     Raises:
       ValueError: Naming both.
     """
-    still = [path for path, frozen in group if frozen]
-    moving = [path for path, frozen in group if not frozen]
-    if still and moving:
-        raise ValueError(f"{listed(still)} would be frozen and {listed(moving)} trained, but {why}")
+    if len({flag for _, flag in group}) < 2:
+        return
+    still = [path for path, flag in group if flag]
+    moving = [path for path, flag in group if flag is not True]
+    parts = [f"of {path!r} {flag!r}" for path, flag in group if not isinstance(flag, bool)]
+    only = f" ({', '.join(parts)})" if parts else ""
+    raise ValueError(
+        f"{listed(still)} would be frozen{only} and {listed(moving)} trained, but {why}"
+    )
 
 
 _noted: ContextVar[list[Group] | None] = ContextVar("noted", default=None)

@@ -9,10 +9,12 @@ import jax
 import optax
 
 from freeze_optax._cohorts import update_cohorts
-from freeze_optax._copies import copies_of, leaves_of, like, live
+from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._cut import fill, is_whole, join
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed
-from freeze_optax._plan import DROPPED, Origin, Plan
+from freeze_optax._plan import Origin, Plan
+from freeze_optax._rows import Rows, among
 from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
 from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._ties import check_ties
@@ -80,15 +82,15 @@ def freezable(
         leaves = leaves_of(params)
         flags = resolve(selector, leaves)
         check_ties(leaves, flags)
-        if all(flags):
+        if all(flag is True for flag in flags):
             warnings.warn(
                 f"freezable({selector!r}): all {len(flags)} leaves are frozen, nothing is left to "
                 "train",
                 stacklevel=2,
             )
-        cohorts = tuple(DROPPED if flag else 0 for flag in flags)
-        plan = Plan(leaves.paths, tuple(flags), cohorts, Origin(inner, params, leaves))
-        return FreezeState(inner.init(live(params, flags)), (), plan)
+        plan = Plan.of(leaves.paths, flags, Origin(inner, params, leaves))
+        live = [plan.live_part(Leaves(copy)) for copy in copies_of(params)]
+        return FreezeState(inner.init(like(params, live)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -98,8 +100,8 @@ def freezable(
         grads = plan.fit(updates, "gradient")
         _check_whole(grads, plan)
         whole = [plan.fit(copy, "params") for copy in copies_of(params)]
-        live_grads = grads.without(plan.frozen)
-        live_params = like(params, [copy.without(plan.frozen) for copy in whole])
+        live_grads = plan.live_part(grads)
+        live_params = like(params, [plan.live_part(copy) for copy in whole])
         adapted = {name: _adapt(value, plan, whole) for name, value in extra.items()}
 
         def run(inner_state: Any) -> tuple[Any, Any]:
@@ -107,7 +109,7 @@ def freezable(
 
         moved, state = update_cohorts(run, state)
         steps = [
-            _with_zeros(grads, still, Leaves(copy).values, plan)
+            _with_zeros(grads, still, Leaves(copy, stop=is_whole).values, plan)
             for copy, still in zip(copies_of(moved), whole or [grads], strict=True)
         ]
         return like(moved, steps), state
@@ -127,8 +129,8 @@ def _plan_of(state: Any) -> Plan:
 def _check_whole(grads: Leaves, plan: Plan) -> None:
     missing = [
         path
-        for path, grad, flag in zip(plan.paths, grads.values, plan.frozen, strict=True)
-        if not flag and (grad is None or is_hole(grad))
+        for path, grad, flag in zip(plan.paths, grads.values, plan.mask, strict=True)
+        if flag is not True and (grad is None or is_hole(grad))
     ]
     if missing:
         raise ValueError(
@@ -146,8 +148,16 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
         leaf = grad if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    rows = zip(grads.values, still.values, moved, plan.frozen, strict=True)
-    return grads.rebuild(frozen_update(g, p) if flag else u for g, p, u, flag in rows)
+    def update(grad: Any, param: Any, moved: Any, frozen: bool | Rows) -> Any:
+        if frozen is True:
+            return frozen_update(grad, param)
+        rows = join(moved)
+        if frozen is False:
+            return rows
+        return rows if grad.shape[0] == rows.shape[0] else among(rows, ~frozen, -0.0)
+
+    rows = zip(grads.values, still.values, moved, plan.mask, strict=True)
+    return grads.rebuild(update(*row) for row in rows)
 
 
 def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
@@ -162,28 +172,32 @@ def _is_like_params(leaves: Leaves, plan: Plan) -> bool:
 
 def _drop(value: Any, plan: Plan) -> Any:
     leaves = Leaves(value)
-    return leaves.without(plan.frozen) if _is_like_params(leaves, plan) else value
+    return plan.live_part(leaves) if _is_like_params(leaves, plan) else value
 
 
 def _on_whole_params(
     function: Callable[..., Any], plan: Plan, params: list[Leaves]
 ) -> Callable[..., Any]:
-    def fill(value: Any) -> Any:
-        leaves = Leaves(value)
-        if not any(map(is_hole, leaves.values)) or not _is_like_params(leaves, plan):
+    def whole(value: Any) -> Any:
+        leaves = Leaves(value, stop=is_whole)
+        is_full = plan.cut is None and not any(map(is_hole, leaves.values))
+        if is_full or not _is_like_params(leaves, plan):
             return value
         if not params:
             raise ValueError(
                 f"{function!r} needs whole params, but update was not given any; call "
                 "update(gradients, state, params, ...)"
             )
-        both = zip(leaves.values, params[0].values, strict=True)
-        return leaves.rebuild(p if is_hole(x) else x for x, p in both)
+        triples = zip(leaves.values, params[0].values, plan.mask, strict=True)
+        return leaves.rebuild(
+            fill(p, ~flag, x) if isinstance(flag, Rows) else p if is_hole(x) else join(x)
+            for x, p, flag in triples
+        )
 
     # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
     @functools.wraps(function)
     def on_whole_params(*args: Any, **kwargs: Any) -> Any:
-        whole = {name: fill(arg) for name, arg in kwargs.items()}
-        return _drop(function(*map(fill, args), **whole), plan)
+        named = {name: whole(arg) for name, arg in kwargs.items()}
+        return _drop(function(*map(whole, args), **named), plan)
 
     return on_whole_params

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from freeze_optax import _edit
 from freeze_optax._leaves import Leaves, is_variable
 from freeze_optax._modules import Entries, Modules, children_of, walk
+from freeze_optax._rows import Flag, Rows, among, take
 from freeze_optax._selectors import Selector, Spec, as_selector, nothing, resolve, schedules_of
 from freeze_optax._state import states_in
 from freeze_optax._zeros import Zeros
@@ -89,7 +90,7 @@ class _OnModel(Selector):
     def __init__(self, spec: Spec, model: nnx.Module):
         self._selector, self._modules = as_selector(spec), modules(model)
 
-    def flags(self, leaves: Leaves) -> list[bool]:
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
         table = self._modules
         return self._selector.flags(Leaves(leaves.tree, modules=table, aliases=table.aliases))
 
@@ -112,8 +113,9 @@ class _Variables:
         return f"wrt({len(self.paths)} variables)"
 
 
-def _trainable(leaves: Leaves, frozen: list[bool]) -> _Variables:
-    flagged = nnx.to_flat_state(leaves.rebuild(frozen))
+def _trainable(leaves: Leaves, frozen: Sequence[Flag]) -> _Variables:
+    # One that is frozen by rows has to be differentiated as a whole.
+    flagged = nnx.to_flat_state(leaves.rebuild(flag is True for flag in frozen))
     flags = {tuple(path): Leaves(variable).values for path, variable in flagged}
     parts = [path for path, inside in flags.items() if any(inside) and not all(inside)]
     if parts:
@@ -209,7 +211,7 @@ def value_and_grad(
         argument = nnx.DiffState(0, _trainable(leaves, flags))
         both = nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)
         value, moved = both(model, *args, **kwargs)
-        return value, _with_zeros(leaves, moved)
+        return value, _with_zeros(leaves, flags, moved)
 
     return value_and_grad_fn
 
@@ -229,11 +231,17 @@ def _paths_in(path: Entries, variable: Any) -> list[str]:
     return ["/".join(filter(None, (_text(path), inside))) for inside in Leaves(variable).paths]
 
 
-def _with_zeros(leaves: Leaves, moved: Any) -> Any:
+def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], moved: Any) -> Any:
     zeros, gradients = Zeros(), dict(nnx.to_flat_state(moved))
-    return nnx.from_flat_state(
-        (path, gradients[path] if path in gradients else _zeros_like(variable, zeros))
-        for path, variable in nnx.to_flat_state(leaves.tree)
+    whole = Leaves(
+        nnx.from_flat_state(
+            (path, gradients[path] if path in gradients else _zeros_like(variable, zeros))
+            for path, variable in nnx.to_flat_state(leaves.tree)
+        )
+    )
+    return whole.rebuild(
+        among(take(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
+        for x, flag in zip(whole.values, frozen, strict=True)
     )
 
 

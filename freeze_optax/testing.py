@@ -8,6 +8,7 @@ import numpy as np
 
 from freeze_optax._leaves import Leaves, is_array, is_hole
 from freeze_optax._patterns import odd_paths
+from freeze_optax._rows import Flag, Rows, put, take
 from freeze_optax._selectors import Spec, resolve
 
 __all__ = ["assert_frozen"]
@@ -45,11 +46,19 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
         odd = odd_paths(old.paths, new.paths, "before", "after")
         raise AssertionError(f"the trees have different leaves; {odd}")
     rows = zip(old.paths, old.values, new.values, flags, strict=True)
-    changes = [(path, _change(a, b)) for path, a, b, flag in rows if flag]
+    changes = [(path, _change_of(a, b, flag)) for path, a, b, flag in rows if flag]
     changed = [f"  {path}: {change}" for path, change in changes if change]
     if changed:
         count = "1 frozen leaf is" if len(changed) == 1 else f"{len(changed)} frozen leaves are"
         raise AssertionError(f"{count} not bit-identical:\n" + "\n".join(changed))
+
+
+def _change_of(old: Any, new: Any, frozen: Flag) -> str | None:
+    if not isinstance(frozen, Rows) or old is new:
+        return _change(old, new)
+    if (getattr(new, "shape", None), getattr(new, "dtype", None)) != (old.shape, old.dtype):
+        return _change(old, new)
+    return _change(old, put(new, ~frozen, take(old, ~frozen)))
 
 
 def _change(old: Any, new: Any) -> str | None:

@@ -27,7 +27,7 @@ WITHOUT_LAYOUT = {
 
 
 def layout_of(inner: optax.GradientTransformation, tree: Any) -> Any:
-    return fo.freezable(inner).init(tree).plan.origin.layout
+    return fo.freezable(inner).init(tree).plan.layout
 
 
 def kinds(inner: optax.GradientTransformation, tree: Any) -> tuple[set[str], set[str], set[str]]:
