@@ -18,6 +18,7 @@ from freeze_optax._partition import hold as hold
 from freeze_optax._partition import merge as merge
 from freeze_optax._partition import partition as partition
 from freeze_optax._phases import Phases as Phases
+from freeze_optax._scan import scan as scan
 from freeze_optax._scheduled import scheduled as scheduled
 from freeze_optax._select import labelled as labelled
 from freeze_optax._select import layers as layers

@@ -1,12 +1,15 @@
 """Rows of the leading axis of a leaf, for leaves that are frozen in part."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_MOST_RUNS = 8
+"""Up to so many runs of rows are sliced; more are gathered, as each slice is an equation."""
 
 
 @final
@@ -33,10 +36,11 @@ class Rows:
         return len(self.indices)
 
     @functools.cached_property
-    def block(self) -> tuple[int, int] | None:
-        """The first row and the one after the last, if there is none missing between."""
-        first, stop = int(self.indices[0]), int(self.indices[-1]) + 1
-        return (first, stop) if stop - first == self.count else None
+    def runs(self) -> list[tuple[int, int]] | None:
+        """The first row of each run and the one after its last; None if there are many runs."""
+        edges = np.flatnonzero(np.diff(self.mask, prepend=False, append=False)).tolist()
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        return runs if len(runs) <= _MOST_RUNS else None
 
     def __invert__(self) -> "Rows":
         return Rows(~self.mask)
@@ -98,23 +102,25 @@ def take(x: Any, rows: Rows) -> Any:
         return jax.ShapeDtypeStruct((rows.count, *x.shape[1:]), x.dtype)
     if isinstance(x, np.ndarray):
         return x[rows.mask]
-    if rows.block:
-        return jax.lax.slice_in_dim(x, *rows.block)
+    if rows.runs:
+        return _joined([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
     return x.at[rows.indices].get(
         indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
     )
 
 
 def put(x: Any, rows: Rows, values: Any) -> Any:
-    """The array with other rows; of a block in one piece, in place where XLA may."""
+    """The array with other rows; in place where XLA may."""
     if isinstance(x, np.ndarray) and isinstance(values, np.ndarray):
         new = x.copy()
         new[rows.mask] = values
         return new
-    x = jnp.asarray(x)
-    if rows.block:
-        return jax.lax.dynamic_update_slice_in_dim(x, values, rows.block[0], 0)
-    return x.at[rows.indices].set(
+    new = jnp.asarray(x)
+    if rows.runs:
+        for first, piece in _pieces(rows.runs, values):
+            new = jax.lax.dynamic_update_slice_in_dim(new, piece, first, 0)
+        return new
+    return new.at[rows.indices].set(
         values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
     )
 
@@ -122,28 +128,35 @@ def put(x: Any, rows: Rows, values: Any) -> Any:
 def among(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
     """Rows in their places among others that are all `fill`.
 
-    Concatenated where they are one block, as XLA takes a slice of that back out for nothing.
+    Concatenated where they are a few runs, as XLA takes a slice of that back out for nothing.
     """
-    count = len(rows.mask)
     other = complex(fill, fill) if jnp.iscomplexobj(values) else fill
 
     def filled(count: int) -> jax.Array:
         return jnp.full((count, *values.shape[1:]), other, values.dtype)
 
-    if rows.block is None:
-        return put(filled(count), rows, values)
-    first, stop = rows.block
-    return jnp.concatenate([filled(first), values, filled(count - stop)])
+    if not rows.runs:
+        return put(filled(len(rows.mask)), rows, values)
+    pieces: list[jax.Array] = []
+    end = 0
+    for first, piece in _pieces(rows.runs, values):
+        pieces += [filled(first - end), piece]
+        end = first + piece.shape[0]
+    return _joined([*pieces, filled(len(rows.mask) - end)])
 
 
-def is_taken(x: Any, rows: Rows) -> bool:
-    """Whether `x` holds only these rows, and not all that there are."""
-    return x.shape[0] == rows.count
+def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
+    """The rows of each run, with where it begins."""
+    start = 0
+    for first, stop in runs:
+        piece = jax.lax.slice_in_dim(values, start, start + stop - first)
+        yield first, piece
+        start += stop - first
 
 
-def taken(x: Any, rows: Rows) -> Any:
-    """The rows of an array that holds all, or only them."""
-    return x if is_taken(x, rows) else take(x, rows)
+def _joined(pieces: list[Any]) -> Any:
+    present = [piece for piece in pieces if piece.shape[0]]
+    return present[0] if len(present) == 1 else jnp.concatenate(present)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

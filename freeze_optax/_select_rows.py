@@ -65,9 +65,9 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     without the others; to one that does not (factored, orthogonalised, with trust ratios) this
     array is all there is.
 
-    Where rows are one block, taking and setting them is a slice; scattered ones are gathered, and
-    then it is cheaper to differentiate with `holes=True`, which gives the gradient of those rows
-    alone.
+    Rows in a few runs are sliced; scattered ones are gathered, and then it is cheaper to
+    differentiate with `holes=True`, which gives the gradient of those rows alone. To save the
+    backward pass of stacked layers too, see `freeze_optax.scan`.
 
     Examples:
       >>> import jax.numpy as jnp
