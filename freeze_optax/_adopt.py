@@ -10,7 +10,7 @@ import optax
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
 from freeze_optax._edit import editable_state, in_order, init_leaves, replace_state
-from freeze_optax._layout import ABSENT, COUNTER, shapes
+from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
 from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
 from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
@@ -92,34 +92,29 @@ def release(state: Any, params: Any) -> Any:
     ]
     missing = [number and not done for number, done in zip(numbers, complete, strict=True)]
     uncut = Plan.of(plan.paths, [not flag for flag in missing], plan.origin)
-    layout, own = uncut.layout, plan.layout
-    places = own.places(whole.inner)
-    fresh = layout.places(init_leaves(uncut, params, missing)) if any(missing) else places
-    at = {
-        (own.prefixes[i], owner): x
-        for i, (owner, x) in enumerate(zip(own.owners, places, strict=True))
-    }
-    shared = (x for owner, x in zip(own.owners, places, strict=True) if ABSENT < owner < 0)
-    nobodys = all(cohort == DROPPED for cohort in plan.cohorts)
+    own, shared = plan.layout.split(whole.inner)
+    fresh, fresh_shared = own, shared
+    if any(missing):
+        fresh, fresh_shared = uncut.layout.split(init_leaves(uncut, params, missing))
 
-    def value_at(place: int, owner: int) -> Any:
-        if owner < 0:
-            value = HOLE if owner == ABSENT else next(shared)
-            return replaced(value, fresh[place]) if owner == COUNTER and nobodys else value
-        parts = [
-            (cut.parts[part][1], at.get((layout.prefixes[place], part), HOLE), plan.cohorts[part])
-            for part in cut.by_leaf[owner]
-        ]
-        if not missing[owner]:
-            return parts[0][1]
+    def statistic(place: Place, path: str) -> Any:
+        prefix, leaf = place
+        parts = cut.by_leaf[leaf]
+        first = own.get((prefix, parts[0]), HOLE)
+        if not missing[leaf]:
+            return first
         value = fresh[place]
-        for rows, x, cohort in parts:
-            if rows and cohort != DROPPED:
-                value = _with_rows(value, rows, x, layout.paths[place])
-        return replaced(parts[0][1], value)
+        for part in parts:
+            rows = cut.parts[part][1]
+            if rows and plan.cohorts[part] != DROPPED:
+                value = _with_rows(value, rows, own.get((prefix, part), HOLE), path)
+        return replaced(first, value)
 
-    filled = [value_at(place, owner) for place, owner in enumerate(layout.owners)]
-    return replace_state(state, layout.rebuild(filled))
+    if all(cohort == DROPPED for cohort in plan.cohorts):
+        kinds = (owner for owner in uncut.layout.owners if owner in (COUNTER, CLOCK))
+        triples = zip(kinds, shared, fresh_shared, strict=True)
+        shared = [replaced(x, new) if kind == COUNTER else x for kind, x, new in triples]
+    return replace_state(state, uncut.layout.join(statistic, shared))
 
 
 def _with_rows(fresh: Any, rows: Rows, x: Any, path: str) -> Any:

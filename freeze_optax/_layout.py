@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from freeze_optax._copies import copies_of
-from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._leaves import HOLE, Leaves, is_hole
 from freeze_optax._patterns import odd_paths, some
 from freeze_optax._ties import noted_ties
 
@@ -17,6 +17,8 @@ ABSENT = -3
 """A node of the params that the transformation leaves out, with all leaves below it."""
 
 Keys = tuple[Any, ...]
+Place = tuple[Keys, int]
+"""The keys of a node like the params in a state, and the index of a leaf."""
 
 
 class Layout:
@@ -93,6 +95,24 @@ class Layout:
     def rebuild(self, values: list[Any]) -> Any:
         """The state with other things at its places."""
         return jax.tree.unflatten(self._treedef, values)
+
+    def split(self, inner_state: Any) -> tuple[dict[Place, Any], list[Any]]:
+        """The statistics in a state, each by its place, and in order the counters and clocks."""
+        values = self.places(inner_state)
+        triples = list(zip(self.prefixes, self.owners, values, strict=True))
+        statistics = {(prefix, owner): x for prefix, owner, x in triples if owner >= 0}
+        return statistics, [x for _, owner, x in triples if ABSENT < owner < 0]
+
+    def join(self, statistic: Callable[[Place, str], Any], shared: list[Any]) -> Any:
+        """A state with these counters and clocks, and statistics as told of place and path."""
+        rest = iter(shared)
+
+        def value(prefix: Keys, owner: int, path: str) -> Any:
+            if owner == ABSENT:
+                return HOLE
+            return next(rest) if owner < 0 else statistic((prefix, owner), path)
+
+        return self.rebuild(list(map(value, self.prefixes, self.owners, self.paths)))
 
 
 def _raiser(error: BaseException) -> str:

@@ -1,13 +1,13 @@
 """Cutting the leaves of a state into other parts, before an edit of rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from freeze_optax._cut import Cut, Part
-from freeze_optax._layout import ABSENT, Layout, shapes
-from freeze_optax._leaves import HOLE, replaced
+from freeze_optax._cut import Cut
+from freeze_optax._layout import Place, shapes
+from freeze_optax._leaves import HOLE, replaced, value_of
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._rows import Flag, Rows, both, either, flag_of, invert, minus, take
 from freeze_optax._state import FreezeState
@@ -54,8 +54,20 @@ def recut(
         plan.origin,
         cut=cut if any(rows for _, rows in cut.parts) else None,
     )
-    inner = _carried(state, new, old, cut, sources, leaf_shapes)
-    return FreezeState(inner, state.ages, new), frozen
+    statistics, shared = plan.layout.split(state.inner)
+
+    def statistic(place: Place, path: str) -> Any:
+        prefix, part = place
+        (leaf, rows), source = cut.parts[part], sources[part]
+        # Even a part without state has one of its leaf beside it, maybe in an NNX Variable.
+        beside = old.by_leaf[leaf][0] if source is None else source
+        x = statistics.get((prefix, beside), HOLE)
+        if source is None:
+            return replaced(x, HOLE)
+        before = old.parts[source][1]
+        return x if before == rows else _carved(x, rows, before, leaf_shapes[leaf], path)
+
+    return FreezeState(new.layout.join(statistic, shared), state.ages, new), frozen
 
 
 def _parts_of(
@@ -76,51 +88,15 @@ def _parts_of(
     return [(rows, part) for rows, part in parts if rows is not False] or [(True, None)]
 
 
-def _carried(
-    state: FreezeState,
-    new: Plan,
-    old: Cut,
-    cut: Cut,
-    sources: list[int | None],
-    leaf_shapes: Sequence[Any],
-) -> Any:
-    before, after = state.plan.layout, new.layout
-    places = before.places(state.inner)
-    at = {(before.prefixes[i], owner): x for i, (owner, x) in _owned(before, places)}
-    shared = (x for owner, x in zip(before.owners, places, strict=True) if ABSENT < owner < 0)
-
-    def value_at(place: int, owner: int) -> Any:
-        if owner == ABSENT:
-            return HOLE
-        if owner < 0:
-            return next(shared)
-        (leaf, rows), source = cut.parts[owner], sources[owner]
-        # Even a part without state has one of its leaf beside it, maybe in an NNX Variable.
-        beside = old.by_leaf[leaf][0] if source is None else source
-        x = at.get((after.prefixes[place], beside), HOLE)
-        if source is None:
-            return replaced(x, HOLE)
-        return _carved(x, (leaf, rows), old.parts[source][1], leaf_shapes[leaf], after.paths[place])
-
-    return after.rebuild([value_at(place, owner) for place, owner in enumerate(after.owners)])
-
-
-def _owned(layout: Layout, places: list[Any]) -> Iterator[tuple[int, tuple[int, Any]]]:
-    pairs = zip(layout.owners, places, strict=True)
-    return ((i, pair) for i, pair in enumerate(pairs) if pair[0] >= 0)
-
-
-def _carved(x: Any, part: Part, rows: Rows | None, shape: tuple[int, ...], path: str) -> Any:
-    """The statistics of a part, out of those of the rows that it was cut from."""
-    _, new = part
-    if new is None or new == rows or not jax.tree.leaves(x):
+def _carved(x: Any, new: Rows | None, old: Rows | None, shape: tuple[int, ...], path: str) -> Any:
+    """The statistics of a part, out of those of the rows that it is cut from."""
+    if not jax.tree.leaves(x):
         return x
-    count = rows.count if rows else shape[0]
-    if shapes(x) != [(count, *shape[1:])]:
+    count = old.count if old else shape[0]
+    if new is None or shapes(x) != [(count, *shape[1:])]:
         raise ValueError(
             f"{path!r} has {shapes(x)} for {count} rows of shape {shape[1:]}, which can't be told "
             "apart by rows; freeze or thaw all of them at once"
         )
-    inside = flag_of(new.mask[rows.mask]) if rows else new
-    (array,) = jax.tree.leaves(x)
-    return replaced(x, take(array, inside) if isinstance(inside, Rows) else array)
+    inside = flag_of(new.mask[old.mask]) if old else new
+    return replaced(x, take(value_of(x), inside)) if isinstance(inside, Rows) else x
