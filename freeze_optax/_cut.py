@@ -95,6 +95,9 @@ class Cut:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cut, (self.parts,)  # Python's hashes are of one process only.
+
     @functools.cached_property
     def by_leaf(self) -> list[list[int]]:
         """For each leaf the indices of its parts."""

@@ -203,6 +203,9 @@ class Plan:
     def __deepcopy__(self, memo: Any) -> "Plan":
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hash": None}  # Python's hashes are of one process only.
+
     def __repr__(self) -> str:
         parked = f", {len(self.parked)} of them parked" if self.parked else ""
         cut = sum(not isinstance(flag, bool) for flag in self.mask)

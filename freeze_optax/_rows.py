@@ -51,6 +51,9 @@ class Rows:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.mask,)  # Python's hashes are of one process only.
+
     def __repr__(self) -> str:
         return f"{self.count} of {len(self.mask)} rows"
 
