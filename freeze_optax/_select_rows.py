@@ -69,6 +69,10 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     differentiate with `holes=True`, which gives the gradient of those rows alone. To save the
     backward pass of stacked layers too, see `freeze_optax.scan`.
 
+    `freeze_optax.apply_updates` writes the rows that train alone, in place where the params are
+    donated; that of optax, which `TrainState` and `nnx.Optimizer` call, adds -0.0 to the others.
+    `optax.masked` and `optax.partition` know nothing of rows.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax
