@@ -12,9 +12,10 @@ from freeze_optax._cut import Cut
 from freeze_optax._edit import editable_state, in_order, init_leaves, replace_state
 from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
 from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
+from freeze_optax._moves import put
 from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
-from freeze_optax._rows import Rows, put
+from freeze_optax._rows import Rows
 from freeze_optax._state import FreezeState
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._moves import put, take
 from freeze_optax._patterns import listed, odd_paths
-from freeze_optax._rows import Flag, Rows, put, take
+from freeze_optax._rows import Rows
 from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
 
 
@@ -46,21 +48,32 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     flags = resolve(frozen, leaves)
     steps = _align(leaves, updates)
     add = _add_unless_zero if schedules_of(frozen) else _add
-    triples = zip(leaves.values, steps, flags, strict=True)
+    rows = zip(leaves.values, steps, flags, leaves.paths, strict=True)
     return leaves.rebuild(
-        p if flag is True or u is None or is_hole(u) or is_hole(p) else _moved(p, u, flag, add)
-        for p, u, flag in triples
+        p
+        if flag is True or u is None or is_hole(u) or is_hole(p)
+        else _add_rows(p, u, ~flag, add, path)
+        if isinstance(flag, Rows)
+        else add(p, u)
+        for p, u, flag, path in rows
     )
 
 
-def _moved(param: Any, update: Any, frozen: Flag, add: Callable[[Any, Any], Any]) -> Any:
-    if not isinstance(frozen, Rows):
-        return add(param, update)
-    live = ~frozen
-    step = update if update.shape[0] == live.count else take(update, live)
-    if param.shape[0] == live.count:
-        return add(param, step)
-    return put(param, live, add(take(param, live), step))
+def _add_rows(
+    param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any], path: str
+) -> Any:
+    """The param with the update added to the rows that train; either may be of these alone."""
+    own = param if param.shape[0] == live.count else take(param, live)
+    step = update
+    if np.ndim(update) and np.shape(update)[0] == len(live.mask):
+        step = take(update, live)
+    elif np.ndim(update) and np.shape(update)[0] != live.count:
+        raise ValueError(
+            f"the update of {path!r} is of shape {np.shape(update)}, but the leaf of "
+            f"{param.shape}, of which {live!r} train; give an update of all rows or of these"
+        )
+    new = add(own, step)
+    return new if own is param else put(param, live, new)
 
 
 def _add(param: Any, update: Any) -> Any:

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from freeze_optax import _moves as moves
 from freeze_optax._leaves import HOLE, Leaves, is_hole
-from freeze_optax._rows import Flag, Rows, flag_of, invert, put, take, union
+from freeze_optax._rows import Flag, Rows, flag_of, invert, union
 
 Part = tuple[int, Rows | None]
 """The index of a leaf, and the rows of it, None for all."""
@@ -50,19 +49,9 @@ def join(value: Any) -> Any:
     """The rows that there are, in order, from one array or from parts; holes are passed over."""
     if not isinstance(value, Parts):
         return value
-    present = [
-        (rows.indices, x)
-        for rows, x in zip(value.rows, value.values, strict=True)
-        if not is_hole(x)
-    ]
-    indices = np.concatenate([rows for rows, _ in present])
-    arrays = [x for _, x in present]
-    if len(arrays) == 1:
-        return arrays[0]
-    in_runs = sorted(range(len(present)), key=lambda i: present[i][0][0])
-    if np.all(np.diff(np.concatenate([present[i][0] for i in in_runs])) > 0):
-        return jnp.concatenate([arrays[i] for i in in_runs])
-    return jnp.concatenate(arrays)[np.argsort(indices)]
+    pairs = zip(value.rows, value.values, strict=True)
+    present = [(rows, x) for rows, x in pairs if not is_hole(x)]
+    return moves.join([rows for rows, _ in present], [x for _, x in present])
 
 
 @final
@@ -161,10 +150,10 @@ def _rows_of(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> A
         return x
     count = x.shape[0] if getattr(x, "shape", ()) else None
     if count == len(rows.mask):
-        return take(x, rows)
+        return moves.take(x, rows)
     if isinstance(live, Rows) and count == live.count:
         inside = flag_of(rows.mask[live.mask])
-        return take(x, inside) if isinstance(inside, Rows) else x
+        return moves.take(x, inside) if isinstance(inside, Rows) else x
     whole = f"of shape {getattr(x, 'shape', ())}"
     of = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
     raise ValueError(f"{leaves.paths[i]!r} is {whole}, but the optimizer state is for {of}")
@@ -173,4 +162,4 @@ def _rows_of(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> A
 def fill(whole: Any, live: Rows, value: Any) -> Any:
     """A leaf with the rows that train set, or these rows alone where `whole` has no others."""
     rows = join(value)
-    return rows if whole.shape[0] == live.count else put(whole, live, rows)
+    return rows if whole.shape[0] == live.count else moves.put(whole, live, rows)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from freeze_optax._leaves import HOLE, Leaves
-from freeze_optax._rows import Flag, Rows, among, take, whole
+from freeze_optax._moves import among, take, whole
+from freeze_optax._rows import Flag, Rows
 from freeze_optax._selectors import Spec, as_selector, resolve, schedules_of
 from freeze_optax._zeros import Zeros
 

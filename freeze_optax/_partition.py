@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from freeze_optax._cut import Parts, is_whole, join
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_variable
-from freeze_optax._patterns import listed, odd_paths
-from freeze_optax._rows import Flag, Rows, invert, put, take
+from freeze_optax._moves import put, take
+from freeze_optax._patterns import listed, odd_paths, some
+from freeze_optax._rows import Flag, Rows, invert
 from freeze_optax._selectors import Spec, as_selector, resolve
 
 
@@ -79,7 +81,8 @@ def merge(trainable: Any, rest: Any) -> Any:
       The tree with all leaves, the very objects. Where both have a hole, it stays one.
 
     Raises:
-      ValueError: If the structures differ or both trees have a leaf at one path.
+      ValueError: If the structures differ, both trees have a leaf at one path, or rows of a leaf
+        that is frozen in part are not those that the rest lacks.
     """
     left, right = Leaves(trainable), Leaves(rest, stop=is_whole)
     if left.treedef != right.treedef:
@@ -88,20 +91,37 @@ def merge(trainable: Any, rest: Any) -> Any:
             + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
         )
     pairs = list(zip(left.values, right.values, strict=True))
-    both = [path for path, (a, b) in zip(left.paths, pairs, strict=True) if not _fit_together(a, b)]
+    triples = [(path, *pair) for path, pair in zip(left.paths, pairs, strict=True)]
+    both = [path for path, a, b in triples if not (is_hole(a) or is_hole(b) or _is_part(b))]
     if both:
         raise ValueError(
             f"both parts have a leaf at {listed(both)}; each leaf belongs to one of them, with "
             "optax.MaskedNode() in the other, as fo.partition gives them"
         )
+    odd = [
+        f"{path!r} {problem}"
+        for path, a, b in triples
+        if _is_part(b) and (problem := _misfit(a, b))
+    ]
+    if odd:
+        raise ValueError(f"the rows of the two parts are not of one leaf: {some(odd)}")
     return left.rebuild(_merged(a, b) for a, b in pairs)
 
 
-def _fit_together(left: Any, right: Any) -> bool:
-    if isinstance(right, Parts):
-        (rows,) = right.rows
-        return getattr(left, "shape", ())[:1] == (len(rows.mask) - rows.count,)
-    return is_hole(left) or is_hole(right)
+def _is_part(x: Any) -> bool:
+    return isinstance(x, Parts)
+
+
+def _misfit(left: Any, right: Parts) -> str:
+    """What is wrong with rows that train for the rest of their leaf; empty if nothing is."""
+    (rows,), (still,) = right.rows, right.values
+    expected = (len(rows.mask) - rows.count, *still.shape[1:])
+    if is_hole(left):
+        return f"is a hole in `trainable`, where `rest` lacks rows of shape {expected}"
+    if np.shape(left) != expected:
+        return f"is of shape {np.shape(left)}, where `rest` lacks rows of shape {expected}"
+    mine, other = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, still))
+    return "" if mine == other else f"is {mine} in `trainable` and {other} in `rest`"
 
 
 def _merged(left: Any, right: Any) -> Any:

@@ -8,8 +8,9 @@ import jax
 from freeze_optax._cut import Cut
 from freeze_optax._layout import Place, shapes
 from freeze_optax._leaves import HOLE, replaced, value_of
+from freeze_optax._moves import take
 from freeze_optax._plan import DROPPED, Plan
-from freeze_optax._rows import Flag, Rows, both, either, flag_of, invert, minus, take
+from freeze_optax._rows import Flag, Rows, both, either, flag_of, invert, minus
 from freeze_optax._state import FreezeState
 
 

@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._leaves import Leaves, is_array, is_hole, kind
+from freeze_optax._leaves import Leaves, can_train, is_array, is_hole
 from freeze_optax._rows import Flag, both, flag_of
 from freeze_optax._selectors import Selector, Spec, as_selector
 
@@ -22,12 +22,14 @@ class _Rows(Selector):
         return [self._part(path, leaf, flag) for path, leaf, flag in triples]
 
     def _part(self, path: str, leaf: Any, flag: Flag) -> Flag:
-        # An activation function beside the arrays of a layer has no rows, and is frozen anyway.
-        if flag is False or is_hole(leaf) or not (is_array(leaf) or kind(leaf) != "other"):
+        shape = getattr(leaf, "shape", ()) if is_array(leaf) else ()
+        # An activation function or a step counter beside the arrays is frozen anyway.
+        if flag is False or is_hole(leaf) or (not shape and not can_train(leaf)):
             return False
-        shape = getattr(leaf, "shape", ())
         if not shape:
-            raise ValueError(f"{self!r}: the leaf {path!r} is a scalar and has no rows")
+            raise ValueError(
+                f"{self!r}: the leaf {path!r} is a scalar, of shape (), and has no rows"
+            )
         mask = np.zeros(shape[0], bool)
         odd = _odd(self._rows, shape[0])
         if odd:
@@ -92,22 +94,33 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     Returns:
       The selector. In its mask such a leaf has a NumPy vector of bools, or a plain bool where
       all rows or none are selected. Applied to a tree, it raises ValueError, naming path and
-      shape, if rows are out of range, bools are not as many as rows, or a leaf is a scalar.
+      shape, if rows are out of range (of a slice too), bools are not as many as rows, or a leaf
+      that could train is a scalar.
 
     Raises:
       TypeError: If `rows` is neither of these.
+      ValueError: If it is a slice with a step of 0.
     """
-    return _Rows(spec, rows if isinstance(rows, slice) else _vector(rows))
+    return _Rows(spec, _checked(rows) if isinstance(rows, slice) else _vector(rows))
+
+
+def _checked(rows: slice) -> slice:
+    ends = (rows.start, rows.stop, rows.step)
+    if not all(end is None or hasattr(end, "__index__") for end in ends):
+        raise TypeError(f"rows are a slice of ints, not {rows!r}")
+    if rows.step == 0:
+        raise ValueError(f"rows are {rows!r}, but a slice step cannot be zero")
+    return rows
 
 
 def _vector(rows: Any) -> np.ndarray:
     if isinstance(rows, Tracer):
         raise TypeError("the rows are traced, but what is frozen is settled before tracing")
     try:
-        vector = np.asarray(rows)
-    except ValueError:
+        vector = np.array(rows)
+    except (TypeError, ValueError):
         vector = np.asarray(None)
-    if vector.ndim == 1 and not vector.size:
+    if vector.ndim == 1 and not vector.size and vector.dtype != bool:
         return vector.astype(int)
     if vector.ndim != 1 or vector.dtype.kind not in "biu":
         raise TypeError(

@@ -227,8 +227,8 @@ class _Mask(Selector):
         mask = self._mask
         if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
             return _Union(mask).flags(leaves)
-        pairs = zip(spread(mask, leaves, "mask"), leaves.values, strict=True)
-        return [is_hole(leaf) or _as_flag(value, path, leaf) for (path, value), leaf in pairs]
+        pairs = zip(spread(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
+        return [is_hole(leaf) or _as_flag(*given, path, leaf) for given, path, leaf in pairs]
 
     def __repr__(self) -> str:
         return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
@@ -284,7 +284,7 @@ def _leafless(tree: Any) -> frozenset[str]:
     return frozenset(Leaves(tree, stop=lambda x: not jax.tree.leaves(x, is_leaf=is_hole)).paths)
 
 
-def _as_flag(value: Any, path: str, leaf: Any) -> Flag:
+def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     shape = getattr(value, "shape", None)
@@ -300,8 +300,8 @@ def _as_flag(value: Any, path: str, leaf: Any) -> Flag:
         if own and isinstance(value, np.ndarray | jax.Array):
             if shape != own[:1]:
                 raise ValueError(
-                    f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf is "
-                    f"of shape {own}"
+                    f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf "
+                    f"{leaf_path!r} is of shape {own}"
                 )
             return flag_of(np.asarray(value))
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"

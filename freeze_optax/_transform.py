@@ -12,9 +12,10 @@ from freeze_optax._cohorts import update_cohorts
 from freeze_optax._copies import copies_of, leaves_of, like
 from freeze_optax._cut import fill, is_whole, join
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
+from freeze_optax._moves import among
 from freeze_optax._patterns import listed
 from freeze_optax._plan import Origin, Plan
-from freeze_optax._rows import Rows, among
+from freeze_optax._rows import Rows
 from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
 from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._ties import check_ties

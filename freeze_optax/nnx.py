@@ -8,7 +8,8 @@ from typing import Any, final
 from freeze_optax import _edit
 from freeze_optax._leaves import Leaves, is_variable
 from freeze_optax._modules import Entries, Modules, children_of, walk
-from freeze_optax._rows import Flag, Rows, among, take
+from freeze_optax._moves import among, take
+from freeze_optax._rows import Flag, Rows
 from freeze_optax._selectors import Selector, Spec, as_selector, nothing, resolve, schedules_of
 from freeze_optax._state import states_in
 from freeze_optax._zeros import Zeros

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._leaves import Leaves, is_array, is_hole
+from freeze_optax._moves import put, take
 from freeze_optax._patterns import odd_paths
-from freeze_optax._rows import Flag, Rows, put, take
+from freeze_optax._rows import Flag, Rows
 from freeze_optax._selectors import Spec, resolve
 
 __all__ = ["assert_frozen"]
