@@ -34,16 +34,17 @@ def put(x: Any, rows: Rows, values: Any) -> Any:
         new[rows.mask] = values
         return new
 
-    def changed(x: Any, values: Any) -> Any:
-        if not rows.runs:
-            return x.at[rows.indices].set(
-                values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-            )
-        for first, piece in _pieces(rows.runs, values):
-            x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, 0)
-        return x
+    return _moved(functools.partial(_changed, rows), x, values)
 
-    return _moved(changed, x, values)
+
+def _changed(rows: Rows, x: Any, values: Any) -> Any:
+    if not rows.runs:
+        return x.at[rows.indices].set(
+            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+    for first, piece in _pieces(rows.runs, values):
+        x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, 0)
+    return x
 
 
 def join(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
@@ -107,7 +108,8 @@ def whole(x: Any, part: Any, rows: Rows) -> Any:
 
 @whole.defjvp
 def _whole_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    return whole(*primals, rows), put(tangents[0], rows, tangents[1])
+    # Of a tangent the very bits don't matter, but it has to be transposed.
+    return whole(*primals, rows), _changed(rows, *tangents)
 
 
 def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:

@@ -383,3 +383,15 @@ def test_complex_rows_are_differentiated_as_put(mask):
     ours = jax.grad(lambda part: jnp.abs(whole(x, part, Rows(mask)) ** 2).sum())
     reference = jax.grad(lambda part: jnp.abs(x.at[index].set(part) ** 2).sum())
     _assert_close(ours(x[index]), reference(x[index]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e5m2", "float32", "complex64"])
+def test_whole_goes_back_in_every_dtype(dtype):
+    x = jnp.arange(6.0).reshape(6, 1).astype(dtype)
+    rows = Rows(np.array([0, 1, 1, 0, 0, 1], bool))
+
+    def total(part):
+        return jnp.real(whole(x, part, rows).astype("complex64") ** 2).sum()
+
+    expected = (2 * np.asarray(x).astype("complex64"))[[1, 2, 5]]
+    np.testing.assert_array_equal(jax.grad(total)(take(x, rows)).astype("complex64"), expected)

@@ -321,7 +321,7 @@ ERRORS = {
     "no bools": ("embed", np.zeros(0, bool), r"'embed' is of shape \(5, 2\), .*5 bools, not 0"),
     "nested": ("head", [2], r"the leaf 'head/kernel' is of shape \(2, 3\), so row 2 is out of"),
     "scalar": ("scale", [0], r"the leaf 'scale' is a scalar, of shape \(\), and has no rows"),
-    "Python scalar": ("rate", slice(0, 1), r"the leaf 'rate' is a scalar, of shape \(\), and has no rows"),
+    "Python scalar": ("rate", slice(0, 1), r"the leaf 'rate' is a scalar, of shape"),
     "no leaf": ("embedd", [0], r"pattern 'embedd' selects no leaf; nearest: 'embed'"),
     "no step": ("embed", slice(0, 3, 0), r"slice step cannot be zero"),
 }
