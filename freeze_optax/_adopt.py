@@ -1,7 +1,5 @@
 """From a plain optimizer's state to ours and back."""
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +7,9 @@ import optax
 
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
-from freeze_optax._edit import editable_state, in_order, init_leaves, replace_state
+from freeze_optax._edit import abstract_init, editable_state, in_order, init_leaves, replace_state
 from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
-from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
+from freeze_optax._leaves import HOLE, can_train, kind, replaced, value_of
 from freeze_optax._moves import put
 from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
@@ -144,23 +142,6 @@ def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
             f"is a {type(state).__name__}; pass the freezable itself, not a chain around it"
         )
     return state.plan
-
-
-def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
-    """The state that `init` would make, as shapes, with its plans."""
-    leaves = Leaves(params)
-    traced = [is_array(x) or kind(x) != "other" for x in leaves.values]
-
-    def of_arrays(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        both = zip(leaves.values, traced, strict=True)
-        return init(leaves.rebuild(next(given) if flag else x for x, flag in both))
-
-    with warnings.catch_warnings():  # of nothing left to train, which is not settled here
-        warnings.simplefilter("ignore")
-        return jax.eval_shape(
-            of_arrays, [x for x, f in zip(leaves.values, traced, strict=True) if f]
-        )
 
 
 def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:

@@ -45,7 +45,7 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
       ValueError: If the updates or the spec do not fit the params.
     """
     leaves = Leaves(params)
-    flags = resolve(frozen, leaves)
+    flags = resolve(frozen, leaves, partitioned=True)
     steps = _align(leaves, updates)
     add = _add_unless_zero if schedules_of(frozen) else _add
     rows = zip(leaves.values, steps, flags, leaves.paths, strict=True)

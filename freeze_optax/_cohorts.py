@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from freeze_optax._layout import COUNTER
-from freeze_optax._leaves import HOLE, Leaves
+from freeze_optax._leaves import HOLE, Leaves, replaced
 from freeze_optax._state import FreezeState
 
 Run = Callable[[Any], tuple[Any, Any]]
@@ -42,7 +42,7 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     # With nothing live one run is left, on holes alone, as the clocks run on.
     for cohort in plan.live or [0]:
         pairs = zip(layout.owners, before, strict=True)
-        own = [HOLE if owner in plan.parked else x for owner, x in pairs]
+        own = [replaced(x, HOLE) if owner in plan.parked else x for owner, x in pairs]
         for place, counter in zip(layout.counters, rows[cohort], strict=True):
             own[place] = counter
         moved, inner = run(layout.rebuild(own))

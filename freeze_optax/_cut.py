@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import jax
+import numpy as np
 
 from freeze_optax import _moves as moves
-from freeze_optax._leaves import HOLE, Leaves, is_hole
+from freeze_optax._leaves import HOLE, Leaves, Transparent, is_hole, is_variable, value_of
 from freeze_optax._rows import Flag, Rows, flag_of, invert, union
 
 Part = tuple[int, Rows | None]
@@ -16,7 +17,7 @@ Part = tuple[int, Rows | None]
 
 @final
 @jax.tree_util.register_pytree_with_keys_class
-class Parts:
+class Parts(Transparent):
     """Some rows of one leaf, in several arrays: a node where a tree like the params has a leaf.
 
     Attributes:
@@ -49,7 +50,7 @@ def join(value: Any) -> Any:
     """The rows that there are, in order, from one array or from parts; holes are passed over."""
     if not isinstance(value, Parts):
         return value
-    pairs = zip(value.rows, value.values, strict=True)
+    pairs = zip(value.rows, map(value_of, value.values), strict=True)
     present = [(rows, x) for rows, x in pairs if not is_hole(x)]
     return moves.join([rows for rows, _ in present], [x for _, x in present])
 
@@ -105,23 +106,29 @@ class Cut:
         rows = [self.parts[i][1] for i, flag in zip(own, flags, strict=True) if flag]
         return union(True if part is None else part for part in rows)
 
-    def split(self, leaves: Leaves, frozen: Sequence[bool]) -> Any:
+    def split(self, leaves: Leaves, frozen: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with the parts that are not frozen where it has leaves.
 
         Args:
           leaves: The leaves of the params, or of a tree like them; where a leaf is frozen in
             part, it may have the rows that train alone.
           frozen: For each part whether it is to be a hole.
+          numbers: Whether there may be a number for a leaf, which goes for all its rows.
 
         Raises:
           ValueError: If a leaf has neither all rows nor those that train, naming it.
         """
         mask = self.mask(frozen)
         triples = zip(leaves.values, self.by_leaf, mask, strict=True)
-        return leaves.rebuild(
-            self._split_leaf(x, own, invert(flag), frozen, leaves, i)
+        tree = leaves.rebuild(
+            x
+            if numbers and not np.ndim(x) and not is_hole(x) and flag is not True
+            else self._split_leaf(x, own, invert(flag), frozen, leaves, i)
             for i, (x, own, flag) in enumerate(triples)
         )
+        if len(self.parts) == len(self.by_leaf):
+            return tree
+        return jax.tree.map(_outside, tree, is_leaf=is_variable)
 
     def _split_leaf(
         self, x: Any, own: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
@@ -143,6 +150,19 @@ class Cut:
             else Parts((values[i] for i in own), tuple(r for i in own if (r := self.parts[i][1])))
             for own in self.by_leaf
         ]
+
+
+def _outside(x: Any) -> Any:
+    """Parts of which each stands in an NNX Variable, of a Variable in which parts stand.
+
+    So it is in a state, where each part is a thing of its own.
+    """
+    if not is_variable(x):
+        return x
+    (inside,) = Leaves(x, stop=is_whole).values
+    if not isinstance(inside, Parts):
+        return x
+    return Parts((x.replace(value) for value in inside.values), inside.rows)
 
 
 def _rows_of(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:

@@ -1,5 +1,6 @@
 """Freezing and thawing mid-training."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax.core import Tracer
 
 from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import copies_of, leaves_of, like
-from freeze_optax._leaves import HOLE, Leaves, can_train, replaced, value_of
+from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._recut import recut
 from freeze_optax._rows import Flag, either, minus
@@ -199,8 +200,11 @@ def _edit(
     if mask == state.plan.mask:
         return tree
     check_mask(state.plan, leaves, mask)
-    values = in_order(state.plan, leaves, leaves.values)
-    recut_state, frozen = recut(state, [getattr(x, "shape", ()) for x in values], mask, keep_state)
+
+    def abstract(plan: Plan, wanted: list[bool]) -> Any:
+        return abstract_init(lambda params: init_leaves(plan, params, wanted), params)
+
+    recut_state, frozen = recut(state, mask, keep_state, abstract)
     return replace_state(tree, move(recut_state, params, frozen, keep_state))
 
 
@@ -274,6 +278,23 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
         leaves.values = in_order(plan, given, given.values)
         rebuilt.append(plan.part(leaves, [not flag for flag in wanted]))
     return plan.origin.init(like(plan.origin.skeleton, rebuilt))
+
+
+def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
+    """The state that `init` would make, as shapes, with its plans."""
+    leaves = Leaves(params)
+    traced = [is_array(x) or kind(x) != "other" for x in leaves.values]
+
+    def of_arrays(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        both = zip(leaves.values, traced, strict=True)
+        return init(leaves.rebuild(next(given) if flag else x for x, flag in both))
+
+    with warnings.catch_warnings():  # of nothing left to train, which is not settled here
+        warnings.simplefilter("ignore")
+        return jax.eval_shape(
+            of_arrays, [x for x, f in zip(leaves.values, traced, strict=True) if f]
+        )
 
 
 def _beside(new: Any, old: Any) -> Any:

@@ -8,10 +8,16 @@ import jax
 import numpy as np
 import optax
 
-from freeze_optax._adopt import abstract_init
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
-from freeze_optax._edit import in_order, init_leaves, only_state, replace_state, set_frozen
+from freeze_optax._edit import (
+    abstract_init,
+    in_order,
+    init_leaves,
+    only_state,
+    replace_state,
+    set_frozen,
+)
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._patterns import odd_paths, some
 from freeze_optax._plan import DROPPED, Plan
@@ -163,7 +169,8 @@ def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
     for leaf, own in zip(leaves, cut.by_leaf, strict=True):
         masks = [rows.mask for i in own if (rows := cut.parts[i][1])]
         shape = getattr(leaf, "shape", ())[:1]
-        if any(mask.shape != shape for mask in masks) or (masks and len(masks) != len(own)):
+        is_whole = len(own) == 1 and not masks
+        if any(mask.shape != shape for mask in masks) or (len(masks) != len(own) and not is_whole):
             raise ValueError(f"its rows are not those of a leaf of shape {shape}")
         if masks and np.sum(masks, axis=0).max() > 1:
             raise ValueError("two of its parts have one row")
@@ -203,8 +210,8 @@ def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
     try:
         leaves = leaves_of(params)
-        cut = _cut(about.get("parts"), in_order(own, leaves, leaves.values))
-    except (TypeError, ValueError, IndexError) as error:
+        cut = _cut(about["parts"], in_order(own, leaves, leaves.values))
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise ValueError(f"the export is damaged: {error}") from error
     if schedule != own.schedule or (schedule and cut != own.cut):
         raise ValueError("the export is of other phases than those of the transformation")

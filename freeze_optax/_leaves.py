@@ -71,8 +71,8 @@ def is_variable(x: Any) -> bool:
 
 
 def value_of(x: Any) -> Any:
-    """What an NNX Variable holds; anything else as it is."""
-    return jax.tree.leaves(x)[0] if is_variable(x) else x
+    """What an NNX Variable holds, a hole if nothing; anything else as it is."""
+    return next(iter(jax.tree.leaves(x)), HOLE) if is_variable(x) else x
 
 
 def replaced(old: Any, new: Any) -> Any:
@@ -85,6 +85,14 @@ def replaced(old: Any, new: Any) -> Any:
 def skeleton(tree: Any) -> Any:
     """The containers of `tree`, with a hole for each leaf and each NNX Variable."""
     return jax.tree.map(lambda _: HOLE, tree, is_leaf=lambda x: is_hole(x) or is_variable(x))
+
+
+class Transparent:
+    """A node whose children go by its own path."""
+
+
+def _is_transparent(x: Any) -> bool:
+    return is_variable(x) or isinstance(x, Transparent)
 
 
 _ATTRIBUTE = {
@@ -103,6 +111,25 @@ def _component(entry: Any) -> str:
 def text(entries: Iterable[Any]) -> str:
     """The components of a key path as text, `/` between them."""
     return "/".join(map(_component, entries))
+
+
+def _entries(
+    tree: Any, stop: Callable[[Any], bool], prefix: tuple[Any, ...] = ()
+) -> Iterator[tuple[Any, ...]]:
+    """The key path of each leaf, without those of transparent nodes."""
+    is_leaf: Callable[[Any], bool] = lambda x: x is not tree and (stop(x) or _is_transparent(x))  # noqa: E731
+    if stop(tree):
+        yield prefix
+        return
+    # Only below such a node is its own key known; a user's field named `value` must stay, so it
+    # can't be told from the text.
+    start = 1 if _is_transparent(tree) else 0
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        entries = (*prefix, *keys[start:])
+        if _is_transparent(node) and not stop(node) and node is not tree:
+            yield from _entries(node, stop, entries)
+        else:
+            yield entries
 
 
 def ancestors(path: str) -> Iterator[str]:
@@ -142,19 +169,7 @@ class Leaves:
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
-        entries, _ = jax.tree_util.tree_flatten_with_path(
-            self.tree, is_leaf=lambda x: self._stop(x) or is_variable(x)
-        )
-        paths: list[str] = []
-        for prefix, node in entries:
-            if is_variable(node):
-                # Only here is the next component known to be the Variable's own `value`; a
-                # user's field of that name must stay, so it can't be told from the text.
-                inside, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=self._stop)
-                paths.extend(text((*prefix, *rest[1:])) for rest, _ in inside)
-            else:
-                paths.append(text(prefix))
-        return tuple(paths)
+        return tuple(text(entries) for entries in _entries(self.tree, self._stop))
 
     def names(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
         """Each path by which a leaf goes, with the leaf's index.

@@ -16,15 +16,22 @@ def take(x: Any, rows: Rows) -> Any:
     """The rows of an array; abstract arrays too."""
     if isinstance(x, np.ndarray):
         return x[rows.mask]
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(functools.partial(_taken, rows), x)
+    return _taken(rows, x)
 
-    def taken(x: Any) -> Any:
-        if rows.runs:
-            return _concatenated([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
-        return x.at[rows.indices].get(
-            indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
 
-    return _moved(taken, x)
+def take_exactly(x: Any, rows: Rows) -> Any:
+    """The rows of an array, bit for bit, as frozen rows have to be."""
+    return x[rows.mask] if isinstance(x, np.ndarray) else _moved(functools.partial(_taken, rows), x)
+
+
+def _taken(rows: Rows, x: Any) -> Any:
+    if rows.runs:
+        return _concatenated([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
+    return x.at[rows.indices].get(
+        indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+    )
 
 
 def put(x: Any, rows: Rows, values: Any) -> Any:
@@ -136,11 +143,13 @@ def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
     if _any(jax.ShapeDtypeStruct, arrays):
         return jax.eval_shape(move, *arrays)
     arrays = tuple(map(jnp.asarray, arrays))
-    # XLA widens these formats on a CPU, even to copy them, and a NaN then loses its payload.
     dtype = arrays[0].dtype
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
-    is_alike = all(x.dtype == dtype for x in arrays)
-    return _moved_as_bits(move, *arrays) if is_narrow and is_alike else move(*arrays)
+    if not is_narrow or any(x.dtype != dtype for x in arrays):
+        return move(*arrays)
+    # On a CPU XLA widens these formats, even to copy them, and a NaN then loses its payload.
+    as_bits = functools.partial(_moved_as_bits, move)
+    return jax.lax.platform_dependent(*arrays, cpu=as_bits, default=move)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -8,7 +8,7 @@ import numpy as np
 
 from freeze_optax._cut import Parts, is_whole, join
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_variable
-from freeze_optax._moves import put, take
+from freeze_optax._moves import put, take, take_exactly
 from freeze_optax._patterns import listed, odd_paths, some
 from freeze_optax._rows import Flag, Rows, invert
 from freeze_optax._selectors import Spec, as_selector, resolve
@@ -51,8 +51,8 @@ def split(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
     pairs = list(zip(leaves.values, frozen, strict=True))
     trainable = leaves.rebuild(_selected(leaf, invert(flag)) for leaf, flag in pairs)
     rest = leaves.rebuild(
-        Parts([take(leaf, flag)], (flag,)) if isinstance(flag, Rows) else _selected(leaf, flag)
-        for leaf, flag in pairs
+        Parts([take_exactly(leaf, f)], (f,)) if isinstance(f, Rows) else _selected(leaf, f)
+        for leaf, f in pairs
     )
     return trainable, rest
 
@@ -84,7 +84,13 @@ def merge(trainable: Any, rest: Any) -> Any:
       ValueError: If the structures differ, both trees have a leaf at one path, or rows of a leaf
         that is frozen in part are not those that the rest lacks.
     """
-    left, right = Leaves(trainable), Leaves(rest, stop=is_whole)
+    left, right = Leaves(trainable, stop=is_whole), Leaves(rest, stop=is_whole)
+    exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
+    if exchanged:
+        raise ValueError(
+            f"at {listed(exchanged)} `trainable` holds the rows that are frozen; the order is "
+            "fo.merge(trainable, rest)"
+        )
     if left.treedef != right.treedef:
         raise ValueError(
             "the two parts are of different trees: "
@@ -171,7 +177,7 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
 
 def _held(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Rows):
-        return put(new, flag, take(old, flag))
+        return put(new, flag, take_exactly(old, flag))
     return old if flag else new
 
 

@@ -213,15 +213,15 @@ class Plan:
         whole = sum(flag is True for flag in self.mask)
         return f"Plan({whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
-    def live_part(self, leaves: Leaves) -> Any:
+    def live_part(self, leaves: Leaves, numbers: bool = False) -> Any:
         """The tree without what is frozen; its leaves are in the plan's order."""
-        return self.part(leaves, self.frozen)
+        return self.part(leaves, self.frozen, numbers)
 
-    def part(self, leaves: Leaves, without: Sequence[bool]) -> Any:
+    def part(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with holes for some parts; its leaves are in the plan's order."""
         if self.cut is None:
             return leaves.without(without)
-        return self.cut.split(leaves, without)
+        return self.cut.split(leaves, without, numbers)
 
     def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
         """What is frozen, in the order of `leaves`, which must be of the same params.

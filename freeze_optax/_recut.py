@@ -1,6 +1,6 @@
 """Cutting the leaves of a state into other parts, before an edit of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,10 @@ from freeze_optax._state import FreezeState
 
 
 def recut(
-    state: FreezeState, leaf_shapes: Sequence[Any], mask: Sequence[Flag], keep_state: bool
+    state: FreezeState,
+    mask: Sequence[Flag],
+    keep_state: bool,
+    abstract: Callable[[Plan, list[bool]], Any],
 ) -> tuple[FreezeState, tuple[bool, ...]]:
     """The same state in parts of which each will be frozen, or train, as a whole.
 
@@ -24,16 +27,16 @@ def recut(
 
     Args:
       state: The state.
-      leaf_shapes: The shape of each leaf of the params.
       mask: What is to be frozen of each leaf.
       keep_state: Whether newly frozen parts keep their state.
+      abstract: Gives the inner state of a plan for the wanted parts alone, as shapes.
 
     Returns:
       The state, and for each of its parts whether it is to be frozen.
 
     Raises:
-      ValueError: If statistics of a part that has to be cut have not its shape, so that they
-        can't be told apart by rows.
+      ValueError: If statistics of a part that has to be cut can't be told apart by rows, as they
+        would be of another shape for these alone.
     """
     plan = state.plan
     if plan.cut is None and not any(isinstance(flag, Rows) for flag in mask):
@@ -56,6 +59,7 @@ def recut(
         cut=cut if any(rows for _, rows in cut.parts) else None,
     )
     statistics, shared = plan.layout.split(state.inner)
+    expected, _ = new.layout.split(abstract(new, [cohort != DROPPED for cohort in new.cohorts]))
 
     def statistic(place: Place, path: str) -> Any:
         prefix, part = place
@@ -66,7 +70,7 @@ def recut(
         if source is None:
             return replaced(x, HOLE)
         before = old.parts[source][1]
-        return x if before == rows else _carved(x, rows, before, leaf_shapes[leaf], path)
+        return x if before == rows else _carved(x, rows, before, shapes(expected[place]), path)
 
     return FreezeState(new.layout.join(statistic, shared), state.ages, new), frozen
 
@@ -89,15 +93,16 @@ def _parts_of(
     return [(rows, part) for rows, part in parts if rows is not False] or [(True, None)]
 
 
-def _carved(x: Any, new: Rows | None, old: Rows | None, shape: tuple[int, ...], path: str) -> Any:
+def _carved(x: Any, new: Rows | None, old: Rows | None, expected: Any, path: str) -> Any:
     """The statistics of a part, out of those of the rows that it is cut from."""
     if not jax.tree.leaves(x):
         return x
-    count = old.count if old else shape[0]
-    if new is None or shapes(x) != [(count, *shape[1:])]:
+    inside = flag_of(new.mask[old.mask]) if new and old else new
+    count = old.count if old else len(new.mask) if new else 0
+    # As many rows as there were, and otherwise what init would make for the new ones.
+    if not isinstance(inside, Rows) or [(count, *shape[1:]) for shape in expected] != shapes(x):
         raise ValueError(
-            f"{path!r} has {shapes(x)} for {count} rows of shape {shape[1:]}, which can't be told "
-            "apart by rows; freeze or thaw all of them at once"
+            f"{path!r} has {shapes(x)} for {count} rows, and {expected} for a part of them, so "
+            "they can't be told apart in it; freeze or thaw all of them at once"
         )
-    inside = flag_of(new.mask[old.mask]) if old else new
-    return replaced(x, take(value_of(x), inside)) if isinstance(inside, Rows) else x
+    return replaced(x, take(value_of(x), inside))

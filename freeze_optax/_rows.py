@@ -33,6 +33,11 @@ class Rows:
         """How many rows these are."""
         return len(self.indices)
 
+    def fits(self, leaf: Any, partitioned: bool) -> bool:
+        """Whether a leaf has so many rows; if `partitioned`, also whether it has all but these."""
+        counts = {len(self.mask), len(self.mask) - self.count if partitioned else -1}
+        return leaf.ndim > 0 and leaf.shape[0] in counts
+
     @functools.cached_property
     def runs(self) -> list[tuple[int, int]] | None:
         """The first row of each run and the one after its last; None if there are many runs."""

@@ -65,7 +65,10 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     stacked in one array. The optimizer then sees, and keeps state for, the array of the rows that
     train. One that treats elements alone (Adam, momentum) does to these rows what it would do
     without the others; to one that does not (factored, orthogonalised, with trust ratios) this
-    array is all there is.
+    array is all there is. Under jit XLA may fuse the taking of rows out of a whole gradient with
+    what follows, which then differs in the last bit; with `holes=True` it does not.
+    Rows that are thawed, or parked, later are an array of their own in the state, and statistics
+    that can't be told apart by rows (factored ones) make such an edit an error.
 
     Rows in a few runs are sliced; scattered ones are gathered, and then it is cheaper to
     differentiate with `holes=True`, which gives the gradient of those rows alone. To save the

@@ -372,8 +372,23 @@ def as_mask(spec: Any) -> Selector:
     return _Mask(spec)
 
 
-def resolve(spec: Spec, leaves: Leaves) -> list[Flag]:
-    """What is frozen: what the spec selects, and every leaf that cannot be trained."""
+def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+    """What is frozen: what the spec selects, and every leaf that cannot be trained.
+
+    Args:
+      spec: Any spec.
+      leaves: The leaves of the params.
+      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+    """
     raw = as_selector(spec).flags(leaves)
-    pairs = zip(raw, leaves.values, strict=True)
-    return [flag if can_train(leaf) else True for flag, leaf in pairs]
+    flags = [
+        flag if can_train(leaf) else True for flag, leaf in zip(raw, leaves.values, strict=True)
+    ]
+    # Paths are text that costs time to make, and this runs in each eager step.
+    for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
+        if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
+            raise ValueError(
+                f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
+                f"{np.shape(leaf)}"
+            )
+    return flags

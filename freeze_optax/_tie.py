@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._copies import copies_of, like
 from freeze_optax._cut import is_whole
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed, nearest
@@ -58,7 +58,7 @@ def tie(
         if is_placeholder(params):
             return inner.init(params)
         note_ties(tied.groups)
-        tied.check(leaves_of(params))
+        tied.check(Leaves(copies_of(params)[0], stop=is_whole))
         return inner.init(_on_each(tied.drop, params))
 
     def update_fn(
@@ -179,11 +179,16 @@ def _check_alike(leaves: Leaves, group: list[int]) -> None:
     _check_holes(leaves, group)
     if is_hole(leaves.values[group[0]]):
         return
-    kinds = [jax.eval_shape(lambda x: x, leaves.values[i]) for i in group]
-    for i, kind in zip(group, kinds, strict=True):
-        if (kind.shape, kind.dtype) != (kinds[0].shape, kinds[0].dtype):
-            first = leaves.paths[group[0]]
+    first, *others = [(leaves.paths[i], _kind(leaves.values[i])) for i in group]
+    for other in others:
+        if other[1] != first[1]:
             raise ValueError(
-                f"{first!r} is {kinds[0].dtype}{list(kinds[0].shape)} and {leaves.paths[i]!r} "
-                f"{kind.dtype}{list(kind.shape)}; leaves that fo.tie ties have one shape and dtype"
+                f"{first[0]!r} is {first[1]} and {other[0]!r} {other[1]}; leaves that fo.tie ties "
+                "have one shape and dtype"
             )
+
+
+def _kind(value: Any) -> str:
+    # One for each part of a leaf that is frozen by rows.
+    parts = jax.tree.leaves(jax.eval_shape(lambda: value))
+    return ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)

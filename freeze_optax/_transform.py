@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from freeze_optax._cohorts import update_cohorts
@@ -155,7 +156,7 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
         rows = join(moved)
         if frozen is False:
             return rows
-        return rows if grad.shape[0] == rows.shape[0] else among(rows, ~frozen, -0.0)
+        return rows if np.shape(grad)[:1] == rows.shape[:1] else among(rows, ~frozen, -0.0)
 
     rows = zip(grads.values, still.values, moved, plan.mask, strict=True)
     return grads.rebuild(update(*row) for row in rows)
@@ -167,13 +168,18 @@ def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
 
 
 def _is_like_params(leaves: Leaves, plan: Plan) -> bool:
+    if not plan.knows(leaves):
+        return False
+    if not jax.tree_util.treedef_is_leaf(leaves.treedef):
+        return True
     # Every scalar has the structure of params that are one bare array.
-    return plan.knows(leaves) and not jax.tree_util.treedef_is_leaf(leaves.treedef)
+    (frozen,), (value,) = plan.mask, leaves.values
+    return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
 
 
 def _drop(value: Any, plan: Plan) -> Any:
     leaves = Leaves(value)
-    return plan.live_part(leaves) if _is_like_params(leaves, plan) else value
+    return plan.live_part(leaves, numbers=True) if _is_like_params(leaves, plan) else value
 
 
 def _on_whole_params(

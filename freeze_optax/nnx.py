@@ -157,7 +157,14 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[Entries, Any], bool]:
       TypeError: If `model` is no NNX module.
     """
     leaves = Leaves(nnx.state(model, nnx.Param))
-    return _trainable(leaves, resolve(_OnModel(where, model), leaves))
+    flags = resolve(_OnModel(where, model), leaves)
+    for path, flag in zip(leaves.paths, flags, strict=True):
+        if isinstance(flag, Rows):
+            raise ValueError(
+                f"NNX takes a Variable as a whole, but of {path!r} {flag!r} are frozen; give an "
+                "optimizer of fo.freezable, with wrt=nnx.Param, that spec"
+            )
+    return _trainable(leaves, flags)
 
 
 def value_and_grad(

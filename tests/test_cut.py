@@ -75,7 +75,7 @@ def test_parts_are_a_node_whose_arrays_are_leaves_and_whose_rows_are_static():
     assert hash(treedef) == hash(jax.tree.structure(Parts([1, 2], (FIRST, LAST))))
     back = jax.tree.unflatten(treedef, [3, 4])
     assert (type(back), back.values, back.rows) == (Parts, (3, 4), (FIRST, LAST))
-    assert Leaves({"w": parts}).paths == ("w/0", "w/1")
+    assert Leaves({"w": parts}).paths == ("w", "w")
     assert repr(parts) == "Parts(2 of 6 rows: 'a', 2 of 6 rows: 'b')"
 
 

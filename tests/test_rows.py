@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from freeze_optax import _rows
-from freeze_optax._moves import among, put, take, whole
+from freeze_optax._moves import among, put, take, take_exactly, whole
 from freeze_optax._rows import Rows
 
 COUNT = 20
@@ -106,7 +106,7 @@ def test_put_sets_these_rows_and_keeps_every_bit_of_the_others(x, y, name, wrap)
 def test_take_and_put_keep_the_payload_of_every_nan(x, wrap):
     for mask in (MASKS["middle"], MASKS["ends"], MASKS["every other"]):
         rows, array = Rows(mask), jnp.asarray(x)
-        _assert_same_bits(wrap(lambda x, rows=rows: take(x, rows))(array), x[mask])
+        _assert_same_bits(wrap(lambda x, rows=rows: take_exactly(x, rows))(array), x[mask])
         zeros = jnp.zeros((rows.count, 2), x.dtype)
         new = wrap(lambda x, zeros, rows=rows: put(x, rows, zeros))(array, zeros)
         _assert_same_bits(new, np.where(mask[:, None], np.zeros_like(x), x))
