@@ -12,7 +12,7 @@ import numpy as np
 from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._moves import put, take
 from freeze_optax._patterns import listed, odd_paths
-from freeze_optax._rows import Rows
+from freeze_optax._rows import Flag, Rows
 from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
 
 
@@ -48,31 +48,34 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     flags = resolve(frozen, leaves, partitioned=True)
     steps = _align(leaves, updates)
     add = _add_unless_zero if schedules_of(frozen) else _add
-    rows = zip(leaves.values, steps, flags, leaves.paths, strict=True)
-    return leaves.rebuild(
-        p
-        if flag is True or u is None or is_hole(u) or is_hole(p)
-        else _add_rows(p, u, ~flag, add, path)
-        if isinstance(flag, Rows)
-        else add(p, u)
-        for p, u, flag, path in rows
-    )
+    triples = zip(leaves.values, steps, flags, strict=True)
+
+    def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:
+        if frozen is True or update is None or is_hole(update) or is_hole(param):
+            return param
+        if not isinstance(frozen, Rows):
+            return add(param, update)
+        _check_rows(update, frozen, leaves, i)
+        return _add_rows(param, update, ~frozen, add)
+
+    return leaves.rebuild(applied(i, *triple) for i, triple in enumerate(triples))
 
 
-def _add_rows(
-    param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any], path: str
-) -> Any:
+def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
+    count = len(frozen.mask)
+    if np.ndim(update) and np.shape(update)[0] not in (count, count - frozen.count):
+        raise ValueError(
+            f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf of "
+            f"{leaves.values[i].shape}, of which {~frozen!r} train; give an update of all rows or "
+            "of these"
+        )
+
+
+def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
     """The param with the update added to the rows that train; either may be of these alone."""
     own = param if param.shape[0] == live.count else take(param, live)
-    step = update
-    if np.ndim(update) and np.shape(update)[0] == len(live.mask):
-        step = take(update, live)
-    elif np.ndim(update) and np.shape(update)[0] != live.count:
-        raise ValueError(
-            f"the update of {path!r} is of shape {np.shape(update)}, but the leaf of "
-            f"{param.shape}, of which {live!r} train; give an update of all rows or of these"
-        )
-    new = add(own, step)
+    is_whole = np.ndim(update) and np.shape(update)[0] == len(live.mask)
+    new = add(own, take(update, live) if is_whole else update)
     return new if own is param else put(param, live, new)
 
 
