@@ -266,3 +266,24 @@ def test_an_nnx_filter_cannot_hold_back_rows_and_says_so():
         fnnx.wrt(model(), OLD)
     whole = fo.rows("embed", slice(None))
     assert fnnx.wrt(model(), whole) == fnnx.wrt(model(), "embed")
+
+
+def test_other_rows_are_another_plan_even_if_they_are_as_many():
+    tree = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
+    traces = []
+
+    @jax.jit
+    def step(state):
+        traces.append(1)
+        updates, _ = fo.freezable(optax.sgd(1.0)).update(tree, state, tree)
+        return updates["embed"]
+
+    states = [
+        fo.freezable(optax.sgd(1.0), fo.rows("embed", rows)).init(tree)
+        for rows in ([0, 1], [1, 2], [0, 1])
+    ]
+    moved = [np.flatnonzero(step(state).any(axis=1)).tolist() for state in states]
+    assert moved == [[2, 3], [0, 3], [2, 3]]
+    assert len(traces) == 2
+    first, second, third = map(jax.tree.structure, states)
+    assert first == third != second
