@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._leaves import Leaves, is_hole
-from freeze_optax._moves import put, take
+from freeze_optax._moves import put, taken
 from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._rows import Flag, Rows
 from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
@@ -62,8 +62,7 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
 
 
 def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
-    count = len(frozen.mask)
-    if np.ndim(update) and np.shape(update)[0] not in (count, count - frozen.count):
+    if np.ndim(update) and not frozen.fits(update, partitioned=True):
         raise ValueError(
             f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf of "
             f"{leaves.values[i].shape}, of which {~frozen!r} train; give an update of all rows or "
@@ -73,9 +72,8 @@ def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
 
 def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
     """The param with the update added to the rows that train; either may be of these alone."""
-    own = param if param.shape[0] == live.count else take(param, live)
-    is_whole = np.ndim(update) and np.shape(update)[0] == len(live.mask)
-    new = add(own, take(update, live) if is_whole else update)
+    own = taken(param, live)
+    new = add(own, taken(update, live) if np.ndim(update) else update)
     return new if own is param else put(param, live, new)
 
 

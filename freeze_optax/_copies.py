@@ -1,6 +1,6 @@
 """Trees that hold the params once, or twice as `optax.lookahead` has them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
@@ -27,3 +27,8 @@ def like(tree: Any, copies: Sequence[Any]) -> Any:
     if isinstance(tree, optax.LookaheadParams):
         return optax.LookaheadParams(*copies)
     return copies[0] if copies else None
+
+
+def on_each(function: Callable[[Any], Any], tree: Any) -> Any:
+    """What the function makes of each copy, in the form of `tree`."""
+    return like(tree, [function(copy) for copy in copies_of(tree)])

@@ -21,6 +21,11 @@ def take(x: Any, rows: Rows) -> Any:
     return _taken(rows, x)
 
 
+def taken(x: Any, rows: Rows) -> Any:
+    """The rows of an array that has all rows, or these alone."""
+    return x if x.shape[0] == rows.count else take(x, rows)
+
+
 def take_exactly(x: Any, rows: Rows) -> Any:
     """The rows of an array, bit for bit, as frozen rows have to be."""
     return x[rows.mask] if isinstance(x, np.ndarray) else _moved(functools.partial(_taken, rows), x)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._copies import leaves_of, on_each
 from freeze_optax._cut import Cut
 from freeze_optax._layout import Layout
 from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
@@ -62,8 +62,7 @@ class Origin:
         if cut is None:
             return self.skeleton
         holes = cut.restore([HOLE] * len(cut.parts))
-        copies = [Leaves(copy).rebuild(holes) for copy in copies_of(self.skeleton)]
-        return like(self.skeleton, copies)
+        return on_each(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
 
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
@@ -216,6 +215,10 @@ class Plan:
     def live_part(self, leaves: Leaves, numbers: bool = False) -> Any:
         """The tree without what is frozen; its leaves are in the plan's order."""
         return self.part(leaves, self.frozen, numbers)
+
+    def live_params(self, params: Any) -> Any:
+        """The params, in each of their copies, without what is frozen."""
+        return on_each(lambda copy: self.live_part(Leaves(copy)), params)
 
     def part(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with holes for some parts; its leaves are in the plan's order."""

@@ -97,6 +97,11 @@ def union(flags: Iterable[Flag]) -> Flag:
     return functools.reduce(either, flags, False)
 
 
+def vector(flag: Flag, count: int) -> np.ndarray:
+    """A flag as a bool for each of so many rows."""
+    return np.full(count, flag) if isinstance(flag, bool) else flag.mask
+
+
 def public(flag: Flag) -> bool | np.ndarray:
     """A flag as a mask has it: a bool, or a vector of bools."""
     return flag if isinstance(flag, bool) else flag.mask.copy()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._leaves import Leaves, can_train
-from freeze_optax._rows import Flag
+from freeze_optax._rows import vector
 from freeze_optax._selectors import Spec, resolve
 
 
@@ -66,7 +66,7 @@ def scan(
     still = np.ones(count, bool)
     for leaf, flag in zip(leaves.values, resolve(frozen, leaves), strict=True):
         if can_train(leaf):
-            still &= _vector(flag, count)
+            still &= vector(flag, count)
     constants = jax.lax.stop_gradient(xs)
 
     # By index, as a slice would copy the frozen layers.
@@ -88,7 +88,3 @@ def scan(
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
-
-
-def _vector(flag: Flag, count: int) -> np.ndarray:
-    return np.full(count, flag) if isinstance(flag, bool) else flag.mask

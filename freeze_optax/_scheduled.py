@@ -8,13 +8,13 @@ import numpy as np
 import optax
 
 from freeze_optax._cohorts import cohort_counters, stack
-from freeze_optax._copies import copies_of, leaves_of, like
+from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut, Part
 from freeze_optax._edit import check_mask
 from freeze_optax._leaves import Leaves, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
-from freeze_optax._rows import Flag, Rows, flag_of
+from freeze_optax._rows import Flag, Rows, flag_of, vector
 from freeze_optax._state import FreezeState, ScheduledState
 from freeze_optax._transform import freezable
 
@@ -75,8 +75,7 @@ def scheduled(
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
         for mask in flags:
             check_mask(plan, leaves, mask)
-        live = [plan.live_part(Leaves(copy)) for copy in copies_of(params)]
-        inner_state = inner.init(like(params, live))
+        inner_state = inner.init(plan.live_params(params))
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.layout.places(inner_state))
         ages = stack([first] * max(plan.cohorts, default=0))
@@ -137,9 +136,7 @@ def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ..
     count = next((len(flag.mask) for flag in flags if isinstance(flag, Rows)), None)
     if count is None:
         return [(None, tuple(flag is True for flag in flags))]
-    table = np.stack(
-        [np.full(count, flag) if isinstance(flag, bool) else flag.mask for flag in flags], axis=1
-    )
+    table = np.stack([vector(flag, count) for flag in flags], axis=1)
     patterns = dict.fromkeys(map(tuple, table.tolist()))
     parts = [(flag_of((table == pattern).all(axis=1)), pattern) for pattern in patterns]
     return [

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import copies_of, like
+from freeze_optax._copies import copies_of, on_each
 from freeze_optax._cut import is_whole
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed, nearest
 from freeze_optax._selectors import is_function
 from freeze_optax._ties import TIED, Group, check_group, note_ties
+from freeze_optax._wrapped import wrapped
 
 
 def tie(
@@ -59,16 +60,16 @@ def tie(
             return inner.init(params)
         note_ties(tied.groups)
         tied.check(Leaves(copies_of(params)[0], stop=is_whole))
-        return inner.init(_on_each(tied.drop, params))
+        return inner.init(on_each(tied.drop, params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         structure = Leaves(updates, stop=is_whole).treedef
         adapted = {name: _adapt(name, value, tied, structure) for name, value in extra.items()}
-        own = _on_each(tied.drop, params)
+        own = on_each(tied.drop, params)
         moved, state = inner.update(tied.sum(updates), state, own, **adapted)
-        return _on_each(tied.spread, moved), state
+        return on_each(tied.spread, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -127,10 +128,6 @@ class _Tied:
         return leaves.rebuild(values)
 
 
-def _on_each(function: Callable[[Any], Any], tree: Any) -> Any:
-    return like(tree, [function(copy) for copy in copies_of(tree)])
-
-
 def _adapt(name: str, value: Any, tied: _Tied, structure: Any) -> Any:
     """An extra argument as `inner` should see it, with one leaf for each group."""
 
@@ -141,14 +138,8 @@ def _adapt(name: str, value: Any, tied: _Tied, structure: Any) -> Any:
         # A line search takes the slope along the shared leaf from the gradient.
         return where_like_params(tied.sum if name == "grad" else tied.drop, value)
 
-    # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
-    @functools.wraps(value)
-    def on_whole_params(*args: Any, **kwargs: Any) -> Any:
-        whole = [where_like_params(tied.spread, arg) for arg in args]
-        named = {name: where_like_params(tied.spread, arg) for name, arg in kwargs.items()}
-        return where_like_params(tied.sum, value(*whole, **named))
-
-    return on_whole_params
+    spread = functools.partial(where_like_params, tied.spread)
+    return wrapped(value, spread, functools.partial(where_like_params, tied.sum))
 
 
 def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
@@ -176,7 +167,6 @@ def _check_holes(leaves: Leaves, group: list[int]) -> None:
 
 
 def _check_alike(leaves: Leaves, group: list[int]) -> None:
-    _check_holes(leaves, group)
     if is_hole(leaves.values[group[0]]):
         return
     first, *others = [(leaves.paths[i], _kind(leaves.values[i])) for i in group]

@@ -1,6 +1,5 @@
 """The gradient transformation."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from freeze_optax._rows import Rows
 from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
 from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._ties import check_ties
+from freeze_optax._wrapped import wrapped
 from freeze_optax._zeros import Zeros
 
 
@@ -91,8 +91,7 @@ def freezable(
                 stacklevel=2,
             )
         plan = Plan.of(leaves.paths, flags, Origin(inner, params, leaves))
-        live = [plan.live_part(Leaves(copy)) for copy in copies_of(params)]
-        return FreezeState(inner.init(like(params, live)), (), plan)
+        return FreezeState(inner.init(plan.live_params(params)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -201,10 +200,4 @@ def _on_whole_params(
             for x, p, flag in triples
         )
 
-    # Wrapped, as optax reads the signature to tell which extra arguments a function takes.
-    @functools.wraps(function)
-    def on_whole_params(*args: Any, **kwargs: Any) -> Any:
-        named = {name: whole(arg) for name, arg in kwargs.items()}
-        return _drop(function(*map(whole, args), **named), plan)
-
-    return on_whole_params
+    return wrapped(function, whole, lambda result: _drop(result, plan))
