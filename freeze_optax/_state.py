@@ -45,13 +45,26 @@ class FreezeState:
         return cls(inner, ages, plan)
 
     def __repr__(self) -> str:
-        plan = self.plan
+        # Not the arrays: in a notebook they would be all that one sees.
+        plan, kinds = self.plan, _kinds(self.inner)
+        if plan.is_unknown:
+            return f"FreezeState(no plan, inner={kinds})"
         frozen = [path for path, flag in zip(plan.paths, plan.mask, strict=True) if flag]
+        cohorts = len(set(plan.cohorts) - {DROPPED})
         return (
             f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
             + (f" [{listed(frozen, 3)}]" if frozen else "")
-            + f", inner={self.inner!r}, ages={self.ages!r})"
+            + (f", parked={len(plan.parked)}" if plan.parked else "")
+            + (f", cohorts={cohorts}" if cohorts > 1 else "")
+            + f", inner={kinds})"
         )
+
+
+def _kinds(state: Any) -> str:
+    """The names of the states that a chain's is made of."""
+    if type(state) in (tuple, list):
+        return f"({', '.join(map(_kinds, state))})"
+    return type(state).__name__
 
 
 class ScheduledState(NamedTuple):

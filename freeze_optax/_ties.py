@@ -39,6 +39,11 @@ def tied_paths(params: Any) -> list[Group]:
     return [tuple(leaves.paths[i] for i in group) for group in _groups(leaves)]
 
 
+def aliases(leaves: Leaves) -> dict[int, int]:
+    """For each leaf whose buffer another before it has, the index of the first of these."""
+    return {i: group[0] for group in _groups(leaves) for i in group[1:]}
+
+
 def _groups(leaves: Leaves) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves.values):

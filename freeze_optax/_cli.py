@@ -1,0 +1,111 @@
+"""The command line: what freezing saves, told from a checkpoint's headers."""
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import optax
+import optax.contrib
+from rich.console import Console
+
+from freeze_optax._headers import read_headers
+from freeze_optax._patterns import nearest
+from freeze_optax._select import path
+from freeze_optax._selectors import nothing
+from freeze_optax._summary import summary
+
+_DESCRIPTION = """\
+Shows which parameters of a checkpoint a set of patterns freezes, and what optimizer state that
+saves. Only names, shapes and dtypes are read: a .safetensors or .npz file, a msgpack file of Flax,
+a folder of .safetensors files, or an Orbax checkpoint."""
+
+_EPILOG = """\
+example: freeze-optax summary model.safetensors --frozen embeddings 'encoder/layer/{0..3}'
+--optimizer adamw"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line: argparse would print the usage first.
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+      arguments: Those of the process if None.
+
+    Raises:
+      SystemExit: With code 2 and one line on stderr, if anything is wrong.
+    """
+    parser = _Parser(prog="freeze-optax", description="Parameter freezing for JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "summary",
+        help="what is frozen in a checkpoint, and what that saves",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    command.add_argument(
+        "--frozen",
+        metavar="PATTERN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="globs over paths such as encoder/layer_{0..9}/kernel; dots in stored names are /",
+    )
+    command.add_argument("--optimizer", metavar="NAME", help="one of optax, such as adamw")
+    command.add_argument("--depth", metavar="N", type=int, help="levels to show, unfolded")
+    command.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    given = parser.parse_args(arguments)
+    # Nothing is computed; where Orbax asks jax how many processes there are, this takes no
+    # accelerator from those who need it.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        frozen = path(*given.frozen) if given.frozen else nothing
+        optimizer = None if given.optimizer is None else _optimizer(given.optimizer)
+        params = read_headers(given.checkpoint)
+        result = summary(params, frozen, optimizer, given.depth)
+    except OSError as error:
+        command.error(f"{error.strerror or error}: {given.checkpoint}")
+    except Exception as error:  # noqa: BLE001
+        # Optimizers and readers raise what they like; one line is what a command line owes.
+        command.error(" ".join(str(error).split()) or repr(error))
+    if given.json:
+        sys.stdout.write(json.dumps(result.to_dict(), indent=2) + "\n")
+    else:
+        Console().print(result)
+
+
+def _optimizer(name: str) -> optax.GradientTransformation:
+    factories = dict(_factories())
+    if name not in factories:
+        raise ValueError(f"optax has no optimizer {name!r}; {nearest(name, factories)}")
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(factories[name]).parameters.values()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    # A rate is a number in the updates, and leaves no trace in the state.
+    others = [argument for argument in needed if not argument.endswith("learning_rate")]
+    if others:
+        raise ValueError(
+            f"{name} needs {', '.join(others)}, which can't be told here; use "
+            "freeze_optax.summary in Python"
+        )
+    return factories[name](**dict.fromkeys(needed, 1.0))
+
+
+def _factories() -> Iterator[tuple[str, Any]]:
+    for module in (optax.contrib, optax):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            given = inspect.signature(function).return_annotation
+            if "GradientTransformation" in str(given):
+                yield name, function

@@ -1,0 +1,89 @@
+"""What an optimizer state takes, and for which leaf."""
+
+from typing import Any, NamedTuple
+
+from freeze_optax._copies import leaves_of
+from freeze_optax._edit import abstract_init
+from freeze_optax._leaves import Leaves
+from freeze_optax._selectors import Spec, planned
+from freeze_optax._state import FreezeState, states_in
+from freeze_optax._tally import total_bytes
+from freeze_optax._transform import freezable
+
+
+class Memory(NamedTuple):
+    """Bytes of optimizer state.
+
+    Attributes:
+      total: All of it, counters and clocks too.
+      by_leaf: The statistics of each leaf; None where leaves can't be told apart.
+    """
+
+    total: int
+    by_leaf: list[int | None]
+
+
+def memories(params: Any, frozen: Spec, optimizer: Any) -> tuple[Memory | None, Memory | None]:
+    """The optimizer state of params with these frozen, and with nothing frozen.
+
+    Args:
+      params: The params, abstract or not.
+      frozen: Any spec. Where it is a state, this is the one.
+      optimizer: A transformation: with a `freezable` in it, what that is told to freeze does
+        not count. None if `frozen` is a state, whose own transformation is taken then.
+
+    Returns:
+      Both, None for what is not known: where there is neither an optimizer nor a state, or a
+      state has lost its transformation in pickling.
+
+    Raises:
+      ValueError: If there are several `freezable`s in the optimizer.
+    """
+    state = planned(frozen)
+    given = optimizer is not None
+    inner, around = _inside(optimizer, params) if given else (_inner_of(state), 0)
+    if state is None and inner is None:
+        return None, None
+    leaves = leaves_of(params)
+    state = state or abstract_init(freezable(inner, frozen).init, params)
+    now = _memory(state, leaves, around)
+    if inner is None:
+        return now, None
+    return now, _memory(abstract_init(freezable(inner).init, params), leaves, around)
+
+
+def _inner_of(state: FreezeState | None) -> Any:
+    return state.plan.origin.inner if state else None
+
+
+def _inside(optimizer: Any, params: Any) -> tuple[Any, int]:
+    """The transformation that sees the trainable leaves, and the bytes of state around it."""
+    whole = abstract_init(optimizer.init, params)
+    states = states_in(whole)
+    if len(states) > 1:
+        raise ValueError(
+            f"the state of the optimizer holds {len(states)} FreezeStates; pass a transformation "
+            "with one freezable in it, or with none"
+        )
+    if not states:
+        return optimizer, 0
+    return _inner_of(states[0]), total_bytes(whole) - total_bytes(states)
+
+
+def _memory(state: FreezeState, leaves: Leaves, around: int) -> Memory:
+    return Memory(total_bytes(state) + around, _by_leaf(state, leaves))
+
+
+def _by_leaf(state: FreezeState, leaves: Leaves) -> list[int | None]:
+    plan = state.plan
+    try:
+        statistics, _ = plan.layout.split(state.inner)
+    except ValueError:  # a part of the state mixes the leaves
+        return [None] * len(leaves.values)
+    sizes = [0] * len(plan.paths)
+    for (_, part), value in statistics.items():
+        sizes[part if plan.cut is None else plan.cut.parts[part][0]] += total_bytes(value)
+    if plan.paths == leaves.paths:
+        return list(sizes)
+    by_path = dict(zip(plan.paths, sizes, strict=True))
+    return [by_path[path] for path in leaves.paths]

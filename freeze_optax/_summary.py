@@ -1,0 +1,251 @@
+"""What is frozen, and what that saves, to be looked at."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.filesize import decimal
+from rich.table import Table
+from rich.terminal_theme import TerminalTheme
+from rich.text import Text
+
+from freeze_optax._copies import leaves_of
+from freeze_optax._leaves import Leaves, is_array
+from freeze_optax._memory import Memory, memories
+from freeze_optax._outline import Entry, Line, Node, lines, outline
+from freeze_optax._picture import draw
+from freeze_optax._rows import Flag
+from freeze_optax._selectors import Spec, nothing, resolve
+from freeze_optax._tally import Status, Tally
+from freeze_optax._ties import aliases, check_ties
+
+_STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
+
+# For notebooks, where a page may be white or black: colours that can be read on both.
+_ANSI = [(0, 0, 0), (200, 70, 60), (30, 140, 70), (170, 115, 0), (70, 125, 205), (160, 90, 180)]
+_THEME = TerminalTheme((255, 255, 255), (0, 0, 0), [*_ANSI, (20, 140, 150), (128, 128, 128)])
+_HTML = '<pre style="line-height: normal; white-space: pre; overflow-x: auto">{code}</pre>'
+_HTML_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A subtree of the params in a `Summary`.
+
+    Attributes:
+      path: Its key path; where repeated layers are folded, a glob that matches them all.
+      status: `"trainable"`, `"frozen"` or `"partial"`.
+      total: Its parameters, as every element of an array counts as one.
+      trainable: How many of them train.
+      frozen: How many don't.
+      trainable_bytes: Bytes of those that train.
+      frozen_bytes: Bytes of those that don't.
+      state_bytes: Bytes of optimizer state for it, counters and clocks not counted; None if not
+        known.
+      saved_bytes: Bytes more that this state would take with nothing frozen; None if not known.
+      same_as: The path of the leaf with which it shares its buffer, and which counts for both.
+    """
+
+    path: str
+    status: Status
+    total: int
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+    state_bytes: int | None
+    saved_bytes: int | None
+    same_as: str = ""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary:
+    """What is frozen, subtree by subtree; a table for terminals and notebooks.
+
+    Attributes:
+      total: How many parameters there are, as every element of an array counts as one.
+      trainable: How many of them train.
+      frozen: How many don't.
+      trainable_bytes: Bytes of those that train.
+      frozen_bytes: Bytes of those that don't.
+      state_bytes: Bytes of the optimizer state; None without an optimizer.
+      saved_bytes: Bytes more that it would take with nothing frozen; None without an optimizer.
+      rows: The subtrees, each a `Row`, before those in it.
+    """
+
+    total: int
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+    state_bytes: int | None
+    saved_bytes: int | None
+    rows: list[Row]
+    _root: Node = dataclasses.field(compare=False)
+    _lines: list[Line] = dataclasses.field(compare=False)
+    _depth: int | None = dataclasses.field(compare=False)
+
+    @property
+    def headline(self) -> str:
+        """The last line of the table."""
+        percent = 100 * self.trainable / max(self.total, 1)
+        return f"trainable: {self.trainable:,} of {self.total:,} parameters ({percent:.2f}%)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes by their names, the rows as dicts: ready for JSON."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        public = {name: value for name, value in fields.items() if not name.startswith("_")}
+        return {**public, "rows": [dataclasses.asdict(row) for row in self.rows]}
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, paths written in full."""
+        header = ["", *self._columns()]
+        cells = [[_code(row.path), *self._cells(row)] for row in self.rows]
+        rule = ["---", "---", *["---:"] * (len(header) - 2)]
+        table = ["| " + " | ".join(row) + " |" for row in [header, rule, *cells]]
+        return "\n\n".join(["\n".join(table), *self._notes(), self.headline])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the params: height means parameters, colour what is frozen.
+
+        Args:
+          ax: The matplotlib axes to draw into; None for new ones.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ImportError: If matplotlib, the extra `freeze_optax[plot]`, is not installed.
+        """
+        return draw(self._root, self._depth, self.headline, ax)
+
+    def _columns(self) -> list[str]:
+        state = [] if all(row.state_bytes is None for row in self.rows) else ["optimizer state"]
+        return ["", "parameters", "bytes", *state]
+
+    def _cells(self, row: Row) -> list[str]:
+        size = decimal(row.trainable_bytes + row.frozen_bytes)
+        state = "" if row.state_bytes is None else decimal(row.state_bytes)
+        return [row.status, f"{row.total:,}", size, state][: len(self._columns())]
+
+    def _notes(self) -> list[str]:
+        parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
+        notes = [f"parameters: {parts[0]}, of which {parts[1]} train"]
+        if self.state_bytes is not None:
+            saved = self.saved_bytes
+            less = "" if saved is None else f", {decimal(saved)} less than with nothing frozen"
+            notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
+        return notes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column(overflow="fold")
+        for i, name in enumerate(self._columns()):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row, line in zip(self.rows, self._lines, strict=True):
+            name = Text("  " * max(line.level, 0) + (line.node.name or "(the params)"))
+            name.append(f" = {row.same_as}" if row.same_as else "", "dim")
+            status, *rest = self._cells(row)
+            table.add_row(name, Text(status, _STYLES[row.status]), *rest)
+        yield table
+        yield Text()
+        for note in self._notes():
+            yield Text(note)
+        yield Text(self.headline, "bold", no_wrap=True, overflow="ignore")
+
+    def __repr__(self) -> str:
+        file = io.StringIO()
+        Console(file=file, color_system=None, force_jupyter=False).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    def _repr_html_(self) -> str:
+        options: dict[str, Any] = {"force_jupyter": False, "color_system": "standard"}
+        console = Console(file=io.StringIO(), record=True, width=_HTML_WIDTH, **options)
+        console.print(self)
+        return console.export_html(theme=_THEME, code_format=_HTML, inline_styles=True)
+
+
+def _code(path: str) -> str:
+    fence = "``" if "`" in path else "`"
+    return f"{fence}{path or '(the params)'}{fence}".replace("|", "\\|")
+
+
+def summary(
+    params: Any, frozen: Spec = nothing, optimizer: Any = None, depth: int | None = None
+) -> Summary:
+    """Counts what is frozen and what trains, subtree by subtree, and what that saves.
+
+    Every element of an array counts as a parameter; leaves that share a buffer count once, and
+    leaves that cannot be trained (integers, PRNG keys) as frozen. Nothing is computed and no
+    memory taken: leaves may be abstract, and states are.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> layer = {"kernel": jax.ShapeDtypeStruct((768, 768), jnp.float32)}
+      >>> encoder = {f"layer_{i}": layer for i in range(12)}
+      >>> params = {"encoder": encoder, "head": {"kernel": jnp.zeros((768, 2))}}
+      >>> fo.summary(params, "encoder/layer_{0..9}", optax.adamw(1e-3))
+                                     parameters     bytes   optimizer state
+      ─────────────────────────────────────────────────────────────────────
+      encoder            partial      7,077,888   28.3 MB            9.4 MB
+        layer_{0..9}     frozen       5,898,240   23.6 MB           0 bytes
+        layer_{10..11}   trainable    1,179,648    4.7 MB            9.4 MB
+      head               trainable        1,536    6.1 kB           12.3 kB
+      <BLANKLINE>
+      parameters: 28.3 MB, of which 4.7 MB train
+      optimizer state: 9.4 MB, 47.2 MB less than with nothing frozen
+      trainable: 1,181,184 of 7,079,424 parameters (16.68%)
+      >>> fo.summary(params, "encoder").trainable
+      1536
+
+    Args:
+      params: The params, a pytree of arrays; `jax.ShapeDtypeStruct` will do.
+      frozen: What is frozen: any spec, see `freeze_optax.mask`. Of an optimizer state, or a tree
+        with one, the bytes are counted as they are, parked leaves and cohorts included.
+      optimizer: The optimizer whose state is to be counted: a plain one, or one with a `freezable`
+        in it, whose own spec does not count here. Not needed where `frozen` is a state.
+      depth: How many levels of the tree to show, every node of them in a row of its own. Without
+        it repeated layers are folded, and a subtree is opened where only a part of it trains.
+
+    Returns:
+      The summary: printed, a table; see its attributes, `to_dict`, `to_markdown` and `plot`.
+
+    Raises:
+      ValueError: If the spec does not fit the params, or freezes one of two leaves that share a
+        buffer, if `depth` is negative, or if the optimizer holds several `freezable`s.
+      TypeError: If a mask holds anything but bools, or `depth` is no int.
+    """
+    if depth is not None and (not isinstance(depth, int) or depth < 0):
+        raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
+    leaves = leaves_of(params)
+    flags = resolve(frozen, leaves)
+    check_ties(leaves, flags)
+    now, whole = memories(params, frozen, optimizer)
+    root = outline(_entries(leaves, flags, now, whole), folded=depth is None)
+    shown = lines(root, depth)
+    counts = root.tally.to_dict()
+    counts["state_bytes"] = now.total if now else None
+    counts["saved_bytes"] = whole.total - now.total if now and whole else None
+    rows = [Row(x.path, x.tally.status, **x.tally.to_dict(), same_as=x.node.note) for x in shown]
+    return Summary(**counts, rows=rows, _root=root, _lines=shown, _depth=depth)
+
+
+def _entries(
+    leaves: Leaves, flags: list[Flag], now: Memory | None, whole: Memory | None
+) -> Iterator[Entry]:
+    same = aliases(leaves)
+    unknown: list[int | None] = [None] * len(leaves.values)
+    state = now.by_leaf if now else unknown
+    unfrozen = whole.by_leaf if whole else unknown
+    for i, (path, leaf, flag) in enumerate(zip(leaves.paths, leaves.values, flags, strict=True)):
+        kept, most = state[i], unfrozen[i]
+        saved = None if kept is None or most is None else most - kept
+        tally = Tally.of(leaf, flag, i in same).with_state(kept, saved)
+        kind = (tally, leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
+        yield Entry(path, tally, kind, leaves.paths[same[i]] if i in same else "")
