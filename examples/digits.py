@@ -208,7 +208,11 @@ def main():
             if i % 10 == 0 or i == args.steps:
                 run.curve.append((i, accuracy(run.params, *test)))
 
-    Console().print(tabulate(runs, start))
+    console = Console()
+    console.print("What freeze_optax froze:\n")
+    console.print(fo.summary(runs[-1].params, runs[-1].opt_state))
+    console.print("\nWhat each way came to:")
+    console.print(tabulate(runs, start))
     fo.testing.assert_frozen(start, runs[-1].params, "backbone")
     count = len(backbone_bits(start))
     print(f"assert_frozen: all {count} leaves of the backbone are bit-identical.")

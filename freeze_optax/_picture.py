@@ -1,5 +1,6 @@
 """A picture of a tree of params."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from freeze_optax._outline import Line, Node, walk
@@ -7,11 +8,11 @@ from freeze_optax._tally import Status
 
 # Blue and orange, for those who tell few colours apart; partial nodes stay in the background.
 _COLOURS: dict[Status, str] = {"trainable": "#f0a04b", "frozen": "#8fb3d9", "partial": "#e4e4e4"}
-_LEVEL_WIDTH, _LEAST_WIDTH, _LEAF_HEIGHT, _HEIGHTS = 1.7, 5.0, 0.03, (7.0, 11.0)
-"""Inches."""
+_LEVEL_WIDTH, _LEAST_WIDTH, _BLOCK_HEIGHT, _HEIGHTS = 1.7, 5.0, 0.03, (7.0, 11.0)
+"""Inches; the last is the least and the most."""
 _MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.94}
-_POINTS, _FONT, _LEAST_FONT, _EDGE = 72, 8.0, 5.0, 0.8
-"""Points: those in an inch, the sizes of letters, and of the lines between blocks."""
+_INCH, _FONT, _LEAST_FONT, _INDENT, _EDGE = 72, 8.0, 5.0, 4.0, 0.8
+"""Points: an inch, the letters, the room beside them, the lines between blocks."""
 _LINE, _CHARACTER = 1.3, 0.58
 """How much room a line and a letter take, in sizes of the letters."""
 
@@ -38,37 +39,44 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
         raise ImportError(
             "plot needs matplotlib; install it with: pip install 'freeze_optax[plot]'"
         ) from error
-    shown = [line for line in walk(root) if depth is None or line.level < depth]
-    levels = max((line.level for line in shown), default=0) + 1
+    lines = [line for line in walk(root) if depth is None or line.level < depth]
+    levels = max((line.level for line in lines), default=0) + 1
     total = max(root.tally.total, 1)
     if ax is None:
-        height = min(max(_LEAF_HEIGHT * len(shown), _HEIGHTS[0]), _HEIGHTS[1])
-        size = (max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), height)
-        _, ax = plt.subplots(figsize=size, gridspec_kw=_MARGINS)
+        _, ax = plt.subplots(figsize=_size(levels, len(lines)), gridspec_kw=_MARGINS)
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
-    per_parameter, width = _POINTS * box.height / total, _POINTS * box.width / levels
-    ground = ax.get_facecolor()
-    tops = [0] * (levels + 1)
-    for line in shown:
-        level, height = max(line.level, 0), line.tally.total
-        top = tops[level]
-        tops[level], tops[level + 1] = top + height, top
-        points = height * per_parameter
-        edge = min(_EDGE, points / 4)
-        colour = _COLOURS[line.tally.status]
-        ax.add_patch(Rectangle((level, top), 1, height, fc=colour, ec=ground, lw=edge))
-        font = min(_FONT, points / _LINE)
+    scale, room = _INCH * box.height / total, _INCH * box.width / levels - 2 * _INDENT
+    for line, top in _tops(lines, levels):
+        level, height, colour = max(line.level, 0), line.tally.total, _COLOURS[line.tally.status]
+        edge: dict[str, Any] = {"ec": ax.get_facecolor(), "lw": min(_EDGE, height * scale / 4)}
+        ax.add_patch(Rectangle((level, top), 1, height, fc=colour, **edge))
+        font = min(_FONT, height * scale / _LINE)
         if font >= _LEAST_FONT:
-            place = (level + 4 / width, top + height / 2)
-            label = _label(line, int((width - 8) / (_CHARACTER * font)))
+            place = (level + _INDENT * levels / (_INCH * box.width), top + height / 2)
+            label = _label(line, int(room / (_CHARACTER * font)))
             ax.text(*place, label, fontsize=font, color="black", va="center", parse_math=False)
     ax.set(xlim=(0, levels), ylim=(total, 0))
     ax.set_title(title, loc="left")
     ax.axis("off")
-    statuses = {line.tally.status for line in shown if line.tally.total}
-    patches = [Patch(color=c, label=status) for status, c in _COLOURS.items() if status in statuses]
-    ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False)
+    found = {line.tally.status for line in lines if line.tally.total}
+    keys = [Patch(color=colour, label=s) for s, colour in _COLOURS.items() if s in found]
+    ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False)
     return ax
+
+
+def _size(levels: int, count: int) -> tuple[float, float]:
+    low, high = _HEIGHTS
+    return max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), min(max(_BLOCK_HEIGHT * count, low), high)
+
+
+def _tops(lines: Iterable[Line], levels: int) -> Iterator[tuple[Line, int]]:
+    """Where each block begins: below the last one of its level, or beside the one above it."""
+    tops = [0] * (levels + 1)
+    for line in lines:
+        level = max(line.level, 0)
+        top = tops[level]
+        tops[level], tops[level + 1] = top + line.tally.total, top
+        yield line, top
 
 
 def _label(line: Line, room: int) -> str:

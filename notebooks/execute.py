@@ -15,6 +15,9 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+SCREEN = 30
+"""The most lines of a cell."""
+
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -34,6 +37,17 @@ def cells(notebook):
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
+def faults(notebook):
+    """Gives what a reader would stumble over."""
+    first, *_ = notebook.cells
+    if "After this notebook you can" not in " ".join(first.source.split()):
+        yield "the first cell does not say what the reader can do after it"
+    for cell in notebook.cells:
+        count = len(cell.source.splitlines())
+        if count > SCREEN:
+            yield f"a cell of {count} lines is past a screen: {cell.source.splitlines()[0]}"
+
+
 def main():
     """Goes through all notebooks, and exits with 1 if something is wrong with one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,6 +59,8 @@ def main():
         try:
             if not (write or cells(notebook) == cells(nbformat.read(target, as_version=4))):
                 verdict = "FAILED: the stored notebook differs from its source; use --write"
+            for fault in faults(notebook):
+                verdict = f"FAILED: {fault}"
             execute(notebook, source.parent)
             if write:
                 nbformat.write(notebook, target)
