@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from freeze_optax._copies import leaves_of
 from freeze_optax._edit import abstract_init
 from freeze_optax._leaves import Leaves
-from freeze_optax._selectors import Spec, planned
+from freeze_optax._selectors import Spec, planned, schedules_of
 from freeze_optax._state import FreezeState, states_in
 from freeze_optax._tally import total_bytes
 from freeze_optax._transform import freezable
@@ -37,11 +37,15 @@ def memories(params: Any, frozen: Spec, optimizer: Any) -> tuple[Memory | None, 
       state has lost its transformation in pickling.
 
     Raises:
-      ValueError: If there are several `freezable`s in the optimizer.
+      TypeError: If the optimizer is none.
+      ValueError: If there are several `freezable`s in it.
     """
     state = planned(frozen)
-    given = optimizer is not None
-    inner, around = _inside(optimizer, params) if given else (_inner_of(state), 0)
+    if optimizer is None:
+        steps = [schedule.step for schedule in schedules_of(frozen)]
+        inner, around, unfrozen = _inner_of(state), total_bytes(steps), None
+    else:
+        inner, around, unfrozen = _inside(optimizer, params)
     if state is None and inner is None:
         return None, None
     leaves = leaves_of(params)
@@ -49,25 +53,36 @@ def memories(params: Any, frozen: Spec, optimizer: Any) -> tuple[Memory | None, 
     now = _memory(state, leaves, around)
     if inner is None:
         return now, None
-    return now, _memory(abstract_init(freezable(inner).init, params), leaves, around)
+    unfrozen = unfrozen or abstract_init(freezable(inner).init, params)
+    return now, _memory(unfrozen, leaves, around)
 
 
 def _inner_of(state: FreezeState | None) -> Any:
     return state.plan.origin.inner if state else None
 
 
-def _inside(optimizer: Any, params: Any) -> tuple[Any, int]:
-    """The transformation that sees the trainable leaves, and the bytes of state around it."""
-    whole = abstract_init(optimizer.init, params)
-    states = states_in(whole)
+def _inside(optimizer: Any, params: Any) -> tuple[Any, int, FreezeState | None]:
+    """The transformation that sees the trainable leaves, and the bytes of state around it.
+
+    Where that is the optimizer itself, also its state with nothing frozen: to make this, if only
+    of shapes, is what a summary of a large model takes its time for.
+    """
+    if not callable(getattr(optimizer, "init", None)):
+        raise TypeError(
+            f"the optimizer is a {type(optimizer).__name__}, not a transformation, such as "
+            "optax.adamw(1e-3) is"
+        )
+    unfrozen = abstract_init(freezable(optimizer).init, params)
+    states = states_in(unfrozen.inner)
+    if not states:
+        return optimizer, 0, unfrozen
     if len(states) > 1:
         raise ValueError(
             f"the state of the optimizer holds {len(states)} FreezeStates; pass a transformation "
             "with one freezable in it, or with none"
         )
-    if not states:
-        return optimizer, 0
-    return _inner_of(states[0]), total_bytes(whole) - total_bytes(states)
+    whole = abstract_init(optimizer.init, params)
+    return _inner_of(states[0]), total_bytes(whole) - total_bytes(states_in(whole)), None
 
 
 def _memory(state: FreezeState, leaves: Leaves, around: int) -> Memory:

@@ -219,7 +219,7 @@ def summary(
     Raises:
       ValueError: If the spec does not fit the params, or freezes one of two leaves that share a
         buffer, if `depth` is negative, or if the optimizer holds several `freezable`s.
-      TypeError: If a mask holds anything but bools, or `depth` is no int.
+      TypeError: If a mask holds anything but bools, or `optimizer` is no transformation.
     """
     if depth is not None and (not isinstance(depth, int) or depth < 0):
         raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
