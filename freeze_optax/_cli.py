@@ -1,9 +1,13 @@
 """The command line: what freezing saves, told from a checkpoint's headers."""
 
 import argparse
+import contextlib
 import inspect
 import json
+import os
 import sys
+import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,10 +33,15 @@ example: freeze-optax summary model.safetensors --frozen embeddings 'encoder/lay
 --optimizer adamw"""
 
 
+_LONGEST = 600
+"""The most characters of an error: some come with the whole state of a reader."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line: argparse would print the usage first.
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        # One line: argparse would print the usage first, and names may hold line breaks.
+        line = textwrap.shorten(message, _LONGEST, placeholder=" […]")
+        self.exit(2, f"{self.prog}: error: {line or 'no reason is given'}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,19 +78,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # accelerator from those who need it.
     jax.config.update("jax_platforms", "cpu")
     try:
-        frozen = path(*given.frozen) if given.frozen else nothing
-        optimizer = None if given.optimizer is None else _optimizer(given.optimizer)
-        params = read_headers(given.checkpoint)
-        result = summary(params, frozen, optimizer, given.depth)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of arguments that leave no trace in the state
+            text = _summary(given)
+        _write(text)
+    except BrokenPipeError:
+        raise SystemExit(1) from None  # whoever reads has read enough
     except OSError as error:
-        command.error(f"{error.strerror or error}: {given.checkpoint}")
+        command.error(f"{error.strerror or error}: {error.filename or given.checkpoint}")
     except Exception as error:  # noqa: BLE001
         # Optimizers and readers raise what they like; one line is what a command line owes.
-        command.error(" ".join(str(error).split()) or repr(error))
+        command.error(str(error) or repr(error))
+
+
+def _summary(given: argparse.Namespace) -> str:
+    frozen = path(*given.frozen) if given.frozen else nothing
+    optimizer = None if given.optimizer is None else _optimizer(given.optimizer)
+    result = summary(read_headers(given.checkpoint), frozen, optimizer, given.depth)
     if given.json:
-        sys.stdout.write(json.dumps(result.to_dict(), indent=2) + "\n")
-    else:
-        Console().print(result)
+        return json.dumps(result.to_dict(), indent=2) + "\n"
+    return result.render(Console()) + "\n"
+
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more at its end, and would print a traceback of that.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _optimizer(name: str) -> optax.GradientTransformation:
@@ -107,5 +135,5 @@ def _factories() -> Iterator[tuple[str, Any]]:
     for module in (optax.contrib, optax):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             given = inspect.signature(function).return_annotation
-            if "GradientTransformation" in str(given):
+            if "GradientTransformation" in str(given) and not name.startswith("_"):
                 yield name, function

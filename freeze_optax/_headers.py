@@ -1,18 +1,19 @@
 """What is in a checkpoint: names, shapes and dtypes, its arrays unread."""
 
+import math
 import zipfile
-import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._leaves import Leaves
+from freeze_optax._leaves import Leaves, is_array
 from freeze_optax._patterns import listed
-from freeze_optax._skim import skim
+from freeze_optax._skim import abstract, skim
 
 _Named = Iterable[tuple[str, Any]]
 
@@ -28,7 +29,9 @@ _SAFETENSORS: dict[str, Any] = {
     "I64": jnp.int64,
     "F4": jnp.float4_e2m1fn,
     "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
     "F8_E5M2": jnp.float8_e5m2,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
     "F8_E8M0": jnp.float8_e8m0fnu,
     "F16": jnp.float16,
     "BF16": jnp.bfloat16,
@@ -38,14 +41,6 @@ _SAFETENSORS: dict[str, Any] = {
 }
 # NumPy has no names for the dtypes of machine learning, and stores them as bytes without meaning.
 _RAW: dict[str, Any] = {"V2": jnp.bfloat16, "V1": jnp.float8_e4m3fn}
-_BROKEN_ZIP = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-)
 
 
 def read_headers(checkpoint: Path) -> dict[str, Any]:
@@ -71,17 +66,20 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
         path = name.replace(".", "/")
         if path in headers:
             raise ValueError(f"{checkpoint} has two arrays at {path!r}, where dots are slashes")
-        headers[path] = leaf
-    return headers
+        if leaf is not None:
+            headers[path] = leaf
+    # In the order of a nested dict of these.
+    return OrderedDict(sorted(headers.items(), key=lambda item: item[0].split("/")))
 
 
 def _of_file(file: Path) -> _Named:
     # By what is in it: checkpoints of Flax have no suffix, and others the wrong one at times.
     with file.open("rb") as opened:
         start = opened.read(9)
-    if start.startswith(b"PK"):
-        return _npz(file)
-    return _safetensors(file) if start[8:] == b"{" else _msgpack(file)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] == b"{" and length < file.stat().st_size:
+        return _safetensors(file)
+    return _npz(file) if start.startswith((b"PK\3\4", b"PK\5\6")) else _msgpack(file)
 
 
 def _of_folder(folder: Path) -> _Named:
@@ -111,29 +109,33 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Any]]:
 def _npz(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            others = [name for name in names if not name.endswith(".npy")]
+            members = archive.infolist()
+            others = [member.filename for member in members if member.filename[-4:] != ".npy"]
             if others:
                 raise ValueError(f"it holds {listed(others, 3)}; PyTorch files are such archives")
-            for name in names:
-                with archive.open(name) as member:
-                    leaf = _npy(member)
-                if leaf is not None:
-                    yield name.removesuffix(".npy"), leaf
-    except _BROKEN_ZIP as error:
+            for member in members:
+                with archive.open(member) as opened:
+                    yield member.filename[:-4], _npy(opened, member.file_size)
+    except OSError:
+        raise
+    except Exception as error:
+        # NumPy reads a header as a Python literal, so a broken one raises what a parser does.
         raise ValueError(f"{file} is no whole .npz file: {error}") from error
 
 
-def _npy(member: Any) -> jax.ShapeDtypeStruct | None:
+def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
     version = np.lib.format.read_magic(member)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"an array in it has a header of version {version}")
     first = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
-    dtype = np.dtype(_RAW.get(dtype.str.lstrip("<>|"), dtype))
-    # Text, dates and Python objects are no parameters; the last would have to be unpickled.
-    return None if dtype.kind in "OSUMm" else jax.ShapeDtypeStruct(shape, dtype)
+    shape, _, stored = read(member)
+    raw = stored.names is None and stored.subdtype is None
+    dtype = np.dtype(_RAW.get(stored.str.lstrip("<>|"), stored) if raw else stored)
+    leaf = abstract(shape, dtype)
+    if leaf is not None and member.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} has not as many bytes")
+    return leaf
 
 
 def _msgpack(file: Path) -> Iterator[tuple[str, Any]]:
@@ -164,11 +166,15 @@ def _orbax(folder: Path) -> Iterator[tuple[str, Any]]:
         from orbax import checkpoint  # noqa: PLC0415
     except ImportError as error:
         raise _missing("orbax-checkpoint") from error
-    tree = checkpoint.PyTreeCheckpointHandler().metadata(epath.Path(items[0]))
-    tree = getattr(tree, "tree", tree)
-    leaves = Leaves(tree)
-    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
-        yield path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    try:
+        tree = checkpoint.PyTreeCheckpointHandler().metadata(epath.Path(items[0]))
+        leaves = Leaves(getattr(tree, "tree", tree))  # older versions give the tree itself
+        for path, leaf in zip(leaves.paths, leaves.values, strict=True):
+            # What is no array, as text is not, has no shape.
+            yield path, abstract(leaf.shape, leaf.dtype) if is_array(leaf) else None
+    except Exception as error:
+        # A broken file raises what the parsers of JSON, and the stores behind it, do.
+        raise ValueError(f"{items[0]} is no whole Orbax checkpoint: {error}") from error
 
 
 def _missing(package: str) -> ImportError:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from freeze_optax._patterns import expand_braces
+from freeze_optax._patterns import MOST_ALTERNATIVES, expand_braces
 from freeze_optax._tally import Tally
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.DOTALL)
+_SPECIAL = re.compile(r"[*?\[\]{}]")
 
 
 class Entry(NamedTuple):
@@ -45,36 +46,42 @@ class Node:
         self.tally = Tally()
 
     @property
+    def numbers(self) -> list[int]:
+        """The numbers in its name."""
+        return [int(digits) for digits in re.findall(r"\d+", self.name)]
+
+    @property
     def stem(self) -> Hashable:
         """What the names of repeated layers have in common: all but the last number in them."""
         match = _NUMBERED.fullmatch(self.name)
         return (match[1], match[3]) if match else id(self)
-
-    @property
-    def number(self) -> int:
-        """The last number in the name."""
-        match = _NUMBERED.fullmatch(self.name)
-        return int(match[2]) if match else 0
 
 
 class Line(NamedTuple):
     """A node in its place.
 
     Attributes:
-      path: Its key path, with globs for components that stand for several.
       level: How many nodes are above it, less the root.
       node: The node.
       tally: What all nodes of this path come to, together.
       is_only: Whether neither it nor a node above it has another beside it.
       parents: How many nodes the path above it stands for.
+      text: Its key path, not a glob unless a component of it is.
+      glob: The same as a glob.
     """
 
-    path: str
     level: int
     node: Node
     tally: Tally
     is_only: bool = True
     parents: int = 1
+    text: str = ""
+    glob: str = ""
+
+    @property
+    def path(self) -> str:
+        """Its key path; where it stands for several nodes, a glob that matches these alone."""
+        return self.glob if self.parents * self.node.count > 1 else self.text
 
 
 def outline(entries: Iterable[Entry], folded: bool) -> Node:
@@ -89,10 +96,11 @@ def outline(entries: Iterable[Entry], folded: bool) -> Node:
       The root.
     """
     # No recursion anywhere here: a tree may be deeper than Python's stack.
-    nodes = {"": Node("")}
+    nodes, entries = {"": Node("")}, list(entries)
     for entry in entries:
         node, path = nodes[""], ""
-        for component in entry.path.split("/") if entry.path else ():
+        # A path that is empty is of params that are one leaf, or of a key that is empty.
+        for component in entry.path.split("/") if entry.path or len(entries) > 1 else ():
             path = f"{path}/{component}"
             if path not in nodes:
                 nodes[path] = Node(component)
@@ -113,17 +121,19 @@ def outline(entries: Iterable[Entry], folded: bool) -> Node:
 
 
 def _arranged(nodes: Sequence[Node], folded: bool) -> list[Node]:
-    stems: dict[Hashable, list[Node]] = {}
+    series: dict[str, list[Node]] = {}
     for node in nodes:
-        stems.setdefault(node.stem, []).append(node)
+        series.setdefault(re.sub(r"\d+", "0", node.name), []).append(node)
     arranged: list[Node] = []
-    for group in stems.values():
-        group.sort(key=lambda node: node.number)
+    for group in series.values():
+        group.sort(key=lambda node: node.numbers)
         kinds: dict[Hashable, list[Node]] = {}
         for node in group:
-            kinds.setdefault(tuple(node.kinds) if folded else id(node), []).append(node)
+            alike = (node.stem, *node.kinds) if folded else id(node)
+            kinds.setdefault(alike, []).append(node)
         for alike in kinds.values():
-            arranged += _joined(alike)
+            for i in range(0, len(alike), MOST_ALTERNATIVES):
+                arranged += _joined(alike[i : i + MOST_ALTERNATIVES])
     return arranged
 
 
@@ -140,6 +150,8 @@ def _joined(alike: list[Node]) -> list[Node]:
 def _glob(names: list[str]) -> str | None:
     """The glob for names that differ in their last number, ascending; None if there is none."""
     parts = [match.groups() for match in map(_NUMBERED.fullmatch, names) if match]
+    if not parts or _SPECIAL.search(parts[0][0] + parts[0][2]):
+        return None
     runs: list[list[str]] = []
     for _, digits, _ in parts:
         if runs and int(digits) == int(runs[-1][-1]) + 1:
@@ -148,32 +160,39 @@ def _glob(names: list[str]) -> str | None:
             runs.append([digits])
     pieces = [f"{{{run[0]}..{run[-1]}}}" if len(run) > 1 else run[0] for run in runs]
     inside = pieces[0] if len(pieces) == 1 else f"{{{','.join(pieces)}}}"
-    try:  # A name may hold what is special in a glob, or its numbers be of several widths.
-        glob = f"{parts[0][0]}{inside}{parts[0][2]}" if parts else ""
-        return glob if expand_braces(glob) == names else None
-    except ValueError:
-        return None
+    glob = f"{parts[0][0]}{inside}{parts[0][2]}"
+    return glob if expand_braces(glob) == names else None  # their digits may be of several widths
 
 
 def walk(root: Node) -> Iterator[Line]:
     """All nodes below the root, or the root if there are none, each before those below it."""
-    stack = [Line("", -1, root, root.tally)]
+    stack = [Line(-1, root, root.tally)]
     while stack:
         line = stack.pop()
         if line.level >= 0 or not root.children:
             yield line
-        children, parents = line.node.children, line.parents * line.node.count
+        parents, siblings = line.parents * line.node.count, len(line.node.children)
         stack += [
             Line(
-                f"{line.path}/{child.name}" if line.level >= 0 else child.name,
                 line.level + 1,
                 child,
                 child.tally.times(parents),
-                line.is_only and len(children) == 1,
+                line.is_only and siblings == 1,
                 parents,
+                _below(line, line.text, child.name),
+                _below(line, line.glob, child.name if child.count > 1 else _literal(child.name)),
             )
-            for child in reversed(children)
+            for child in reversed(line.node.children)
         ]
+
+
+def _below(line: Line, path: str, name: str) -> str:
+    return f"{path}/{name}" if line.level >= 0 else name
+
+
+def _literal(name: str) -> str:
+    """The glob that matches a name and nothing else."""
+    return _SPECIAL.sub(r"[\g<0>]", name)
 
 
 def lines(root: Node, depth: int | None) -> list[Line]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from freeze_optax._leaves import ancestors
 
-_MOST_ALTERNATIVES = 10_000
+MOST_ALTERNATIVES = 10_000
 _MOST_CANDIDATES = 20_000
 
 
@@ -35,10 +35,10 @@ def expand_braces(pattern: str) -> list[str]:
     count = 1
     for piece in pieces:
         count *= len(piece)
-    if count > _MOST_ALTERNATIVES:
+    if count > MOST_ALTERNATIVES:
         raise ValueError(
             f"pattern {pattern!r} stands for {count:,} globs, over the limit of "
-            f"{_MOST_ALTERNATIVES:,}; use `*` or fo.regex"
+            f"{MOST_ALTERNATIVES:,}; use `*` or fo.regex"
         )
     return ["".join(choice) for choice in itertools.product(*pieces)]
 
@@ -74,7 +74,7 @@ def _alternatives(inside: str) -> list[str]:
         padded = any(text != "0" and text.startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0
         low, high = int(first), int(last)
-        if abs(high - low) >= _MOST_ALTERNATIVES:
+        if abs(high - low) >= MOST_ALTERNATIVES:
             raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
         return [f"{n:0{width}d}" for n in range(low, high + 1) or range(low, high - 1, -1)]
     parts, depth, start, position = [], 0, 0, 0

@@ -10,10 +10,11 @@ from freeze_optax._tally import Status
 _COLOURS: dict[Status, str] = {"trainable": "#f0a04b", "frozen": "#8fb3d9", "partial": "#e4e4e4"}
 _LEVEL_WIDTH, _LEAST_WIDTH, _BLOCK_HEIGHT, _HEIGHTS = 1.7, 5.0, 0.03, (7.0, 11.0)
 """Inches; the last is the least and the most."""
+_MOST_NAMES = 350
 _MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.94}
-_INCH, _FONT, _LEAST_FONT, _INDENT, _EDGE = 72, 8.0, 5.0, 4.0, 0.8
+_INCH, _TITLE, _FONT, _LEAST_FONT, _INDENT, _EDGE = 72, 11.0, 8.0, 5.0, 4.0, 0.8
 """Points: an inch, the letters, the room beside them, the lines between blocks."""
-_LINE, _CHARACTER = 1.3, 0.58
+_LINE, _CHARACTER = 1.3, 0.6
 """How much room a line and a letter take, in sizes of the letters."""
 
 
@@ -40,7 +41,7 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
             "plot needs matplotlib; install it with: pip install 'freeze_optax[plot]'"
         ) from error
     lines = [line for line in walk(root) if depth is None or line.level < depth]
-    levels = max((line.level for line in lines), default=0) + 1
+    levels = max((max(line.level, 0) for line in lines), default=0) + 1
     total = max(root.tally.total, 1)
     if ax is None:
         _, ax = plt.subplots(figsize=_size(levels, len(lines)), gridspec_kw=_MARGINS)
@@ -48,7 +49,7 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
     scale, room = _INCH * box.height / total, _INCH * box.width / levels - 2 * _INDENT
     for line, top in _tops(lines, levels):
         level, height, colour = max(line.level, 0), line.tally.total, _COLOURS[line.tally.status]
-        edge: dict[str, Any] = {"ec": ax.get_facecolor(), "lw": min(_EDGE, height * scale / 4)}
+        edge: dict[str, Any] = {"ec": ax.get_facecolor(), "lw": min(_EDGE, height * scale / 8)}
         ax.add_patch(Rectangle((level, top), 1, height, fc=colour, **edge))
         font = min(_FONT, height * scale / _LINE)
         if font >= _LEAST_FONT:
@@ -56,7 +57,8 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
             label = _label(line, int(room / (_CHARACTER * font)))
             ax.text(*place, label, fontsize=font, color="black", va="center", parse_math=False)
     ax.set(xlim=(0, levels), ylim=(total, 0))
-    ax.set_title(title, loc="left")
+    fit = _INCH * box.width / (_CHARACTER * len(title))
+    ax.set_title(title, loc="left", fontsize=min(_TITLE, fit))
     ax.axis("off")
     found = {line.tally.status for line in lines if line.tally.total}
     keys = [Patch(color=colour, label=s) for s, colour in _COLOURS.items() if s in found]
@@ -65,8 +67,12 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
 
 
 def _size(levels: int, count: int) -> tuple[float, float]:
-    low, high = _HEIGHTS
-    return max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), min(max(_BLOCK_HEIGHT * count, low), high)
+    least, most = _HEIGHTS
+    block = _BLOCK_HEIGHT
+    if levels == 1:  # no block beside them tells what those too low for a name are
+        block = 1.2 * _LINE * _LEAST_FONT / _INCH
+        most = block * _MOST_NAMES
+    return max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), min(max(block * count, least), most)
 
 
 def _tops(lines: Iterable[Line], levels: int) -> Iterator[tuple[Line, int]]:
@@ -89,6 +95,6 @@ def _label(line: Line, room: int) -> str:
 
 def _short(count: int) -> str:
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= unit:
+        if count >= 0.9995 * unit:  # which three digits round up to it
             return f"{count / unit:.3g}{name}"
     return str(count)

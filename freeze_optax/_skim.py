@@ -6,14 +6,20 @@ No library reads such a file without the arrays: they all hand over what an exte
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from freeze_optax._patterns import listed
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """The extension types of `flax.serialization`."""
+
+_DEEPEST = 1_024
+"""As deep as the MessagePack libraries go. Key paths as deep as a file can be take its square."""
 
 _CHUNKED = "__msgpack_chunked_array__"
 """What marks an array that Flax has cut, as MessagePack holds no more than 4 GiB in one piece."""
@@ -40,6 +46,22 @@ _FORMS = {
     **{0xDE + n: ("map", form) for n, form in enumerate(("H", "I"))},
 }
 """First bytes before a number: the kind, and for `struct` the form of its value or length."""
+
+
+def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
+    """An array that was told of, None for one of text, dates, records or Python objects.
+
+    Raises:
+      ValueError: If the shape is none.
+    """
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"it holds an array of the shape {tuple(shape)}")
+    dtype = np.dtype(dtype)
+    # To NumPy a time span is a number, and a bfloat16 none.
+    is_number = jnp.issubdtype(dtype, np.number) and dtype.kind != "m"
+    if not (is_number or dtype == np.bool_):
+        return None
+    return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
 
 
 class _Reader:
@@ -102,13 +124,13 @@ class _Reader:
             raise ValueError(f"it holds an extension type {code}, which Flax does not write")
         if self.of_kind("array") != 3:
             raise ValueError("it holds an array that is not a shape, a dtype and bytes")
-        shape = tuple(self.of_kind("number") for _ in range(self.of_kind("array")))
+        shape = [self.of_kind("number") for _ in range(self._left(self.of_kind("array")))]
         dtype = np.dtype(self.text(self.of_kind("str")))
-        count = self.of_kind("bin")
+        count, leaf = self.of_kind("bin"), abstract(shape, dtype)
         if count != math.prod(shape) * dtype.itemsize or self.position + count != end:
             raise ValueError(f"an array of shape {shape} and dtype {dtype} has {count:,} bytes")
         self.skip(count)
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return leaf
 
 
 def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
@@ -125,57 +147,84 @@ def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
     """
     reader = _Reader(file)
     leaves: dict[tuple[str, ...], Any] = {}
-    # No recursion: a file may be nested as deep as it likes. Each frame is of a map or array, and
-    # has the keys of what is in it.
-    frames = [_Frame((), 1, lambda: "")]
+    kind, value = reader.next()
+    if kind not in ("map", "array", "ext"):
+        raise ValueError("it does not begin with a tree")
+    if kind == "ext":
+        leaves[()] = reader.extension(value)
+    # No recursion: a file may be nested deeper than Python's stack.
+    frames = [] if kind == "ext" else [_Frame((), kind, value, reader)]
     while frames:
         frame = frames[-1]
         if not frame.left:
             frames.pop()
             continue
-        frame.left -= 1
-        keys = (*frame.keys, frame.next_key()) if len(frames) > 1 else ()
+        keys = frame.next_keys()
         kind, value = reader.next()
-        if kind == "map":
-            frames.append(_Frame(keys, value, lambda: _key(reader)))
-        elif kind == "array":
-            frames.append(_Frame(keys, value, iter(map(str, range(value))).__next__))
+        if kind in ("map", "array"):
+            if len(frames) == _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
+            frames.append(_Frame(keys, kind, value, reader))
         elif kind == "ext":
             leaves[keys] = reader.extension(value)
-        elif kind != "number":
-            reader.skip(value)
-        elif value is not None:
+        elif kind == "number":
             leaves[keys] = value
+        else:
+            reader.skip(value)
     if reader.position != reader.size:
         raise ValueError(f"{reader.size - reader.position:,} bytes follow its end")
-    return _whole(leaves)
+    return _whole({keys: leaf for keys, leaf in leaves.items() if leaf is not None})
 
 
 class _Frame:
-    def __init__(self, keys: tuple[str, ...], left: int, next_key: Callable[[], str]):
-        self.keys, self.left, self.next_key = keys, left, next_key
+    """A map or array that is being read."""
 
+    def __init__(self, keys: tuple[str, ...], kind: str, count: int, reader: _Reader):
+        self._keys, self._is_map, self._count, self._reader = keys, kind == "map", count, reader
+        self._seen, self.left = set[str](), count
 
-def _key(reader: _Reader) -> str:
-    kind, value = reader.next()
-    if kind == "number":
-        return str(value)
-    if kind != "str":
-        raise ValueError(f"byte {reader.position:,} has a {kind} for a key")
-    return reader.text(value)
+    def next_keys(self) -> tuple[str, ...]:
+        """The keys of the next thing in it."""
+        key = self._key() if self._is_map else str(self._count - self.left)
+        self.left -= 1
+        if key in self._seen:
+            raise ValueError(f"it has the key {key!r} twice in one place")
+        self._seen.add(key)
+        return (*self._keys, key)
+
+    def _key(self) -> str:
+        kind, value = self._reader.next()
+        if kind == "number":
+            return str(value)
+        if kind != "str":
+            raise ValueError(f"byte {self._reader.position:,} has a {kind} for a key")
+        return self._reader.text(value)
 
 
 def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
     """The leaves, with each array that is in chunks as one."""
-    whole = dict(leaves)
-    for node in [keys[:-1] for keys in leaves if keys and keys[-1] == _CHUNKED]:
-        below = {keys[len(node) :]: x for keys, x in leaves.items() if keys[: len(node)] == node}
-        dims = {int(keys[1]): x for keys, x in below.items() if keys[0] == "shape"}
-        chunks = [x for keys, x in below.items() if keys[0] == "chunks"]
-        for keys in below:
-            del whole[(*node, *keys)]
-        shape = tuple(dims[i] for i in sorted(dims))
-        if not chunks or sum(math.prod(x.shape) for x in chunks) != math.prod(shape):
-            raise ValueError(f"the chunks of {'/'.join(node)!r} do not make up its shape {shape}")
-        whole[node] = jax.ShapeDtypeStruct(shape, chunks[0].dtype)
+    chunked: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
+        keys[:-1]: {"shape": {}, "chunks": {}} for keys in leaves if keys and keys[-1] == _CHUNKED
+    }
+    whole: dict[tuple[str, ...], Any] = {}
+    for keys, leaf in leaves.items():
+        if keys[:-2] in chunked and len(keys) > 1 and keys[-2] in ("shape", "chunks"):
+            chunked[keys[:-2]][keys[-2]][keys[-1]] = leaf
+        elif keys[:-1] not in chunked:
+            whole[keys] = leaf
+    for keys, found in chunked.items():
+        path = "/".join(keys)
+        shape, chunks = (_in_order(found[name], path) for name in ("shape", "chunks"))
+        if not all(isinstance(chunk, jax.ShapeDtypeStruct) for chunk in chunks):
+            raise ValueError(f"the chunks of {path!r} are no arrays")
+        if not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
+            raise ValueError(f"the chunks of {path!r} do not make up its shape {shape}")
+        whole[keys] = abstract(shape, chunks[0].dtype)
     return whole
+
+
+def _in_order(numbered: dict[str, Any], path: str) -> list[Any]:
+    """What Flax has made of a list: a dict with the keys "0", "1" and so on."""
+    if any(str(i) not in numbered for i in range(len(numbered))):
+        raise ValueError(f"the chunks of {path!r} are not numbered: {listed(numbered)}")
+    return [numbered[str(i)] for i in range(len(numbered))]

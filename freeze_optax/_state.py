@@ -49,11 +49,14 @@ class FreezeState:
         plan, kinds = self.plan, _kinds(self.inner)
         if plan.is_unknown:
             return f"FreezeState(no plan, inner={kinds})"
-        frozen = [path for path, flag in zip(plan.paths, plan.mask, strict=True) if flag]
+        pairs = list(zip(plan.paths, plan.mask, strict=True))
+        frozen = [path for path, flag in pairs if flag is True]
+        in_part = [path for path, flag in pairs if not isinstance(flag, bool)]
         cohorts = len(set(plan.cohorts) - {DROPPED})
         return (
             f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
             + (f" [{listed(frozen, 3)}]" if frozen else "")
+            + (f", in part: [{listed(in_part, 3)}]" if in_part else "")
             + (f", parked={len(plan.parked)}" if plan.parked else "")
             + (f", cohorts={cohorts}" if cohorts > 1 else "")
             + f", inner={kinds})"

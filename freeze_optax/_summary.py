@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ _ANSI = [(0, 0, 0), (200, 70, 60), (30, 140, 70), (170, 115, 0), (70, 125, 205),
 _THEME = TerminalTheme((255, 255, 255), (0, 0, 0), [*_ANSI, (20, 140, 150), (128, 128, 128)])
 _HTML = '<pre style="line-height: normal; white-space: pre; overflow-x: auto">{code}</pre>'
 _HTML_WIDTH = 100
+_LEAST_NAME, _LONGEST, _PADDING = 20, 40, 3
+_ROOT = "(the params)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Summary:
     def to_markdown(self) -> str:
         """The table in Markdown, paths written in full."""
         header = ["", *self._columns()]
-        cells = [[_code(row.path), *self._cells(row)] for row in self.rows]
+        cells = [[_named(row), *self._cells(row)] for row in self.rows]
         rule = ["---", "---", *["---:"] * (len(header) - 2)]
         table = ["| " + " | ".join(row) + " |" for row in [header, rule, *cells]]
         return "\n\n".join(["\n".join(table), *self._notes(), self.headline])
@@ -135,8 +138,9 @@ class Summary:
         parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
         notes = [f"parameters: {parts[0]}, of which {parts[1]} train"]
         if self.state_bytes is not None:
-            saved = self.saved_bytes
-            less = "" if saved is None else f", {decimal(saved)} less than with nothing frozen"
+            # After a thaw it may be a few bytes more: the counters of another cohort.
+            saved = self.saved_bytes or 0
+            less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
         return notes
 
@@ -146,20 +150,27 @@ class Summary:
         for i, name in enumerate(self._columns()):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for row, line in zip(self.rows, self._lines, strict=True):
-            name = Text("  " * max(line.level, 0) + (line.node.name or "(the params)"))
-            name.append(f" = {row.same_as}" if row.same_as else "", "dim")
+            name = Text("  " * max(line.level, 0) + _name(line))
+            name.append(f" = {_printable(row.same_as)}" if row.same_as else "", "dim")
             status, *rest = self._cells(row)
             table.add_row(name, Text(status, _STYLES[row.status]), *rest)
         yield table
         yield Text()
         for note in self._notes():
             yield Text(note)
-        yield Text(self.headline, "bold", no_wrap=True, overflow="ignore")
+        yield Text(self.headline, "bold", overflow="fold")
+
+    def render(self, console: Console) -> str:
+        """What a console would print, in its colours; lines longer than it, if it is too narrow."""
+        cells = [self._columns(), *map(self._cells, self.rows)]
+        widths = [max(map(len, column)) + _PADDING for column in zip(*cells, strict=True)]
+        console.width = max(console.width, _LEAST_NAME + sum(widths), len(self.headline))
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def __repr__(self) -> str:
-        file = io.StringIO()
-        Console(file=file, color_system=None, force_jupyter=False).print(self)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return self.render(Console(color_system=None, force_jupyter=False))
 
     def _repr_html_(self) -> str:
         options: dict[str, Any] = {"force_jupyter": False, "color_system": "standard"}
@@ -168,9 +179,30 @@ class Summary:
         return console.export_html(theme=_THEME, code_format=_HTML, inline_styles=True)
 
 
+def _named(row: Row) -> str:
+    return _code(row.path) + (f" = {_code(row.same_as)}" if row.same_as else "")
+
+
 def _code(path: str) -> str:
-    fence = "``" if "`" in path else "`"
-    return f"{fence}{path or '(the params)'}{fence}".replace("|", "\\|")
+    """A path as code in Markdown: between more backticks than there are in it."""
+    path = _printable(path) or _ROOT
+    fence = "`" * (1 + max(map(len, re.findall("`+", path)), default=0))
+    space = " " if path.startswith("`") or path.endswith("`") else ""
+    return f"{fence}{space}{path}{space}{fence}".replace("|", "\\|")
+
+
+def _name(line: Line) -> str:
+    if line.level < 0:
+        return _ROOT
+    name = _printable(line.node.name) or '""'
+    # A glob may list hundreds of numbers: every other layer, say. The row has them all.
+    is_long = line.node.count > 1 and len(name) > _LONGEST
+    return f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 4 :]}" if is_long else name
+
+
+def _printable(name: str) -> str:
+    """A name without the characters that move the cursor of a terminal, or do worse."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def summary(
@@ -221,7 +253,7 @@ def summary(
         buffer, if `depth` is negative, or if the optimizer holds several `freezable`s.
       TypeError: If a mask holds anything but bools, or `optimizer` is no transformation.
     """
-    if depth is not None and (not isinstance(depth, int) or depth < 0):
+    if depth is not None and (type(depth) is not int or depth < 0):
         raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
     leaves = leaves_of(params)
     flags = resolve(frozen, leaves)
@@ -247,5 +279,6 @@ def _entries(
         kept, most = state[i], unfrozen[i]
         saved = None if kept is None or most is None else most - kept
         tally = Tally.of(leaf, flag, i in same).with_state(kept, saved)
-        kind = (tally, leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
-        yield Entry(path, tally, kind, leaves.paths[same[i]] if i in same else "")
+        kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
+        note = leaves.paths[same[i]] if i in same else ""
+        yield Entry(path, tally, (tally, kind, note), note)
