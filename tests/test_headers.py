@@ -410,7 +410,7 @@ def test_a_header_that_claims_four_gigabytes_takes_no_memory(tmp_path):
     member = b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 20
     for data in (_archive(member), b"\xff\xff\xff\xff\x00\x00\x00\x00{" + b" " * 20):
         tracemalloc.start()
-        with pytest.raises(ValueError, match="is no whole|is neither"):
+        with pytest.raises(ValueError, match=r"is no whole|is neither"):
             _read(data, tmp_path)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
