@@ -184,13 +184,36 @@ def test_outside_a_trace_each_zero_has_a_buffer_of_its_own_and_can_be_donated():
 
 
 @pytest.mark.parametrize("make", [Zeros.gradient, Zeros.update])
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS, "complex64"])
+def test_a_copied_zero_has_the_bits_of_the_one_that_was_made(make, name):
+    zeros = Zeros()
+    first, second = (make(zeros, jnp.ones((2, 3), name)) for _ in range(2))
+    assert second is not first
+    assert _bytes(second) == _bytes(first) == _bytes(make(Zeros(), jnp.ones((2, 3), name)))
+
+
+def test_a_zero_is_copied_only_for_leaves_of_the_same_type_and_place():
+    first, second = jax.devices()[:2]
+    one = jnp.ones(())
+    leaves = [one, jnp.asarray(1.0), *(jax.device_put(one, device) for device in (first, second))]
+    zeros = Zeros()
+    for leaf in [*leaves, *leaves]:
+        like = jnp.full_like(leaf, -0.0)
+        zero = zeros.update(leaf)
+        for attribute in ("weak_type", "sharding", "committed"):
+            assert getattr(zero, attribute) == getattr(like, attribute)
+
+
+@pytest.mark.parametrize("make", [Zeros.gradient, Zeros.update])
 def test_zeros_lie_where_their_leaf_lies(make):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
     leaf = jax.device_put(jnp.ones((2, 16)), sharding)
-    assert make(Zeros(), leaf).sharding == sharding
     on_second = jax.device_put(jnp.ones(3), jax.devices()[1])
-    assert make(Zeros(), on_second).devices() == {jax.devices()[1]}
+    zeros = Zeros()
+    for _ in range(2):
+        assert make(zeros, leaf).sharding == sharding
+        assert make(zeros, on_second).devices() == {jax.devices()[1]}
 
 
 def test_freezable_gives_negative_zeros_for_frozen_leaves_and_holes_for_holes():
