@@ -6,6 +6,7 @@ from typing import Any, final
 
 import jax
 import numpy as np
+import optax
 
 from freeze_optax import _moves as moves
 from freeze_optax._leaves import HOLE, Leaves, Transparent, is_hole, is_variable, value_of
@@ -43,7 +44,7 @@ class Parts(Transparent):
 
 def is_whole(x: Any) -> bool:
     """Whether `x` stands for one leaf of the params: a hole, or its parts."""
-    return is_hole(x) or isinstance(x, Parts)
+    return isinstance(x, optax.MaskedNode | Parts)
 
 
 def join(value: Any) -> Any:

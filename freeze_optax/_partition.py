@@ -85,8 +85,8 @@ def merge(trainable: Any, rest: Any) -> Any:
         that is frozen in part are not those that the rest lacks.
     """
     left, right = Leaves(trainable, stop=is_whole), Leaves(rest, stop=is_whole)
-    exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
-    if exchanged:
+    if any(map(_is_part, left.values)):
+        exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
         raise ValueError(
             f"at {listed(exchanged)} `trainable` holds the rows that are frozen; the order is "
             "fo.merge(trainable, rest)"
@@ -97,16 +97,16 @@ def merge(trainable: Any, rest: Any) -> Any:
             + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
         )
     pairs = list(zip(left.values, right.values, strict=True))
-    triples = [(path, *pair) for path, pair in zip(left.paths, pairs, strict=True)]
-    both = [path for path, a, b in triples if not (is_hole(a) or is_hole(b) or _is_part(b))]
+    # Paths are text that costs time to make, and this runs in each trace of a loss.
+    both = [i for i, (a, b) in enumerate(pairs) if not (is_hole(a) or is_hole(b) or _is_part(b))]
     if both:
         raise ValueError(
-            f"both parts have a leaf at {listed(both)}; each leaf belongs to one of them, with "
-            "optax.MaskedNode() in the other, as fo.partition gives them"
+            f"both parts have a leaf at {listed(left.paths[i] for i in both)}; each leaf belongs "
+            "to one of them, with optax.MaskedNode() in the other, as fo.partition gives them"
         )
     odd = [
-        f"{path!r} {problem}"
-        for path, a, b in triples
+        f"{left.paths[i]!r} {problem}"
+        for i, (a, b) in enumerate(pairs)
         if _is_part(b) and (problem := _misfit(a, b))
     ]
     if odd:

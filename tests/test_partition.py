@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import freeze_optax as fo
+from freeze_optax._leaves import Leaves
 
 HOLE = optax.MaskedNode()
 
@@ -165,6 +166,15 @@ def test_partition_and_merge_work_on_abstract_trees_and_under_jit():
 def test_merge_names_the_paths_where_the_parts_do_not_fit(trainable, rest, message):
     with pytest.raises(ValueError, match=message):
         fo.merge(trainable, rest)
+
+
+def test_merge_of_parts_that_fit_makes_no_path_text(monkeypatch):
+    def paths(_):
+        raise AssertionError("paths were looked at")
+
+    trainable, rest = fo.partition({"a": jnp.ones(2), "b": jnp.ones(2)}, "a")
+    monkeypatch.setattr(Leaves, "paths", property(paths))
+    assert set(fo.merge(trainable, rest)) == {"a", "b"}
 
 
 def test_partition_with_a_spec_that_selects_nothing_is_an_error():
