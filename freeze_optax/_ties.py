@@ -1,7 +1,7 @@
 """Groups of leaves that share a buffer, or are to stay equal."""
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -45,21 +45,41 @@ def aliases(leaves: Leaves) -> dict[int, int]:
 
 
 def _groups(leaves: Leaves) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves.values):
-        buffer = _buffer(leaf)
-        if buffer is not None:
-            groups.setdefault(buffer, []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
+    # By address alone first: few leaves have one in common, and of all the rest takes time to ask.
+    near = _alike((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
+    return _alike((i, _buffer(leaves.values[i])) for group in near for i in group)
+
+
+def _alike(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
+    """The groups of more than one index with the same key; None is no key."""
+    firsts: dict[Any, int] = {}
+    groups: dict[int, list[int]] = {}
+    for i, key in keys:
+        first = firsts.setdefault(key, i)
+        if first != i and key is not None:
+            groups.setdefault(first, [first]).append(i)
+    return sorted(groups.values())
+
+
+def _address(leaf: Any) -> Any:
+    """What two leaves that share their memory have in common, among others."""
+    if isinstance(leaf, Tracer):
+        return None
+    try:
+        return leaf.unsafe_buffer_pointer()
+    except Exception:  # noqa: BLE001
+        if isinstance(leaf, np.ndarray):
+            return leaf.__array_interface__["data"][0]
+        return _pointers(leaf) if isinstance(leaf, jax.Array) else None
 
 
 def _buffer(leaf: Any) -> Any:
     """What two leaves have in common if and only if they share their memory, in one form."""
+    if not leaf.size:
+        return None
     if isinstance(leaf, np.ndarray):
         start, _ = leaf.__array_interface__["data"]
-        return (start, leaf.shape, leaf.strides, leaf.dtype) if leaf.size else None
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.size:
-        return None
+        return (start, leaf.shape, leaf.strides, leaf.dtype)
     return (_pointers(leaf), leaf.shape, leaf.dtype)
 
 

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
+from freeze_optax import _ties
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -56,6 +57,14 @@ def test_array_objects_that_share_a_buffer_are_tied_and_copies_are_not():
     }
     assert tree["put"] is not array
     assert fo.tied_paths(tree) == [("a", "asarray", "astype", "put")]
+
+
+def test_what_array_objects_share_is_asked_only_of_those_at_one_address(monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(_ties, "_buffer", lambda leaf: asked.append(leaf) or id(leaf))
+    a, b = table(), table()
+    assert fo.tied_paths({"a": a, "b": b, "c": table(), "d": b}) == [("b", "d")]
+    assert [leaf is b for leaf in asked] == [True, True]
 
 
 def mesh() -> Mesh:
