@@ -1,6 +1,7 @@
 """The leaves of a pytree in order, holes included, and their key paths as text."""
 
 import functools
+import operator
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,11 +39,11 @@ def _kind(dtype: Any) -> str:
 
 def kind(leaf: Any) -> str:
     """`"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`, Python numbers too."""
+    if is_array(leaf):
+        return _kind(leaf.dtype)
     if isinstance(leaf, float | complex):
         return "inexact"
-    if isinstance(leaf, int):
-        return "exact"
-    return _kind(leaf.dtype) if is_array(leaf) else "other"
+    return "exact" if isinstance(leaf, int) else "other"
 
 
 def is_array(leaf: Any) -> bool:
@@ -91,21 +92,21 @@ class Transparent:
     """A node whose children go by its own path."""
 
 
-def _is_transparent(x: Any) -> bool:
-    return is_variable(x) or isinstance(x, Transparent)
+@functools.cache
+def _is_transparent(cls: type) -> bool:
+    return _is_variable_type(cls) or issubclass(cls, Transparent)
 
 
-_ATTRIBUTE = {
-    jax.tree_util.DictKey: "key",
-    jax.tree_util.SequenceKey: "idx",
-    jax.tree_util.GetAttrKey: "name",
-    jax.tree_util.FlattenedIndexKey: "key",
+_COMPONENT: dict[type, Callable[[Any], Any]] = {
+    jax.tree_util.DictKey: operator.attrgetter("key"),
+    jax.tree_util.SequenceKey: operator.attrgetter("idx"),
+    jax.tree_util.GetAttrKey: operator.attrgetter("name"),
+    jax.tree_util.FlattenedIndexKey: operator.attrgetter("key"),
 }
 
 
 def _component(entry: Any) -> str:
-    attribute = _ATTRIBUTE.get(type(entry))
-    return str(entry if attribute is None else getattr(entry, attribute))
+    return str(_COMPONENT.get(type(entry), str)(entry))
 
 
 def text(entries: Iterable[Any]) -> str:
@@ -113,20 +114,32 @@ def text(entries: Iterable[Any]) -> str:
     return "/".join(map(_component, entries))
 
 
+def _texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """Key paths as text; the part that a leaf shares with the one before is made once."""
+    above, start = None, ""
+    for entries in paths:
+        if entries and entries[:-1] != above:
+            above = entries[:-1]
+            start = "".join([f"{_component(entry)}/" for entry in above])
+        yield start + _component(entries[-1]) if entries else ""
+
+
 def _entries(
     tree: Any, stop: Callable[[Any], bool], prefix: tuple[Any, ...] = ()
 ) -> Iterator[tuple[Any, ...]]:
     """The key path of each leaf, without those of transparent nodes."""
-    is_leaf: Callable[[Any], bool] = lambda x: x is not tree and (stop(x) or _is_transparent(x))  # noqa: E731
+    is_leaf: Callable[[Any], bool] = lambda x: (  # noqa: E731
+        (_is_transparent(type(x)) or stop(x)) and x is not tree
+    )
     if stop(tree):
         yield prefix
         return
     # Only below such a node is its own key known; a user's field named `value` must stay, so it
     # can't be told from the text.
-    start = 1 if _is_transparent(tree) else 0
+    start = 1 if _is_transparent(type(tree)) else 0
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
-        entries = (*prefix, *keys[start:])
-        if _is_transparent(node) and not stop(node) and node is not tree:
+        entries = (*prefix, *keys[start:]) if prefix or start else keys
+        if _is_transparent(type(node)) and not stop(node) and node is not tree:
             yield from _entries(node, stop, entries)
         else:
             yield entries
@@ -169,7 +182,7 @@ class Leaves:
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
-        return tuple(text(entries) for entries in _entries(self.tree, self._stop))
+        return tuple(_texts(_entries(self.tree, self._stop)))
 
     def names(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
         """Each path by which a leaf goes, with the leaf's index.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._copies import leaves_of, on_each
+from freeze_optax._copies import copies_of, leaves_of, like, on_each
 from freeze_optax._cut import Cut
 from freeze_optax._layout import Layout
 from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
@@ -18,6 +18,10 @@ DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
 
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_hole)
+
+
 class Origin:
     """What the plans of one optimizer state share, from `init` through all edits; not compared.
 
@@ -25,16 +29,21 @@ class Origin:
       inner: The wrapped transformation, for edits, which are given nothing but the state. Under
         `optax.inject_hyperparams` each trace makes another one, which holds tracers, so
         `update` passes on the one that `init` was given. None after unpickling.
-      skeleton: The params as `init` was given them, with a hole for each leaf.
       treedefs: The structures that params and gradients are known to have.
     """
 
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
         self.inner: optax.GradientTransformationExtraArgs | None = inner
-        self.skeleton = skeleton(params)
+        self._params = leaves.treedef if params is leaves.tree else _structure(params)
         self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
         self._layouts: dict[Cut | None, Layout] = {}
+
+    @functools.cached_property
+    def skeleton(self) -> Any:
+        """The params as `init` was given them, with a hole for each leaf; for edits only."""
+        treedef = self._params
+        return skeleton(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -67,12 +76,12 @@ class Origin:
     def renew(self, inner: Any, params: Any) -> None:
         """Takes what unpickling has lost from the transformation that updates the state."""
         if self.inner is None:
-            self.inner, self.skeleton = inner, skeleton(params)
+            self.inner, self._params = inner, _structure(params)
             self._count = len(leaves_of(params).values)
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        lost: dict[str, Any] = {"inner": None, "skeleton": None, "treedefs": []}
+        lost: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
         return {**lost, "_layouts": {}, "_count": 0}
 
 
@@ -216,9 +225,15 @@ class Plan:
         """The tree without what is frozen; its leaves are in the plan's order."""
         return self.part(leaves, self.frozen, numbers)
 
-    def live_params(self, params: Any) -> Any:
-        """The params, in each of their copies, without what is frozen."""
-        return on_each(lambda copy: self.live_part(Leaves(copy)), params)
+    def live_params(self, params: Any, leaves: Leaves) -> Any:
+        """The params, in each of their copies, without what is frozen.
+
+        Args:
+          params: The params.
+          leaves: Those of the first copy, which the caller has already.
+        """
+        copies = (leaves, *map(Leaves, copies_of(params)[1:]))
+        return like(params, [self.live_part(copy) for copy in copies])
 
     def part(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with holes for some parts; its leaves are in the plan's order."""

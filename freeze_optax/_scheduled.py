@@ -75,7 +75,7 @@ def scheduled(
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
         for mask in flags:
             check_mask(plan, leaves, mask)
-        inner_state = inner.init(plan.live_params(params))
+        inner_state = inner.init(plan.live_params(params, leaves))
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.layout.places(inner_state))
         ages = stack([first] * max(plan.cohorts, default=0))

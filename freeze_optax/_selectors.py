@@ -387,9 +387,8 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
       partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
     """
     raw = as_selector(spec).flags(leaves)
-    flags = [
-        flag if can_train(leaf) else True for flag, leaf in zip(raw, leaves.values, strict=True)
-    ]
+    pairs = zip(raw, leaves.values, strict=True)
+    flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
     # Paths are text that costs time to make, and this runs in each eager step.
     for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
         if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):

@@ -91,7 +91,7 @@ def freezable(
                 stacklevel=2,
             )
         plan = Plan.of(leaves.paths, flags, Origin(inner, params, leaves))
-        return FreezeState(inner.init(plan.live_params(params)), (), plan)
+        return FreezeState(inner.init(plan.live_params(params, leaves)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
