@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from freeze_optax._layout import COUNTER
 from freeze_optax._leaves import HOLE, Leaves, replaced
@@ -20,7 +22,8 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     So `run` is called once for each live cohort, with that cohort's counters but always on all
     live leaves, so that a norm taken inside is the norm of them all; of each result only that
     cohort's share is kept, and XLA removes the rest. Calling it on the leaves of one cohort
-    would be cheaper to trace, but would clip each cohort by itself.
+    would be cheaper to trace, but would clip each cohort by itself; so under a trace it is traced
+    for the first cohort, and its equations are repeated for the others.
 
     Args:
       run: Updates all live leaves.
@@ -37,6 +40,7 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     layout = plan.layout
     before = layout.places(state.inner)
     rows = cohort_counters(state, before)
+    run = _traced_once(run, state)
     updates: dict[int, Leaves] = {}
     after: dict[int, list[Any]] = {}
     # With nothing live one run is left, on holes alone, as the clocks run on.
@@ -69,6 +73,15 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
         for i in range(len(updates[first].values))
     )
     return moved, FreezeState(inner, stack(counters[1:]), plan)
+
+
+def _traced_once(run: Run, state: FreezeState) -> Run:
+    leaves = jax.tree.leaves(state)
+    # Only where all of the state is staged out: eagerly jit would compile, and round otherwise,
+    # and it would hide what is known of the state from a transformation that looks at it.
+    if len(state.plan.live) < 2 or not all(isinstance(x, DynamicJaxprTracer) for x in leaves):
+        return run
+    return jax.jit(run, inline=True)
 
 
 def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:

@@ -9,6 +9,9 @@ import optax
 import pytest
 
 import freeze_optax as fo
+from freeze_optax import _cohorts
+from tests import optimizers
+from tests.optimizers import build, every, extras
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -96,3 +99,50 @@ def test_a_parked_leaf_costs_the_flops_of_a_dropped_one(name, make):
         for keep in (False, True)
     )
     assert dropped["flops"] == parked["flops"]
+
+
+def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cohorts, "_traced_once", lambda run, _: run)
+
+
+@pytest.mark.parametrize("is_traced", [False, True], ids=["eager", "traced"])
+def test_all_cohorts_share_one_trace_of_the_inner_update(is_traced):
+    calls: list[bool] = []
+
+    def update(grads, state, params=None):
+        calls.append(isinstance(state.count, jax.core.Tracer))
+        return adam.update(grads, state, params)
+
+    adam = optax.scale_by_adam()
+    tx = fo.freezable(optax.GradientTransformation(adam.init, update))
+    args = params(), in_cohorts(tx), params()
+    jax.make_jaxpr(tx.update)(*args) if is_traced else tx.update(*args)
+    assert calls == ([True] if is_traced else [False] * LAYERS)
+
+
+UNEDITABLE = {
+    "flatten",
+    "lbfgs",
+    "scale_by_backtracking_linesearch",
+    "scale_by_zoom_linesearch",
+}
+EDITABLE = [pair for pair in every() if pair[1] not in UNEDITABLE]
+
+
+@pytest.mark.parametrize(("module", "name"), EDITABLE, ids=lambda x: getattr(x, "__name__", x))
+def test_a_shared_trace_has_the_equations_of_a_trace_for_each_cohort(module, name, monkeypatch):
+    tree = optimizers.params()
+    tx = fo.freezable(build(module, name), "bottom")
+    state = fo.thaw(tx.init(tree), tree, "bottom")
+
+    def value(tree):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
+
+    grads = jax.grad(value)(tree)
+
+    def update(grads, state, tree):
+        return tx.update(grads, state, tree, **extras(name, value, value(tree), grads))
+
+    shared = jax.make_jaxpr(update)(grads, state, tree)
+    unshared(monkeypatch)
+    assert str(shared) == str(jax.make_jaxpr(update)(grads, state, tree))
