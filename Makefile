@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-fast check format notebooks lane-oldest lane-newest clean
+.PHONY: demo test test-fast check format notebooks bench lane-oldest lane-newest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -30,6 +30,13 @@ format: $(VENV)/.dev
 
 notebooks: $(VENV)/.notebooks
 	FREEZE_OPTAX_SHORT=1 $(BIN)/python notebooks/execute.py
+
+# Half an hour on two cores. Nothing else should run meanwhile.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.compiled
+	$(BIN)/python -m benchmarks.wall
+	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.report
 
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ import optax.contrib
 from rich.console import Console
 
 from freeze_optax._headers import read_headers
-from freeze_optax._patterns import nearest
+from freeze_optax._patterns import nearest, nodes_of
 from freeze_optax._select import path
 from freeze_optax._selectors import nothing
 from freeze_optax._summary import summary
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         help="globs over paths such as encoder/layer_{0..9}/kernel; dots in stored names are /",
     )
+    command.add_argument(
+        "--at", metavar="PATH", help="where the params are: params, in a TrainState"
+    )
     command.add_argument("--optimizer", metavar="NAME", help="one of optax, such as adamw")
     command.add_argument("--depth", metavar="N", type=int, help="levels to show, unfolded")
     command.add_argument("--json", action="store_true", help="print JSON in place of a table")
@@ -94,10 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _summary(given: argparse.Namespace) -> str:
     frozen = path(*given.frozen) if given.frozen else nothing
     optimizer = None if given.optimizer is None else _optimizer(given.optimizer)
-    result = summary(read_headers(given.checkpoint), frozen, optimizer, given.depth)
+    params = read_headers(given.checkpoint)
+    result = summary(_below(params, given.at), frozen, optimizer, given.depth)
     if given.json:
         return json.dumps(result.to_dict(), indent=2) + "\n"
     return result.render(Console()) + "\n"
+
+
+def _below(params: dict[str, Any], node: str | None) -> dict[str, Any]:
+    """The leaves below a node, by their paths from there."""
+    if node is None:
+        return params
+    above = node.rstrip("/") + "/"
+    pairs = ((path, leaf) for path, leaf in params.items() if path.startswith(above))
+    below = OrderedDict((path[len(above) :], leaf) for path, leaf in pairs)
+    if not below:
+        raise ValueError(f"nothing is below {node!r}; {nearest(node, nodes_of(params))}")
+    return below
 
 
 def _write(text: str) -> None:

@@ -1,0 +1,1 @@
+"""What the library costs beside code split by hand, and beside its peers."""
