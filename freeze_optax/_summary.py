@@ -239,7 +239,8 @@ def summary(
     Args:
       params: The params, a pytree of arrays; `jax.ShapeDtypeStruct` will do.
       frozen: What is frozen: any spec, see `freeze_optax.mask`. Of an optimizer state, or a tree
-        with one, the bytes are counted as they are, parked leaves and cohorts included.
+        with one, the bytes are counted as they are, parked leaves and cohorts included; what
+        stands around the `freezable` (an accumulator, say) counts if `optimizer` is given.
       optimizer: The optimizer whose state is to be counted: a plain one, or one with a `freezable`
         in it, whose own spec does not count here. Not needed where `frozen` is a state.
       depth: How many levels of the tree to show, every node of them in a row of its own. Without
