@@ -80,7 +80,8 @@ def peak(case: Case, way: Way) -> int | None:
 
 def peak_apart(way: str, tiny: bool) -> int | None:
     """The same in a process of its own, as a peak can't be reset."""
-    command = [sys.executable, "-m", "benchmarks.wall", "--peak", way, *(["--tiny"] if tiny else [])]
+    command = [sys.executable, "-m", "benchmarks.wall", "--peak", way]
+    command += ["--tiny"] if tiny else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     last = done.stdout.split()[-1]
     return None if last == "None" else int(last)
