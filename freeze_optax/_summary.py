@@ -35,57 +35,53 @@ _ROOT = "(the params)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A subtree of the params in a `Summary`.
+class Counts:
+    """What params come to.
 
     Attributes:
-      path: Its key path; where repeated layers are folded, a glob that matches them all.
-      status: `"trainable"`, `"frozen"` or `"partial"`.
-      total: Its parameters, as every element of an array counts as one.
+      total: How many there are, as every element of an array counts as one.
       trainable: How many of them train.
       frozen: How many don't.
       trainable_bytes: Bytes of those that train.
       frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of optimizer state for it, counters and clocks not counted; None if not
-        known.
-      saved_bytes: Bytes more that this state would take with nothing frozen; None if not known.
+      state_bytes: Bytes of their optimizer state; None if not known.
+      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
+    """
+
+    total: int
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+    state_bytes: int | None
+    saved_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Counts):
+    """A subtree of the params in a `Summary`; of optimizer state it has the statistics alone.
+
+    Attributes:
+      path: Its key path; where repeated layers are folded, a glob that matches them all.
+      status: `"trainable"`, `"frozen"` or `"partial"`.
       same_as: The path of the leaf with which it shares its buffer, and which counts for both.
     """
 
     path: str
     status: Status
-    total: int
-    trainable: int
-    frozen: int
-    trainable_bytes: int
-    frozen_bytes: int
-    state_bytes: int | None
-    saved_bytes: int | None
     same_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(Counts):
     """What is frozen, subtree by subtree; a table for terminals and notebooks.
 
+    It has the attributes of `Counts`, for all params, with counters and clocks in `state_bytes`.
+
     Attributes:
-      total: How many parameters there are, as every element of an array counts as one.
-      trainable: How many of them train.
-      frozen: How many don't.
-      trainable_bytes: Bytes of those that train.
-      frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of the optimizer state; None without an optimizer.
-      saved_bytes: Bytes more that it would take with nothing frozen; None without an optimizer.
       rows: The subtrees, each a `Row`, before those in it.
     """
 
-    total: int
-    trainable: int
-    frozen: int
-    trainable_bytes: int
-    frozen_bytes: int
-    state_bytes: int | None
-    saved_bytes: int | None
     rows: list[Row]
     _root: Node = dataclasses.field(compare=False)
     _lines: list[Line] = dataclasses.field(compare=False)
@@ -101,7 +97,8 @@ class Summary:
         """The attributes by their names, the rows as dicts: ready for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         public = {name: value for name, value in fields.items() if not name.startswith("_")}
-        return {**public, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        rows = [{"path": row.path, **dataclasses.asdict(row)} for row in self.rows]
+        return {**public, "rows": rows}
 
     def to_markdown(self) -> str:
         """The table in Markdown, paths written in full."""
@@ -265,7 +262,10 @@ def summary(
     counts = root.tally.to_dict()
     counts["state_bytes"] = now.total if now else None
     counts["saved_bytes"] = whole.total - now.total if now and whole else None
-    rows = [Row(x.path, x.tally.status, **x.tally.to_dict(), same_as=x.node.note) for x in shown]
+    rows = [
+        Row(**x.tally.to_dict(), path=x.path, status=x.tally.status, same_as=x.node.note)
+        for x in shown
+    ]
     return Summary(**counts, rows=rows, _root=root, _lines=shown, _depth=depth)
 
 

@@ -154,3 +154,38 @@ def flips(data: bytes, bits: Iterable[int]) -> Iterator[bytes]:
     for i in bits:
         byte, bit = divmod(i, 8)
         yield data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+
+
+def _told(leaf: Any) -> Any:
+    """What stands for a leaf that Flax has restored."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return (leaf.shape, leaf.dtype)
+    return (type(leaf), leaf if leaf == leaf else "NaN")
+
+
+def told(headers: dict[str, Any]) -> dict[str, Any]:
+    """What was read, to be compared: dtypes and the types of numbers count."""
+    return {
+        path: (leaf.shape, leaf.dtype)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        else _told(0j if isinstance(leaf, complex) else leaf)
+        for path, leaf in headers.items()
+    }
+
+
+def leaves_in(node: Any, keys: tuple[str, ...] = ()) -> Iterator[Any]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves_in(value, (*keys, str(key)))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from leaves_in(value, (*keys, str(i)))
+    elif node is not None and not isinstance(node, str | bytes):
+        # What a Python complex is does not count, only that it is one.
+        yield keys, _told(0j if type(node) is complex else node)
+
+
+def restored(data: bytes) -> dict[str, Any]:
+    """The same by Flax, which reads the arrays."""
+    tree = flax.serialization.msgpack_restore(data)
+    return {"/".join(keys).replace(".", "/"): leaf for keys, leaf in leaves_in(tree)}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from freeze_optax._headers import read_headers
 from freeze_optax._skim import skim
-from tests.checkpoints import read
+from tests.checkpoints import leaves_in, read, restored, told
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -33,41 +33,6 @@ DTYPES = [
 def _pack(tree):
     """Any tree in MessagePack, also one that Flax would not write."""
     return msgpack.packb(tree, default=flax.serialization._msgpack_ext_pack)
-
-
-def _header(leaf):
-    """What stands for a leaf that Flax has restored."""
-    if isinstance(leaf, np.ndarray | np.generic):
-        return (leaf.shape, leaf.dtype)
-    return (type(leaf), leaf if leaf == leaf else "NaN")
-
-
-def _headers(headers):
-    """What was read, to be compared: dtypes and the types of numbers count."""
-    return {
-        path: (leaf.shape, leaf.dtype)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        else _header(0j if isinstance(leaf, complex) else leaf)
-        for path, leaf in headers.items()
-    }
-
-
-def _leaves(node, keys=()):
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, (*keys, str(key)))
-    elif isinstance(node, list | tuple):
-        for i, value in enumerate(node):
-            yield from _leaves(value, (*keys, str(i)))
-    elif node is not None and not isinstance(node, str | bytes):
-        # What a Python complex is does not count, only that it is one.
-        yield keys, _header(0j if type(node) is complex else node)
-
-
-def _restored(data):
-    """The same by Flax, which reads the arrays."""
-    tree = flax.serialization.msgpack_restore(data)
-    return {"/".join(keys).replace(".", "/"): leaf for keys, leaf in _leaves(tree)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,8 +209,8 @@ def test_random_trees_are_read_as_flax_restores_them(tree, limit, tmp_path_facto
     folder = tmp_path_factory.getbasetemp()
     with mock.patch.object(flax.serialization, "MAX_CHUNK_SIZE", limit):
         data = flax.serialization.msgpack_serialize(tree)
-    leaves = list(_leaves(flax.serialization.msgpack_restore(data)))
-    expected = _restored(data)
+    leaves = list(leaves_in(flax.serialization.msgpack_restore(data)))
+    expected = restored(data)
     if not isinstance(tree, dict | list | np.ndarray | np.generic | complex):
         with pytest.raises(ValueError, match="does not begin with a tree"):
             read(data, folder)
@@ -253,7 +218,7 @@ def test_random_trees_are_read_as_flax_restores_them(tree, limit, tmp_path_facto
         with pytest.raises(ValueError, match="two arrays at"):
             read(data, folder)
     else:
-        assert _headers(read(data, folder)) == expected
+        assert told(read(data, folder)) == expected
 
 
 def test_the_ninth_byte_may_be_any(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints import is_error_or_headers, read
+from tests.checkpoints import is_error_or_headers, read, restored, told
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -26,41 +26,6 @@ def _pack(tree):
 
 def _array(shape, dtype, data, code=ARRAY):
     return msgpack.ExtType(code, msgpack.packb((shape, dtype, data)))
-
-
-def _header(leaf):
-    """What stands for a leaf that Flax has restored."""
-    if isinstance(leaf, np.ndarray | np.generic):
-        return (leaf.shape, leaf.dtype)
-    return (type(leaf), leaf if leaf == leaf else "NaN")
-
-
-def _headers(headers):
-    """What was read, to be compared: dtypes and the types of numbers count."""
-    return {
-        path: (leaf.shape, leaf.dtype)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        else _header(0j if isinstance(leaf, complex) else leaf)
-        for path, leaf in headers.items()
-    }
-
-
-def _leaves(node, keys=()):
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, (*keys, str(key)))
-    elif isinstance(node, list | tuple):
-        for i, value in enumerate(node):
-            yield from _leaves(value, (*keys, str(i)))
-    elif node is not None and not isinstance(node, str | bytes):
-        # What a Python complex is does not count, only that it is one.
-        yield keys, _header(0j if type(node) is complex else node)
-
-
-def _restored(data):
-    """The same by Flax, which reads the arrays."""
-    tree = flax.serialization.msgpack_restore(data)
-    return {"/".join(keys).replace(".", "/"): leaf for keys, leaf in _leaves(tree)}
 
 
 SMALL = {
@@ -83,7 +48,7 @@ def _chunked_small():
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "in chunks"])
 def test_a_file_cut_at_any_byte_is_an_error(chunked, tmp_path):
     data = _chunked_small() if chunked else flax.serialization.msgpack_serialize(SMALL)
-    assert _headers(read(data, tmp_path)) == _restored(data)
+    assert told(read(data, tmp_path)) == restored(data)
     for size in range(len(data)):
         with pytest.raises(ValueError, match=r"nor one of flax\.serialization: it ends after"):
             read(data[:size], tmp_path)
