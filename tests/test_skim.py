@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from freeze_optax._headers import read_headers
@@ -209,7 +209,11 @@ def test_random_trees_are_read_as_flax_restores_them(tree, limit, tmp_path_facto
     folder = tmp_path_factory.getbasetemp()
     with mock.patch.object(flax.serialization, "MAX_CHUNK_SIZE", limit):
         data = flax.serialization.msgpack_serialize(tree)
-    leaves = list(leaves_in(flax.serialization.msgpack_restore(data)))
+    try:
+        leaves = list(leaves_in(flax.serialization.msgpack_restore(data)))
+    except ValueError as error:  # Flax wrote what some versions of it do not read
+        assume("strict_map_key" not in str(error))
+        raise
     expected = restored(data)
     if not isinstance(tree, dict | list | np.ndarray | np.generic | complex):
         with pytest.raises(ValueError, match="does not begin with a tree"):
