@@ -120,7 +120,7 @@ def _texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
     for entries in paths:
         if entries and entries[:-1] != above:
             above = entries[:-1]
-            start = "".join([f"{_component(entry)}/" for entry in above])
+            start = text((*above, ""))
         yield start + _component(entries[-1]) if entries else ""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from freeze_optax._outline import Line, Node, walk
+from freeze_optax._outline import Line, Node, lines, walk
 from freeze_optax._tally import Status
 
 # Blue and orange, for those who tell few colours apart; partial nodes stay in the background.
@@ -40,14 +40,14 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
         raise ImportError(
             "plot needs matplotlib; install it with: pip install 'freeze_optax[plot]'"
         ) from error
-    lines = [line for line in walk(root) if depth is None or line.level < depth]
-    levels = max((max(line.level, 0) for line in lines), default=0) + 1
+    blocks = list(walk(root)) if depth is None else lines(root, depth)
+    levels = max((max(block.level, 0) for block in blocks), default=0) + 1
     total = max(root.tally.total, 1)
     if ax is None:
-        _, ax = plt.subplots(figsize=_size(levels, len(lines)), gridspec_kw=_MARGINS)
+        _, ax = plt.subplots(figsize=_size(levels, len(blocks)), gridspec_kw=_MARGINS)
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     scale, room = _INCH * box.height / total, _INCH * box.width / levels - 2 * _INDENT
-    for line, top in _tops(lines, levels):
+    for line, top in _tops(blocks, levels):
         level, height, colour = max(line.level, 0), line.tally.total, _COLOURS[line.tally.status]
         edge: dict[str, Any] = {"ec": ax.get_facecolor(), "lw": min(_EDGE, height * scale / 8)}
         ax.add_patch(Rectangle((level, top), 1, height, fc=colour, **edge))
@@ -60,7 +60,7 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
     fit = _INCH * box.width / (_CHARACTER * len(title))
     ax.set_title(title, loc="left", fontsize=min(_TITLE, fit))
     ax.axis("off")
-    found = {line.tally.status for line in lines if line.tally.total}
+    found = {block.tally.status for block in blocks if block.tally.total}
     keys = [Patch(color=colour, label=s) for s, colour in _COLOURS.items() if s in found]
     ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False)
     return ax
@@ -75,10 +75,10 @@ def _size(levels: int, count: int) -> tuple[float, float]:
     return max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), min(max(block * count, least), most)
 
 
-def _tops(lines: Iterable[Line], levels: int) -> Iterator[tuple[Line, int]]:
+def _tops(blocks: Iterable[Line], levels: int) -> Iterator[tuple[Line, int]]:
     """Where each block begins: below the last one of its level, or beside the one above it."""
     tops = [0] * (levels + 1)
-    for line in lines:
+    for line in blocks:
         level = max(line.level, 0)
         top = tops[level]
         tops[level], tops[level + 1] = top + line.tally.total, top

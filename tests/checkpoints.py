@@ -1,5 +1,7 @@
 """Checkpoints in every format, their headers, and the command line that reads them."""
 
+import io
+import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -17,6 +19,11 @@ import safetensors.numpy
 
 from freeze_optax._cli import main
 from freeze_optax._headers import read_headers
+
+F4 = jnp.float32
+W = jax.ShapeDtypeStruct((2, 3), F4)
+FEW = {"a.w": np.ones((2, 3), np.float32), "b": np.ones(4, np.int8)}
+FEW_READ = {"a/w": W, "b": jax.ShapeDtypeStruct((4,), jnp.int8)}
 
 
 def layer(i: int) -> dict[str, Any]:
@@ -189,3 +196,38 @@ def restored(data: bytes) -> dict[str, Any]:
     """The same by Flax, which reads the arrays."""
     tree = flax.serialization.msgpack_restore(data)
     return {"/".join(keys).replace(".", "/"): leaf for keys, leaf in leaves_in(tree)}
+
+
+class Counted(io.FileIO):
+    """A file that counts the bytes that are read from it."""
+
+    count = 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        read = super().readinto(buffer)
+        Counted.count += read or 0
+        return read
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        Counted.count += len(data)
+        return data
+
+
+def npz(save: Any = np.savez, /, **arrays: Any) -> bytes:
+    """An .npz file of these arrays."""
+    file = io.BytesIO()
+    save(file, **arrays)
+    return file.getvalue()
+
+
+def only_w(shape: Any, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"w": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))}
+
+
+def tensor(dtype: str, shape: list[int], size: int) -> bytes:
+    """A .safetensors file of one tensor, which need not be a right one."""
+    about = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"w": about}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + bytes(size)

@@ -1,10 +1,8 @@
 """What is in a checkpoint of each format, as those who write the format write it."""
 
 import io
-import json
 import sys
 import zipfile
-from typing import Any
 
 import flax.serialization
 import jax
@@ -14,15 +12,10 @@ import pytest
 import safetensors.numpy
 
 from freeze_optax._headers import read_headers
-from tests.checkpoints import read
+from tests.checkpoints import F4, FEW, FEW_READ, W, npz, only_w, read, tensor
 
 # Orbax warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-F4 = jnp.float32
-W = jax.ShapeDtypeStruct((2, 3), F4)
-FEW = {"a.w": np.ones((2, 3), np.float32), "b": np.ones(4, np.int8)}
-FEW_READ = {"a/w": W, "b": jax.ShapeDtypeStruct((4,), jnp.int8)}
 
 COMMON = [
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -33,16 +26,6 @@ ML += ["float8_e4m3fnuz", "float8_e5m2fnuz"]
 SHAPES = pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0, 3), (2, 1, 0)], ids=str)
 
 
-def _npz(save=np.savez, /, **arrays):
-    file = io.BytesIO()
-    save(file, **arrays)
-    return file.getvalue()
-
-
-def _header(shape: Any, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"w": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))}
-
-
 @SHAPES
 @pytest.mark.parametrize("dtype", COMMON + ML)
 def test_safetensors_of_every_dtype_and_shape_areread(dtype, shape, tmp_path):
@@ -51,7 +34,7 @@ def test_safetensors_of_every_dtype_and_shape_areread(dtype, shape, tmp_path):
         data = safetensors.numpy.save({"w": x})
     except safetensors.SafetensorError:
         pytest.skip(f"this version of safetensors does not write {dtype}")
-    assert read(data, tmp_path) == _header(shape, dtype)
+    assert read(data, tmp_path) == only_w(shape, dtype)
 
 
 @SHAPES
@@ -59,17 +42,17 @@ def test_safetensors_of_every_dtype_and_shape_areread(dtype, shape, tmp_path):
 @pytest.mark.parametrize("dtype", [*COMMON, "complex128", "bfloat16", "float8_e4m3fn"])
 def test_npz_of_every_dtype_and_shape_areread(dtype, save, shape, tmp_path):
     x = np.zeros(shape, jnp.dtype(dtype))
-    assert read(_npz(save, w=x), tmp_path) == _header(shape, dtype)
+    assert read(npz(save, w=x), tmp_path) == only_w(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e8m0fnu", "int4", "uint4"])
 def test_of_one_byte_without_a_name_in_numpy_the_size_isread(dtype, tmp_path):
-    leaf = read(_npz(w=np.zeros((2, 3), jnp.dtype(dtype))), tmp_path)["w"]
+    leaf = read(npz(w=np.zeros((2, 3), jnp.dtype(dtype))), tmp_path)["w"]
     assert (leaf.shape, leaf.dtype.itemsize) == ((2, 3), 1)
 
 
 def test_what_numpy_writes_but_cannot_read_is_an_error(tmp_path):
-    data = _npz(w=np.zeros(2, jnp.float8_e5m2))
+    data = npz(w=np.zeros(2, jnp.float8_e5m2))
     with pytest.raises(ValueError, match="'<f1'"):
         np.load(io.BytesIO(data))["w"]
     with pytest.raises(ValueError, match="'<f1'"):
@@ -88,7 +71,7 @@ def test_npz_of_any_order_of_bytes_and_axes_areread(save, tmp_path):
         "view": x[::-1, ::2],
         "key": np.asarray(jax.random.key_data(jax.random.key(0))),
     }
-    assert read(_npz(save, **arrays), tmp_path) == {
+    assert read(npz(save, **arrays), tmp_path) == {
         "fortran": W,
         "big": W,
         "big/fortran": jax.ShapeDtypeStruct((2, 3), jnp.int64),
@@ -101,7 +84,7 @@ def test_npz_of_any_order_of_bytes_and_axes_areread(save, tmp_path):
 
 def test_names_with_slashes_and_suffixes_areread(tmp_path):
     names = ["a/b", "c.d", "e.npy", "ä", "x y", "[red]x[/red]", "arr_0"]
-    data = _npz(**dict.fromkeys(names, np.ones((2, 3), np.float32)))
+    data = npz(**dict.fromkeys(names, np.ones((2, 3), np.float32)))
     paths = ["a/b", "c/d", "e/npy", "ä", "x y", "[red]x[/red]", "arr_0"]
     assert read(data, tmp_path) == dict.fromkeys(paths, W)
 
@@ -122,7 +105,7 @@ def explode():
 def test_python_objects_are_never_unpickled(save, tmp_path):
     bomb = np.empty((), object)
     bomb[()] = _Bomb()
-    data = _npz(save, bomb=bomb, w=np.ones((2, 3), np.float32))
+    data = npz(save, bomb=bomb, w=np.ones((2, 3), np.float32))
     np.load(io.BytesIO(data), allow_pickle=True)["bomb"]
     assert EXPLODED == [True]
     EXPLODED.clear()
@@ -139,16 +122,16 @@ def test_text_dates_and_objects_are_no_parameters(tmp_path):
         "objects": np.array([1, "a", None], object),
         "w": np.ones((2, 3), np.float32),
     }
-    assert read(_npz(**arrays), tmp_path) == {"w": W}
+    assert read(npz(**arrays), tmp_path) == {"w": W}
 
 
 @pytest.mark.parametrize("fields", [[("x", "i2")], [("x", "i1")], [("x", "f4"), ("y", "f4")]])
 def test_records_are_no_parameters(fields, tmp_path):
-    data = _npz(records=np.zeros(3, fields), w=np.ones((2, 3), np.float32))
+    data = npz(records=np.zeros(3, fields), w=np.ones((2, 3), np.float32))
     assert read(data, tmp_path) == {"w": W}
 
 
-@pytest.mark.parametrize("data", [_npz(), safetensors.numpy.save({})], ids=["npz", "safetensors"])
+@pytest.mark.parametrize("data", [npz(), safetensors.numpy.save({})], ids=["npz", "safetensors"])
 def test_a_file_without_arrays_has_no_leaves(data, tmp_path):
     assert read(data, tmp_path) == {}
 
@@ -160,7 +143,7 @@ def test_metadata_of_safetensors_are_no_parameters(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.npz", "model", "model.safetensors", "a.msgpack"])
 def test_a_file_is_known_by_what_is_in_it(name, tmp_path):
-    for data in (safetensors.numpy.save(FEW), _npz(**FEW), flax.serialization.to_bytes(FEW)):
+    for data in (safetensors.numpy.save(FEW), npz(**FEW), flax.serialization.to_bytes(FEW)):
         (tmp_path / name).write_bytes(data)
         assert read_headers(tmp_path / name) == FEW_READ
 
@@ -175,21 +158,14 @@ def test_a_header_of_any_length_isread(tmp_path):
         assert read(data, tmp_path) == FEW_READ
 
 
-def _tensor(dtype, shape, size):
-    about = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"w": about}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + bytes(size)
-
-
 def test_four_bits_are_a_dtype_and_six_are_not(tmp_path):
     try:
-        safetensors.deserialize(_tensor("F4", [2, 4], 4))
+        safetensors.deserialize(tensor("F4", [2, 4], 4))
     except safetensors.SafetensorError:
         pytest.skip("this version of safetensors knows neither")
-    assert read(_tensor("F4", [2, 4], 4), tmp_path) == _header((2, 4), jnp.float4_e2m1fn)
+    assert read(tensor("F4", [2, 4], 4), tmp_path) == only_w((2, 4), jnp.float4_e2m1fn)
     with pytest.raises(ValueError, match="has 'w' in the dtype F6_E2M3, which jax has not"):
-        read(_tensor("F6_E2M3", [4], 3), tmp_path)
+        read(tensor("F6_E2M3", [4], 3), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +183,7 @@ def test_four_bits_are_a_dtype_and_six_are_not(tmp_path):
 )
 def test_a_tensor_that_does_not_fit_is_an_error(dtype, shape, size, tmp_path):
     with pytest.raises(ValueError, match=r"is no whole \.safetensors file: "):
-        read(_tensor(dtype, shape, size), tmp_path)
+        read(tensor(dtype, shape, size), tmp_path)
 
 
 def test_shards_in_a_folder_are_one_checkpoint(tmp_path):
@@ -221,7 +197,7 @@ def test_shards_in_a_folder_are_one_checkpoint(tmp_path):
 
 def test_two_arrays_of_one_path_are_an_error(tmp_path):
     x = np.ones((2, 3), np.float32)
-    for data in (safetensors.numpy.save({"a.b": x, "a/b": x}), _npz(**{"a.b": x, "a/b": x})):
+    for data in (safetensors.numpy.save({"a.b": x, "a/b": x}), npz(**{"a.b": x, "a/b": x})):
         with pytest.raises(ValueError, match="two arrays at 'a/b', where dots are slashes"):
             read(data, tmp_path)
     (tmp_path / "shards").mkdir()

@@ -10,15 +10,10 @@ import pytest
 import safetensors.numpy
 
 from freeze_optax._headers import read_headers
-from tests.checkpoints import flips, odd_versions
+from tests.checkpoints import F4, FEW, W, flips, odd_versions
 
 # Orbax warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-F4 = jnp.float32
-W = jax.ShapeDtypeStruct((2, 3), F4)
-FEW = {"a.w": np.ones((2, 3), np.float32), "b": np.ones(4, np.int8)}
-
 
 TREE = {
     "a.b": {"w": jnp.ones((2, 3)), "h": jnp.ones(4, jnp.bfloat16)},

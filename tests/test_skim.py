@@ -2,7 +2,6 @@
 
 import io
 import math
-from typing import Any
 from unittest import mock
 
 import flax.serialization
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from freeze_optax._headers import read_headers
 from freeze_optax._skim import skim
-from tests.checkpoints import leaves_in, read, restored, told
+from tests.checkpoints import Counted, leaves_in, read, restored, told
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -237,17 +236,6 @@ def test_the_ninth_byte_may_be_any(tmp_path):
     assert read(data, tmp_path) == {"abcdef{": 1.5}
 
 
-class _Counted(io.FileIO):
-    """A file that counts the bytes that are read from it."""
-
-    count = 0
-
-    def readinto(self, buffer: Any) -> int | None:
-        read = super().readinto(buffer)
-        _Counted.count += read or 0
-        return read
-
-
 def test_arrays_of_gigabytes_are_passed_over(tmp_path):
     file, elements = tmp_path / "checkpoint", 2**29
     head = msgpack.packb([[elements], "float64"])
@@ -263,7 +251,7 @@ def test_arrays_of_gigabytes_are_passed_over(tmp_path):
             opened.seek(0, io.SEEK_END)
     expected = jax.ShapeDtypeStruct((elements - 8,), jnp.float64)
     assert read_headers(file) == {"a": expected, "b": expected}
-    _Counted.count = 0
-    with io.BufferedReader(_Counted(file)) as opened:
+    Counted.count = 0
+    with io.BufferedReader(Counted(file)) as opened:
         assert skim(opened) == {("a",): expected, ("b",): expected}
-    assert 0 < _Counted.count < 100_000
+    assert 0 < Counted.count < 100_000
