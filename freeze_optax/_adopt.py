@@ -15,6 +15,7 @@ from freeze_optax._patterns import some
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._rows import Rows
 from freeze_optax._state import FreezeState
+from freeze_optax._transform import ignoring_specs
 
 
 def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> FreezeState:
@@ -135,7 +136,8 @@ def _numbers(plan: Plan, params: Any) -> list[bool]:
 
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
-    state = abstract_init(tx.init, params)
+    with ignoring_specs():
+        state = abstract_init(tx.init, params)
     if not isinstance(state, FreezeState):
         raise TypeError(
             f"{verb} takes the transformation that fo.freezable gives, but the state of this one "

@@ -88,8 +88,16 @@ def _add_unless_zero(param: Any, update: Any) -> Any:
     constant, its addition flushes subnormals on a CPU.
     """
     parts = (jnp.real(update), jnp.imag(update)) if jnp.iscomplexobj(update) else (update,)
-    still = functools.reduce(operator.and_, [(x == 0) & jnp.signbit(x) for x in parts])
+    still = functools.reduce(operator.and_, map(_is_negative_zero, parts))
     return jnp.where(still, jnp.asarray(param), _add(param, update))
+
+
+def _is_negative_zero(x: Any) -> jax.Array:
+    # `signbit` is for 16 bits and more. Of the small formats those without -0.0 have neither
+    # subnormal numbers that an addition would flush nor NaNs that it would change.
+    x = jnp.asarray(x)
+    x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 16 else x
+    return (x == 0) & jnp.signbit(x)
 
 
 def _align(leaves: Leaves, updates: Any) -> list[Any]:

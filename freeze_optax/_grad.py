@@ -8,7 +8,7 @@ import jax
 
 from freeze_optax._leaves import HOLE, Leaves
 from freeze_optax._moves import among, take, whole
-from freeze_optax._rows import Flag, Rows
+from freeze_optax._rows import Flag, Rows, either
 from freeze_optax._selectors import Spec, as_selector, resolve, schedules_of
 from freeze_optax._zeros import Zeros
 
@@ -49,6 +49,10 @@ def value_and_grad(
     """
     selector = as_selector(frozen)
     schedules = schedules_of(frozen)
+    if len(schedules) > 1:
+        raise ValueError(
+            f"a gradient follows the phases of one state of fo.scheduled, not of {len(schedules)}"
+        )
     if schedules and holes:
         raise ValueError(
             "with the state of fo.scheduled, what is frozen changes while the program runs, and "
@@ -56,7 +60,7 @@ def value_and_grad(
         )
 
     @functools.wraps(fun)
-    def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         leaves = Leaves(params)
 
         def of_params(params: Any) -> Any:
@@ -65,12 +69,14 @@ def value_and_grad(
         def differentiate(flags: Sequence[Flag]) -> Any:
             return _value_and_grad(of_params, leaves, flags, has_aux, holes)
 
+        always = resolve(selector, leaves)
         if not schedules:
-            return differentiate(resolve(selector, leaves))
+            return differentiate(always)
         (state,) = schedules
-        selector.flags(leaves)  # whether the params are those of the state
-        plan = state.state.plan
-        phases = [functools.partial(differentiate, plan.mask_of(f)) for _, f in plan.schedule]
+        phases = [
+            functools.partial(differentiate, list(map(either, always, phase)))
+            for phase in state.phases(leaves)
+        ]
         return jax.lax.switch(state.phase, phases)
 
     return value_and_grad_fn
@@ -139,7 +145,7 @@ def grad(
     both = value_and_grad(fun, frozen, has_aux=has_aux, holes=holes)
 
     @functools.wraps(fun)
-    def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         value, grads = both(params, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 

@@ -179,6 +179,14 @@ class Leaves:
         self.tree, self.modules, self._stop, self._aliases = tree, modules, stop, aliases or {}
         self.values, self.treedef = jax.tree.flatten(tree, is_leaf=stop)
 
+    @classmethod
+    def of(cls, tree: Any, values: list[Any], treedef: Any, paths: tuple[str, ...]) -> "Leaves":
+        """The leaves of `tree` as another structure tells them, which may find None at some."""
+        leaves = cls(tree)
+        leaves.values, leaves.treedef = values, treedef
+        leaves.__dict__["paths"] = paths
+        return leaves
+
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""

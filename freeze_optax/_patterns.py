@@ -92,7 +92,7 @@ def _alternatives(inside: str) -> list[str]:
 
 
 def _component_regex(component: str, pattern: str) -> str:
-    out: list[str] = []
+    pieces = [""]
     position = 0
     while position < len(component):
         char = component[position]
@@ -103,9 +103,9 @@ def _component_regex(component: str, pattern: str) -> str:
                 f"one with {component.replace('**', '')!r}; write `*`, or `**/` before it"
             )
         if char == "*":
-            out.append("[^/]*")
+            pieces.append("")
         elif char == "?":
-            out.append("[^/]")
+            pieces[-1] += "[^/]"
         elif char == "[":
             end = _class_end(component, position)
             body = component[position + 1 : end - 1]
@@ -113,11 +113,23 @@ def _component_regex(component: str, pattern: str) -> str:
             members = re.sub(r"([\\\[\]^&~|])", r"\\\1", body[negated:])
             # What re would take for a set difference one day, and warns of.
             members = re.sub(r"(?<=.)--", r"-\\-", members)
-            out.append(f"(?!/)[{'^' if negated else ''}{members}]")
+            pieces[-1] += f"(?!/)[{'^' if negated else ''}{members}]"
         else:
-            out.append(re.escape(char))
+            pieces[-1] += re.escape(char)
         position = end
-    return "".join(out)
+    return _with_stars(*pieces)
+
+
+def _with_stars(first: str, *others: str) -> str:
+    """Pieces of a component with anything between them.
+
+    Where a piece fits first leaves the most for the others, so all places but that of the last,
+    which has to end the component, are final; to try them all takes exponential time.
+    """
+    if not others:
+        return first
+    *middle, last = others
+    return first + "".join(f"(?>[^/]*?{piece})" for piece in middle) + f"[^/]*{last}"
 
 
 def _segments(glob: str) -> Iterator[tuple[bool, list[str]]]:

@@ -84,8 +84,12 @@ class Phases:
         for start, spec in zip(self.starts, self.specs, strict=True):
             try:
                 flags.append(tuple(resolve(spec, leaves)))
-            except (ValueError, TypeError, IndexError) as error:
-                raise type(error)(f"in the phase from step {start} on: {error}") from error
+            except Exception as error:
+                where = f"in the phase from step {start} on"
+                if type(error) in (ValueError, TypeError, IndexError):
+                    raise type(error)(f"{where}: {error}") from error
+                error.add_note(where)  # as jax's errors are not made of a text alone
+                raise
         return tuple(flags)
 
     def __repr__(self) -> str:

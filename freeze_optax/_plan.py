@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -13,6 +13,9 @@ from freeze_optax._layout import Layout
 from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
 from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._rows import Flag
+from freeze_optax._tracers import holds_tracers
+
+T = TypeVar("T")
 
 DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
@@ -51,7 +54,8 @@ class Origin:
         if self.inner is None:
             raise ValueError(
                 "this state was unpickled, without its transformation, which pickle refuses; it "
-                "can be edited after an update, or stored with fo.export_state instead"
+                "can be edited after an update (outside of jit, if optax.inject_hyperparams makes "
+                "the freezable), or stored with fo.export_state instead"
             )
         return self.inner.init
 
@@ -73,11 +77,25 @@ class Origin:
         holes = cut.restore([HOLE] * len(cut.parts))
         return on_each(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
 
-    def renew(self, inner: Any, params: Any) -> None:
-        """Takes what unpickling has lost from the transformation that updates the state."""
-        if self.inner is None:
-            self.inner, self._params = inner, _structure(params)
-            self._count = len(leaves_of(params).values)
+    def note(self, treedef: Any) -> None:
+        """Remembers another container for the same paths, as a FrozenDict or an `nnx.State` is.
+
+        So a training loop compares texts once. Some only: where a static field of the params
+        changes at each step, so does the structure.
+        """
+        self.treedefs = [*self.treedefs[:1], *self.treedefs[1:][-6:], treedef]
+
+    def renew(self, inner: Any, params: Any, leaves: Leaves) -> None:
+        """Takes what unpickling has lost from the transformation that updates the state.
+
+        Args:
+          inner: The transformation; one that holds tracers is not kept.
+          params: The params, or the gradients, which `leaves` are of.
+          leaves: Those of the first copy.
+        """
+        if self.inner is None and not holds_tracers(inner):
+            self.inner, self._count = inner, len(leaves.values)
+            self._params = leaves.treedef if params is leaves.tree else _structure(params)
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
@@ -254,23 +272,25 @@ class Plan:
         Raises:
           ValueError: If the paths differ, naming those that do.
         """
+        return tuple(self.in_order_of(leaves, self.mask, role))
+
+    def in_order_of(self, leaves: Leaves, values: Sequence[T], role: str) -> Sequence[T]:
+        """Values for the plan's leaves, in the order of `leaves`; as `flags` otherwise."""
         if self.knows(leaves):
-            return self.mask
+            return values
         if isinstance(leaves.tree, optax.LookaheadParams):
-            copies = [self.flags(Leaves(copy), role) for copy in leaves.tree]
+            copies = [self.in_order_of(Leaves(copy), values, role) for copy in leaves.tree]
             return (*copies[0], *copies[1])
-        if leaves.paths != self.paths:
-            if sorted(leaves.paths) == sorted(self.paths):
-                by_path = dict(zip(self.paths, self.mask, strict=True))
-                return tuple(by_path[path] for path in leaves.paths)
-            raise ValueError(
-                f"the {role} and the optimizer state are of different params: "
-                + odd_paths(leaves.paths, self.paths, f"in the {role}", "in the state")
-            )
-        # Another container for the same paths (a FrozenDict, an nnx.State of plain arrays):
-        # remembered, so that a training loop compares texts once.
-        self.origin.treedefs.append(leaves.treedef)
-        return self.mask
+        if leaves.paths == self.paths:
+            self.origin.note(leaves.treedef)
+            return values
+        if sorted(leaves.paths) == sorted(self.paths):
+            by_path = dict(zip(self.paths, values, strict=True))
+            return [by_path[path] for path in leaves.paths]
+        raise ValueError(
+            f"the {role} and the optimizer state are of different params: "
+            + odd_paths(leaves.paths, self.paths, f"in the {role}", "in the state")
+        )
 
     def knows(self, leaves: Leaves) -> bool:
         """Whether a tree has a structure that is known to be that of the params."""
@@ -295,7 +315,8 @@ class Plan:
         with_none = self._fit_none(tree)
         if with_none is not None:
             return with_none
-        if self.flags(leaves, role) is not self.mask:
+        self.flags(leaves, role)
+        if leaves.paths != self.paths:
             raise ValueError(
                 f"the {role} has the leaves of the optimizer state in another order: {role} has "
                 f"{listed(leaves.paths)}, the state {listed(self.paths)}"
@@ -311,7 +332,8 @@ class Plan:
             except (ValueError, TypeError, AttributeError):
                 continue
             if all(x is None or is_hole(x) or jax.tree_util.all_leaves([x]) for x in values):
-                leaves = Leaves(tree)
-                leaves.values, leaves.treedef = values, treedef
-                return leaves
-        return None
+                return Leaves.of(tree, values, treedef, self.paths)
+        # An unpickled state knows no structure yet.
+        leaves = Leaves(tree, stop=lambda x: x is None or is_hole(x))
+        has_none = any(x is None for x in leaves.values)
+        return leaves if has_none and leaves.paths == self.paths else None

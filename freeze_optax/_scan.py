@@ -63,6 +63,8 @@ def scan(
             f"{sorted({np.shape(x) for x in leaves.values})}"
         )
     ((count,),) = lengths
+    if count == 0:
+        return jax.lax.scan(f, init, xs, unroll=unroll)
     still = np.ones(count, bool)
     for leaf, flag in zip(leaves.values, resolve(frozen, leaves), strict=True):
         if can_train(leaf):

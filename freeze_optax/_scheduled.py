@@ -11,7 +11,7 @@ from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut, Part
 from freeze_optax._edit import check_mask
-from freeze_optax._leaves import Leaves, is_placeholder
+from freeze_optax._leaves import Leaves, is_hole, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
 from freeze_optax._rows import Flag, Rows, flag_of, vector
@@ -60,8 +60,14 @@ def scheduled(
       does not fit the params, or the first phase begins after step 0.
 
     Raises:
+      TypeError: If `phases` are no `Phases`.
       ValueError: If the first phase begins after step 0.
     """
+    if not isinstance(phases, Phases):
+        raise TypeError(
+            f"scheduled takes Phases, not a {type(phases).__name__}: write "
+            "fo.scheduled(inner, fo.Phases({0: frozen, 500: fo.nothing}))"
+        )
     phases.at(0)
     inner = optax.with_extra_args_support(inner)
     tx: Any = freezable(inner)
@@ -93,7 +99,7 @@ def scheduled(
         plan = whole.plan
 
         def branch(frozen: tuple[bool, ...]) -> Any:
-            now = Plan(plan.paths, frozen, plan.cohorts, plan.origin, cut=plan.cut)
+            now = plan.edited(frozen, plan.cohorts)
 
             def update(_: None) -> Any:
                 state = FreezeState(whole.inner, whole.ages, now)
@@ -152,14 +158,16 @@ def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
     """
     count = len(plan.paths)
     masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
-    shapes = [Leaves(jax.eval_shape(branch, None)[0]).values for branch in branches]
+    shapes = [jax.eval_shape(branch, None) for branch in branches]
+    _check_dtypes([FreezeState(inner, ages, plan) for _, inner, ages in shapes])
+    moved = [Leaves(updates).values for updates, _, _ in shapes]
 
     def dtype_at(i: int) -> Any:
-        phases = zip(shapes, masks, strict=True)
+        phases = zip(moved, masks, strict=True)
         live = (values[i].dtype for values, mask in phases if mask[i % count] is not True)
         return next(live, None)
 
-    dtypes = [dtype_at(i) for i in range(len(shapes[0]))]
+    dtypes = [dtype_at(i) for i in range(len(moved[0]))]
 
     def cast(branch: Any) -> Any:
         def run(_: None) -> Any:
@@ -171,3 +179,16 @@ def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
         return run
 
     return [cast(branch) for branch in branches]
+
+
+def _check_dtypes(states: list[FreezeState]) -> None:
+    """Raises where a statistic comes out in another dtype than where it is parked."""
+    leaves = [Leaves(state) for state in states]
+    for path, *values in zip(leaves[0].paths, *(own.values for own in leaves), strict=True):
+        dtypes = dict.fromkeys(str(x.dtype) for x in values if not is_hole(x))
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"the state at {path!r} is of {' in one phase and of '.join(dtypes)} in another, "
+                "which one program can't have; cast the gradients to the dtype of the params, or "
+                "let the optimizer keep its state in another (mu_dtype, accumulator_dtype)"
+            )

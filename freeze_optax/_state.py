@@ -1,14 +1,17 @@
 """The optimizer state, which carries its plan as static metadata."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from freeze_optax._leaves import Leaves
 from freeze_optax._patterns import listed
 from freeze_optax._plan import DROPPED, Plan
+from freeze_optax._rows import Flag
 
 _T = TypeVar("_T")
 
@@ -86,6 +89,12 @@ class ScheduledState(NamedTuple):
         """The index of the phase that the step is in."""
         starts = [start for start, _ in self.state.plan.schedule]
         return sum((self.step >= start for start in starts[1:]), jnp.zeros((), jnp.int32))
+
+    def phases(self, leaves: Leaves) -> list[Sequence[Flag]]:
+        """What each phase freezes, in the order of `leaves`, which must be of the same params."""
+        plan = self.state.plan
+        masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
+        return [plan.in_order_of(leaves, mask, "params") for mask in masks]
 
 
 class AnyAges:

@@ -10,11 +10,10 @@ import optax
 
 from freeze_optax._copies import copies_of, on_each
 from freeze_optax._cut import is_whole
+from freeze_optax._extra import adapted
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed, nearest
-from freeze_optax._selectors import is_function
 from freeze_optax._ties import TIED, Group, check_group, note_ties
-from freeze_optax._wrapped import wrapped
 
 
 def tie(
@@ -65,10 +64,8 @@ def tie(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        structure = Leaves(updates, stop=is_whole).treedef
-        adapted = {name: _adapt(name, value, tied, structure) for name, value in extra.items()}
-        own = on_each(tied.drop, params)
-        moved, state = inner.update(tied.sum(updates), state, own, **adapted)
+        own = _for_inner(extra, tied, Leaves(updates, stop=is_whole).treedef)
+        moved, state = inner.update(tied.sum(updates), state, on_each(tied.drop, params), **own)
         return on_each(tied.spread, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -128,18 +125,24 @@ class _Tied:
         return leaves.rebuild(values)
 
 
-def _adapt(name: str, value: Any, tied: _Tied, structure: Any) -> Any:
-    """An extra argument as `inner` should see it, with one leaf for each group."""
+def _for_inner(extra: dict[str, Any], tied: _Tied, structure: Any) -> dict[str, Any]:
+    """Extra arguments as `inner` should see them, with one leaf for each group."""
+
+    def is_like_params(value: Any) -> bool:
+        own = Leaves(value, stop=is_whole).treedef
+        return own == structure and not jax.tree_util.treedef_is_leaf(own)
 
     def where_like_params(function: Callable[[Any], Any], value: Any) -> Any:
-        return function(value) if Leaves(value, stop=is_whole).treedef == structure else value
+        return function(value) if is_like_params(value) else value
 
-    if not is_function(value):
+    def tree(name: str, value: Any) -> Any:
         # A line search takes the slope along the shared leaf from the gradient.
         return where_like_params(tied.sum if name == "grad" else tied.drop, value)
 
     spread = functools.partial(where_like_params, tied.spread)
-    return wrapped(value, spread, functools.partial(where_like_params, tied.sum))
+    return adapted(
+        extra, is_like_params, tree, spread, functools.partial(where_like_params, tied.sum)
+    )
 
 
 def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:

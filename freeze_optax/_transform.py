@@ -1,7 +1,9 @@
 """The gradient transformation."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -11,15 +13,15 @@ import optax
 from freeze_optax._cohorts import update_cohorts
 from freeze_optax._copies import copies_of, leaves_of, like
 from freeze_optax._cut import fill, is_whole, join
+from freeze_optax._extra import adapted
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._moves import among
 from freeze_optax._patterns import listed
 from freeze_optax._plan import Origin, Plan
-from freeze_optax._rows import Rows
-from freeze_optax._selectors import Spec, as_selector, is_function, nothing, resolve
+from freeze_optax._rows import Flag, Rows
+from freeze_optax._selectors import Spec, as_selector, nothing, resolve
 from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._ties import check_ties
-from freeze_optax._wrapped import wrapped
 from freeze_optax._zeros import Zeros
 
 
@@ -75,6 +77,11 @@ def freezable(
       raises ValueError if gradients, state or params are of different params, or if a trainable
       leaf has a hole or None for a gradient, and TypeError for a state of another kind.
     """
+    if not hasattr(inner, "update"):
+        raise TypeError(
+            f"freezable takes the transformation first, not a {type(inner).__name__}: write "
+            "fo.freezable(inner, frozen)"
+        )
     inner = optax.with_extra_args_support(inner)
     selector = as_selector(frozen)
 
@@ -82,7 +89,7 @@ def freezable(
         if is_placeholder(params):
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
         leaves = leaves_of(params)
-        flags = resolve(selector, leaves)
+        flags = resolve(nothing if _is_ignored() else selector, leaves)
         check_ties(leaves, flags)
         if all(flag is True for flag in flags):
             warnings.warn(
@@ -97,16 +104,16 @@ def freezable(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         plan = _plan_of(state)
-        plan.origin.renew(inner, updates)
         grads = plan.fit(updates, "gradient")
         _check_whole(grads, plan)
         whole = [plan.fit(copy, "params") for copy in copies_of(params)]
         live_grads = plan.live_part(grads)
         live_params = like(params, [plan.live_part(copy) for copy in whole])
-        adapted = {name: _adapt(value, plan, whole) for name, value in extra.items()}
+        plan.origin.renew(inner, *((params, whole[0]) if whole else (updates, grads)))
+        own = _for_inner(extra, plan, grads, whole)
 
         def run(inner_state: Any) -> tuple[Any, Any]:
-            return inner.update(live_grads, inner_state, live_params, **adapted)
+            return inner.update(live_grads, inner_state, live_params, **own)
 
         moved, state = update_cohorts(run, state)
         steps = [
@@ -116,6 +123,29 @@ def freezable(
         return like(moved, steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_specs_ignored = ContextVar("_specs_ignored", default=False)
+
+
+@contextlib.contextmanager
+def ignoring_specs() -> Generator[None, None, None]:
+    """Where `init` freezes nothing but what can't be trained, for states whose plan is known.
+
+    The spec may not fit any more, or read values that an abstract `init` has not.
+    """
+    token = _specs_ignored.set(True)
+    try:
+        yield
+    finally:
+        _specs_ignored.reset(token)
+
+
+def _is_ignored() -> bool:
+    # Of one transformation: the spec of another inside it decides what state that one makes.
+    is_ignored = _specs_ignored.get()
+    _specs_ignored.set(False)
+    return is_ignored
 
 
 def _plan_of(state: Any) -> Plan:
@@ -161,37 +191,33 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
     return grads.rebuild(update(*row) for row in rows)
 
 
-def _adapt(value: Any, plan: Plan, params: list[Leaves]) -> Any:
-    """An extra argument as `inner` should see it: without the frozen leaves."""
-    return _on_whole_params(value, plan, params) if is_function(value) else _drop(value, plan)
+def _for_inner(
+    extra: dict[str, Any], plan: Plan, grads: Leaves, params: list[Leaves]
+) -> dict[str, Any]:
+    """Extra arguments as `inner` should see them: without the frozen leaves."""
+    known = params[0] if params else grads
 
+    def is_like_params(value: Any) -> bool:
+        leaves = Leaves(value, stop=is_whole)
+        if not plan.knows(leaves):
+            return False
+        if jax.tree_util.treedef_is_leaf(leaves.treedef):
+            # Every scalar has the structure of params that are one bare array.
+            (frozen,) = plan.mask
+            return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
+        return all(map(_may_stand_for, leaves.values, known.values, plan.mask))
 
-def _is_like_params(leaves: Leaves, plan: Plan) -> bool:
-    if not plan.knows(leaves):
-        return False
-    if not jax.tree_util.treedef_is_leaf(leaves.treedef):
-        return True
-    # Every scalar has the structure of params that are one bare array.
-    (frozen,), (value,) = plan.mask, leaves.values
-    return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
+    def drop(value: Any) -> Any:
+        return plan.live_part(Leaves(value), numbers=True) if is_like_params(value) else value
 
-
-def _drop(value: Any, plan: Plan) -> Any:
-    leaves = Leaves(value)
-    return plan.live_part(leaves, numbers=True) if _is_like_params(leaves, plan) else value
-
-
-def _on_whole_params(
-    function: Callable[..., Any], plan: Plan, params: list[Leaves]
-) -> Callable[..., Any]:
     def whole(value: Any) -> Any:
         leaves = Leaves(value, stop=is_whole)
         is_full = plan.cut is None and not any(map(is_hole, leaves.values))
-        if is_full or not _is_like_params(leaves, plan):
+        if is_full or not is_like_params(value):
             return value
         if not params:
             raise ValueError(
-                f"{function!r} needs whole params, but update was not given any; call "
+                "a function needs whole params, but update was not given any; call "
                 "update(gradients, state, params, ...)"
             )
         triples = zip(leaves.values, params[0].values, plan.mask, strict=True)
@@ -200,4 +226,15 @@ def _on_whole_params(
             for x, p, flag in triples
         )
 
-    return wrapped(function, whole, lambda result: _drop(result, plan))
+    return adapted(extra, is_like_params, lambda _, value: drop(value), whole, drop)
+
+
+def _may_stand_for(x: Any, leaf: Any, frozen: Flag) -> bool:
+    """Whether `x` may be of the same params as `leaf`, and not of a batch with the same keys.
+
+    The rows that train may be there alone, and a number may stand for a whole leaf.
+    """
+    if x is None or leaf is None or is_whole(x) or is_hole(leaf):
+        return True
+    rows = slice(1 if isinstance(frozen, Rows) else 0, None)
+    return np.ndim(x) == 0 or np.shape(x)[rows] == np.shape(leaf)[rows]

@@ -292,3 +292,28 @@ def test_shapes_of_another_model_are_named_even_where_moments_are_factored(name)
     wider = other_params(head=jnp.ones((3, 7)))
     with pytest.raises(ValueError, match=r"is of other params: \W*'[^']*/head' has \[\("):
         fo.adopt(fo.freezable(inner), inner.init(params()), wider)
+
+
+@pytest.mark.parametrize("name", ["adopt", "import_state"])
+@pytest.mark.parametrize(
+    "spec",
+    ["a typo", fo.where(lambda path, x: bool((x == 1).all()))],
+    ids=["selects nothing", "reads values"],
+)
+def test_the_spec_of_the_transformation_does_not_count_where_a_state_has_its_own(name, spec):
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    tx, plain = fo.freezable(optax.adam(0.1), spec), optax.adam(0.1)
+    whole = fo.freezable(plain).init(params)
+    if name == "adopt":
+        state = fo.adopt(tx, plain.init(params), params)
+    else:
+        state = fo.import_state(tx, params, fo.export_state(whole))
+    assert jax.tree.structure(state) == jax.tree.structure(whole)
+
+
+def test_the_spec_of_a_transformation_inside_another_counts():
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    tx = fo.freezable(fo.freezable(optax.sgd(0.1, momentum=0.9), "encoder"))
+    state = tx.init(params)
+    imported = fo.import_state(tx, params, fo.export_state(state))
+    assert jax.tree.structure(imported) == jax.tree.structure(state)

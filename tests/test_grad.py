@@ -380,3 +380,15 @@ def test_any_callable_can_be_differentiated(fun):
 def test_a_spec_of_other_params_is_an_error_that_names_the_paths(wrap, spec, message):
     with pytest.raises(ValueError, match=message):
         wrap(_loss, spec)(_params(), X)
+
+
+def test_arguments_may_have_any_name():
+    def loss(weights, params, fun, frozen):
+        return (weights["a"] * params * fun * frozen).sum()
+
+    weights = {"a": jnp.ones(2)}
+    others = {"params": 2.0, "fun": 3.0, "frozen": 5.0}
+    value, grads = fo.value_and_grad(loss, fo.nothing)(weights, **others)
+    assert float(value) == 60.0
+    np.testing.assert_array_equal(grads["a"], [30.0, 30.0])
+    np.testing.assert_array_equal(fo.grad(loss, fo.nothing)(weights, **others)["a"], [30.0, 30.0])

@@ -304,3 +304,19 @@ def test_listed_counts_the_names_it_leaves_out():
     assert listed(["a"]) == "'a'"
     assert listed("abc", 2) == "'a', 'b' and 1 more"
     assert listed(map(str, range(2005))) == "'0', '1', '2', '3', '4' and 2,000 more"
+
+
+@pytest.mark.parametrize("stars", [12, 40])
+def test_many_stars_in_a_component_take_no_exponential_time(stars):
+    # With each star free to take back what it took, 12 take minutes and 40 an age.
+    path = "a" * 60
+    assert not compile_glob("*a" * stars + "b").match(path)
+    assert compile_glob("*a" * stars).match(path)
+    assert not compile_glob("*a" * 61).match(path)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text("ab*?", max_size=9).filter(lambda glob: "**" not in glob), st.text("ab", max_size=8))
+def test_stars_in_a_component_match_as_fnmatch_has_it(glob, text):
+    matched = compile_glob(glob, whole=True).match(text) is not None
+    assert matched == fnmatch.fnmatchcase(text, glob)

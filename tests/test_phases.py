@@ -218,3 +218,10 @@ def test_a_loop_killed_at_any_step_and_resumed_ends_bitwise_where_the_uninterrup
         resumed = loop(step_fn, *resumed, start, keep_state)
         assert jax.tree.structure(resumed[-1]) == jax.tree.structure(uninterrupted[-1])
         fo.testing.assert_frozen(uninterrupted[-1], resumed[-1], True)
+
+
+def test_errors_that_are_not_made_of_a_text_keep_their_type_and_say_the_phase():
+    phases = fo.Phases({3: fo.where(lambda path, x: bool(x.sum() > 0))})
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        jax.eval_shape(phases.validate, make_params())
+    assert "in the phase from step 3 on" in caught.value.__notes__

@@ -143,3 +143,13 @@ def test_leaves_without_one_leading_axis_are_an_error_with_their_shapes(xs):
 def test_a_spec_of_the_whole_params_is_an_error():
     with pytest.raises(ValueError, match="pattern 'layers' selects no leaf"):
         fo.scan(layer, X, PARAMS["layers"], "layers")
+
+
+def test_a_stack_of_no_layers_gives_what_jax_gives():
+    def f(carry, x):
+        return carry + x.sum(), x
+
+    empty = jnp.zeros((0, 4))
+    carry, outputs = fo.scan(f, 1.0, empty, fo.nothing)
+    expected_carry, expected = jax.lax.scan(f, 1.0, empty)
+    assert (float(carry), outputs.shape) == (float(expected_carry), expected.shape) == (1.0, (0, 4))
