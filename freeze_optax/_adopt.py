@@ -126,7 +126,7 @@ def _with_rows(fresh: Any, rows: Rows, x: Any, path: str) -> Any:
             f"{path!r} has {shapes(x)} for {rows!r}, which can't be put among the other rows of "
             f"{shapes(fresh)}"
         )
-    return put(fresh, rows, value_of(x))
+    return jax.tree.map(lambda whole, own: put(whole, rows, own), fresh, value_of(x))
 
 
 def _numbers(plan: Plan, params: Any) -> list[bool]:

@@ -13,7 +13,8 @@ from freeze_optax._leaves import Leaves, is_hole
 from freeze_optax._moves import put, taken
 from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._rows import Flag, Rows
-from freeze_optax._selectors import Spec, nothing, resolve, schedules_of
+from freeze_optax._selectors import nothing
+from freeze_optax._specs import Spec, resolve, schedules_of
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:

@@ -1,6 +1,6 @@
 """Setting leaves by their path."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,28 +33,32 @@ def assign(params: Any, values: Mapping[str, Any]) -> Any:
       ValueError: If a path names no leaf, or more than one; if a value does not broadcast to the
         shape of its leaf, or has no like in its dtype (a fraction for an integer). Then nothing
         is set.
-      TypeError: If `values` is no mapping, or a leaf or a value is no array or number.
+      TypeError: If `values` is no mapping of strings, if a leaf or a value is no array or number,
+        or if a value is traced, but its leaf no array of JAX. Then nothing is set.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"fo.assign takes a dict {{path: value}}, not a {type(values).__name__}")
     leaves = Leaves(params)
+    places: dict[str, list[int]] = {}
+    for i, path in enumerate(leaves.paths):
+        places.setdefault(path, []).append(i)
     new = list(leaves.values)
     for path, value in values.items():
-        i = _index(path, leaves)
+        i = _index(path, places)
         new[i] = _set(path, new[i], value)
     return leaves.rebuild(new)
 
 
-def _index(path: str, leaves: Leaves) -> int:
+def _index(path: str, places: Mapping[str, Sequence[int]]) -> int:
     if not isinstance(path, str):
         raise TypeError(f"fo.assign takes paths, 'dense/kernel' say, but got the key {path!r}")
-    count = leaves.paths.count(path)
-    if count == 1:
-        return leaves.paths.index(path)
-    if count:
-        raise ValueError(f"fo.assign can't tell which of {count} leaves at {path!r} is meant")
-    below = [other for other in leaves.paths if other.startswith(f"{path}/")]
-    hint = f"it is a node, with {listed(below)}" if below else nearest(path, leaves.paths)
+    found = places.get(path, ())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"fo.assign can't tell which of {len(found)} leaves at {path!r} is meant")
+    below = [other for other in places if other.startswith(f"{path}/")]
+    hint = f"it is a node, with {listed(below)}" if below else nearest(path, places)
     raise ValueError(f"fo.assign was given {path!r}, which is no leaf; {hint}")
 
 

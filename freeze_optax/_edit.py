@@ -14,7 +14,7 @@ from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replac
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._recut import recut
 from freeze_optax._rows import Flag, either, minus
-from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._specs import Spec, as_selector, resolve
 from freeze_optax._state import FreezeState, states_in
 from freeze_optax._ties import TIED, check_group, check_ties
 
@@ -53,6 +53,7 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
       TypeError: If `state` holds no `FreezeState`.
       ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
         or if a pattern selects nothing.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
@@ -86,12 +87,14 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
 
     Returns:
       The same tree with the state replaced; the tree itself where nothing changes. New moments
-      have the sharding of their parameter. Works inside a jitted function too.
+      have the sharding of their parameter. Works inside a jitted function too, for states of the
+      transformation that it was traced with, which jit does not compare.
 
     Raises:
       TypeError: If `state` holds no `FreezeState`.
       ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
         or if a pattern selects nothing.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
@@ -129,6 +132,7 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
       TypeError: If `state` holds no `FreezeState`.
       ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
         or if a pattern selects nothing.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:

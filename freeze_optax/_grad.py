@@ -9,7 +9,7 @@ import jax
 from freeze_optax._leaves import HOLE, Leaves
 from freeze_optax._moves import among, take, whole
 from freeze_optax._rows import Flag, Rows, either
-from freeze_optax._selectors import Spec, as_selector, resolve, schedules_of
+from freeze_optax._specs import Spec, as_selector, resolve, schedules_of
 from freeze_optax._zeros import Zeros
 
 
@@ -45,7 +45,9 @@ def value_and_grad(
       has zeros at those rows, or with `holes` the rows that train alone.
 
     Raises:
-      ValueError: When called, if the spec does not fit the params.
+      ValueError: At once with the state of `scheduled` and `holes`, or with two such states; when
+        called, if the spec does not fit the params.
+      IndexError: When called, if a layer is not there (`fo.layers(pattern)[i]`).
     """
     selector = as_selector(frozen)
     schedules = schedules_of(frozen)
@@ -140,7 +142,9 @@ def grad(
       gradient and auxiliary value.
 
     Raises:
-      ValueError: When called, if the spec does not fit the params.
+      ValueError: At once with the state of `scheduled` and `holes`, or with two such states; when
+        called, if the spec does not fit the params.
+      IndexError: When called, if a layer is not there (`fo.layers(pattern)[i]`).
     """
     both = value_and_grad(fun, frozen, has_aux=has_aux, holes=holes)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from freeze_optax._leaves import Leaves
 from freeze_optax._rows import public
-from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._specs import Spec, as_selector, resolve
 
 
 def mask(spec: Spec, tree: Any) -> Any:
@@ -35,6 +35,7 @@ def mask(spec: Spec, tree: Any) -> Any:
 
     Raises:
       ValueError: If a pattern selects nothing, or a mask or state is of another tree.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
       TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(tree)
@@ -58,7 +59,9 @@ def labels(spec: Spec, tree: Any) -> Any:
       function of the tree.
 
     Raises:
-      ValueError: If a pattern selects nothing, or a mask or state is of another tree.
+      ValueError: If a pattern selects nothing, a mask or state is of another tree, or a leaf is
+        frozen in part.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
       TypeError: If a mask holds anything but bools.
     """
     return as_selector(spec).labels(tree)

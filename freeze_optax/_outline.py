@@ -99,8 +99,8 @@ def outline(entries: Iterable[Entry], folded: bool) -> Node:
     nodes, entries = {"": Node("")}, list(entries)
     for entry in entries:
         node, path = nodes[""], ""
-        # A path that is empty is of params that are one leaf, or of a key that is empty.
-        for component in entry.path.split("/") if entry.path or len(entries) > 1 else ():
+        is_root = not entry.path and len(entries) == 1
+        for component in () if is_root else entry.path.split("/"):
             path = f"{path}/{component}"
             if path not in nodes:
                 nodes[path] = Node(component)

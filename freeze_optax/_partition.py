@@ -11,7 +11,7 @@ from freeze_optax._leaves import HOLE, Leaves, is_hole, is_variable
 from freeze_optax._moves import put, take, take_exactly
 from freeze_optax._patterns import listed, odd_paths, some
 from freeze_optax._rows import Flag, Rows, invert
-from freeze_optax._selectors import Spec, as_selector, resolve
+from freeze_optax._specs import Spec, as_selector, resolve
 
 
 def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
       other rows, in a node that knows which they are.
 
     Raises:
-      ValueError: If the spec does not fit the tree.
+      ValueError: If the spec does not fit the tree; IndexError and TypeError as `mask`.
     """
     leaves = Leaves(tree)
     flags = resolve(frozen, leaves)

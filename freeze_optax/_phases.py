@@ -7,7 +7,7 @@ from typing import Any
 
 from freeze_optax._leaves import Leaves
 from freeze_optax._rows import Flag
-from freeze_optax._selectors import Spec, resolve
+from freeze_optax._specs import Spec, resolve
 
 
 class Phases:
@@ -29,6 +29,10 @@ class Phases:
     Args:
       specs: From each step on, counted from 0, a spec; see `freeze_optax.mask`.
 
+    Attributes:
+      starts: The first step of each phase, in order.
+      specs: The spec of each, in the same order.
+
     Raises:
       ValueError: If there is no phase, or one begins before step 0.
       TypeError: If a step is no integer.
@@ -47,6 +51,12 @@ class Phases:
 
     def at(self, step: int) -> Spec:
         """The spec of the phase that a step is in.
+
+        Examples:
+          >>> import freeze_optax as fo
+          >>> phases = fo.Phases({0: "encoder", 500: fo.nothing})
+          >>> [phases.at(step) for step in (0, 499, 500)]
+          ['encoder', 'encoder', nothing]
 
         Args:
           step: The number of steps taken before this one; an integer, or an array that holds
@@ -69,17 +79,25 @@ class Phases:
     def validate(self, params: Any) -> None:
         """Resolves all phases, so that a typo in the last one shows before the first step.
 
+        Examples:
+          >>> import freeze_optax as fo
+          >>> phases = fo.Phases({0: "encoder", 500: "encoder/layer_0"})
+          >>> phases.validate({"encoder": {"layer_1": 1.0}})
+          Traceback (most recent call last):
+          ValueError: in the phase from step 500 on: pattern 'encoder/layer_0' selects no leaf; ...
+
         Args:
           params: The params; may be abstract.
 
         Raises:
           ValueError: If a spec does not fit the params, naming its phase.
+          IndexError: If one names a layer that is not there (`fo.layers(pattern)[i]`).
           TypeError: If a mask among them holds anything but bools.
         """
         self.resolve(Leaves(params))
 
     def resolve(self, leaves: Leaves) -> tuple[tuple[Flag, ...], ...]:
-        """The frozen flags of each phase."""
+        """The frozen flags of each phase; raises as `validate` does."""
         flags: list[tuple[Flag, ...]] = []
         for start, spec in zip(self.starts, self.specs, strict=True):
             try:

@@ -105,4 +105,4 @@ def _carved(x: Any, new: Rows | None, old: Rows | None, expected: Any, path: str
             f"{path!r} has {shapes(x)} for {count} rows, and {expected} for a part of them, so "
             "they can't be told apart in it; freeze or thaw all of them at once"
         )
-    return replaced(x, take(value_of(x), inside))
+    return replaced(x, jax.tree.map(lambda array: take(array, inside), value_of(x)))

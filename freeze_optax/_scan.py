@@ -10,7 +10,7 @@ import numpy as np
 
 from freeze_optax._leaves import Leaves, can_train
 from freeze_optax._rows import vector
-from freeze_optax._selectors import Spec, resolve
+from freeze_optax._specs import Spec, resolve
 
 
 def scan(

@@ -57,7 +57,8 @@ def scheduled(
     Returns:
       A transformation. Its state is a `ScheduledState`, a step counter and a `FreezeState`, which
       as a spec says what no phase trains; it can't be edited. `init` raises ValueError if a spec
-      does not fit the params, or the first phase begins after step 0.
+      does not fit the params; `update` as that of `freezable`, and if a statistic has another
+      dtype in one phase than in another.
 
     Raises:
       TypeError: If `phases` are no `Phases`.

@@ -9,7 +9,8 @@ import numpy as np
 
 from freeze_optax._leaves import Leaves, is_hole, kind
 from freeze_optax._patterns import compile_glob, listed, nearest, nodes_of
-from freeze_optax._selectors import Path, Selector, is_function, mark, spread
+from freeze_optax._selectors import Path, Selector, mark
+from freeze_optax._specs import is_function, spread
 
 
 def path(*patterns: str) -> Selector:
@@ -95,19 +96,63 @@ def _natural(text: str) -> tuple[Any, ...]:
     return tuple(int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", text)))
 
 
+def checked_slice(index: slice, what: str) -> slice:
+    """The slice, if its ends are ints; `what` begins the error if they are not."""
+    ends = (index.start, index.stop, index.step)
+    try:
+        checked = slice(*(None if end is None else operator.index(end) for end in ends))
+    except TypeError:
+        raise TypeError(f"{what} a slice of ints, not {index!r}") from None
+    if checked.step == 0:
+        raise ValueError(f"{what} {index!r}, but a slice step cannot be zero")
+    return checked
+
+
+def ends_of(index: slice) -> list[int | None]:
+    """The ends of a slice, with the step if it has one."""
+    return [index.start, index.stop] + ([] if index.step is None else [index.step])
+
+
 @final
 class Layers(Selector):
-    """The nodes that a glob names, in natural order, to be indexed or sliced like a list."""
+    """The nodes that a glob names, in natural order, to be indexed or sliced like a list.
+
+    `freeze_optax.layers` makes it, and says which nodes count.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> fo.layers("layer_*")({"layer_0": 1.0, "layer_1": 2.0, "head": 3.0})
+      {'head': False, 'layer_0': True, 'layer_1': True}
+    """
 
     def __init__(self, pattern: str, index: int | slice | None = None):
         self._pattern, self._index = pattern, index
         self._regex = compile_glob(pattern, whole=True)
 
     def __getitem__(self, index: int | slice) -> Selector:
+        """Selects some of the nodes, by their rank.
+
+        Examples:
+          >>> import freeze_optax as fo
+          >>> params = {"layer_2": 1.0, "layer_9": 2.0, "layer_10": 3.0}
+          >>> fo.layers("layer_*")[-1](params)
+          {'layer_10': True, 'layer_2': False, 'layer_9': False}
+
+        Args:
+          index: An int or a slice, as for a list.
+
+        Returns:
+          The selector. Applied to a tree, it raises ValueError if the pattern names no node, and
+          IndexError if an int is out of range; an empty slice selects nothing.
+
+        Raises:
+          TypeError: If `index` is anything else, or these are indexed already.
+          ValueError: If it is a slice with a step of 0.
+        """
         if self._index is not None:
             raise TypeError(f"{self!r} is indexed already; join two with |")
         if isinstance(index, slice):
-            return Layers(self._pattern, index)
+            return Layers(self._pattern, checked_slice(index, "layers are indexed with"))
         if isinstance(index, bool) or not hasattr(index, "__index__"):
             raise TypeError(f"layers are indexed with an int or a slice, not {index!r}")
         return Layers(self._pattern, operator.index(index))
@@ -116,7 +161,8 @@ class Layers(Selector):
     __iter__ = None
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        # An activation function among the layers is a leaf, but nothing that a layer has learned.
+        # An activation function among the layers is a leaf, but nothing that a layer has learned;
+        # the integers of a quantised one are.
         learned = [is_hole(x) or kind(x) != "other" for x in leaves.values]
         nodes = nodes_of(path for path, i in leaves.names() if learned[i])
         matched = sorted(filter(self._regex.match, nodes), key=_natural)
@@ -139,16 +185,17 @@ class Layers(Selector):
     def __repr__(self) -> str:
         index = self._index
         if isinstance(index, slice):
-            ends = ["" if end is None else str(end) for end in (index.start, index.stop)]
-            ends += [] if index.step is None else [str(index.step)]
-            return f"layers({self._pattern!r})[{':'.join(ends)}]"
+            text = ":".join("" if end is None else str(end) for end in ends_of(index))
+            return f"layers({self._pattern!r})[{text}]"
         return f"layers({self._pattern!r})" + ("" if index is None else f"[{index}]")
 
 
 def layers(pattern: str) -> Layers:
     """Selects nodes by their rank: all that the glob names, in natural order, then `[i:j]`.
 
-    Natural order puts `layer_2` before `layer_10`. Nodes without leaves do not count.
+    Natural order puts `layer_2` before `layer_10`. A node counts if there is a number or an array
+    of numbers in it, be they integers (a quantised layer is one), or a hole where one was; so
+    one that is empty, or holds nothing but functions, text or PRNG keys (dropout), does not.
 
     Examples:
       >>> import freeze_optax as fo
@@ -166,6 +213,7 @@ def layers(pattern: str) -> Layers:
 
     Raises:
       ValueError: If the pattern is malformed.
+      TypeError: If it is not a string.
     """
     return Layers(_checked((pattern,), "layers")[0])
 
@@ -178,10 +226,10 @@ class _Labelled(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
         given = [label for _, label in spread(labels, leaves, "label tree")]
-        # What a label function says of a hole is a hole, so there the label may be hidden.
         present = dict.fromkeys(str(label) for label in given if not is_hole(label))
+        has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
         for name in self._names:
-            if name not in given and not any(map(is_hole, given)):
+            if name not in given and not has_hidden:
                 raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
         return [label in self._names for label in given]
 

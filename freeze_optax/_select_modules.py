@@ -4,9 +4,10 @@ import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, final
 
+import jax
 import numpy as np
 
-from freeze_optax._leaves import Leaves, text
+from freeze_optax._leaves import Leaves, is_array, text
 from freeze_optax._modules import Modules, children_of, is_module, walk
 from freeze_optax._patterns import listed, nearest, nodes_of
 from freeze_optax._selectors import Selector
@@ -51,7 +52,10 @@ class _Found:
         return modules
 
     def field(self, path: str, module: Any, name: str) -> str | None:
-        """The path of a module's direct field, be it None or empty; None if it has no such."""
+        """The path of a module's direct field, be it None or empty; None if it has no such.
+
+        A static one, a number of features say, is none that holds leaves.
+        """
         own = join(path, name)
         if own in self._paths and "/" not in name:
             return own
@@ -61,13 +65,23 @@ class _Found:
         value = getattr(module, name)
         below = [] if self._table is not None else children_of(module) or []
         same = [text(keys) for keys, child in below if child is value and child is not None]
-        return join(path, same[0]) if same else own
+        if same:
+            return join(path, same[0])
+        return None if self._is_static(value) else own
 
-    def fields_of(self, path: str) -> list[str]:
-        """The names of what the tree has directly below a node."""
+    def _is_static(self, value: Any) -> bool:
+        """Whether a value that is nowhere in the tree is more than nothing: None, or empty."""
+        inside = jax.tree.leaves(value)
+        # A module in a table may have arrays that are no params: the statistics of BatchNorm.
+        return bool(inside) and (self._table is None or not any(map(is_array, inside)))
+
+    def fields_of(self, path: str, module: Any, missing: str) -> str:
+        """A clause for an error: the fields that a module has in place of one it has not."""
         start = len(path) + 1 if path else 0
         below = [p[start:] for p in self._paths if p.startswith(path and path + "/")]
-        return list(dict.fromkeys(name for name in below if name and "/" not in name))
+        names = dict.fromkeys(name for name in below if name and "/" not in name)
+        static = f", and its {missing!r} is static" if missing in _attributes(module) else ""
+        return f"has {listed(names) or 'no leaves'}{static}"
 
     def below(self, nodes: Iterable[str]) -> list[bool]:
         """For each leaf, whether it is at or below one of the nodes."""
@@ -119,7 +133,7 @@ class _OfType(Selector):
                 path, node = of_type[0]
                 raise ValueError(
                     f"{self!r}: no such module has a field {field!r}; {path!r}, a "
-                    f"{type(node).__name__}, has {listed(found.fields_of(path))}"
+                    f"{type(node).__name__}, {found.fields_of(path, node, field)}"
                 )
         nodes = [path for path, _ in of_type]
         if self._fields:
@@ -161,7 +175,8 @@ def of_type(
 
     Returns:
       The selector. Applied to a tree, it raises ValueError if no module is of one of the types,
-      none of these has one of the fields, or they have no leaf.
+      none of these has one of the fields (a static one does not count), they have no leaf, or the
+      table is of other params.
 
     Raises:
       TypeError: If there is no type or something is not a class, if a field is not a string, or
@@ -201,7 +216,7 @@ class _ByModule(Selector):
             if field is None:
                 raise ValueError(
                     f"the function of {self!r} named the field {name!r} at {path!r}, but this "
-                    f"{type(module).__name__} has {listed(found.fields_of(path))}"
+                    f"{type(module).__name__} {found.fields_of(path, module, name)}"
                 )
         return [field for field in fields.values() if field is not None]
 
@@ -236,8 +251,9 @@ def by_module(
 
     Returns:
       The selector. Applied to a tree, it raises TypeError, naming the path, for any other answer,
-      and ValueError if a module has no such field or the tree holds no module. That no leaf is
-      selected is no error.
+      and ValueError if a module has no such field or a static one, if the tree holds no module, or
+      the table is of other params. That a field is None (no bias) or empty, or that no leaf is
+      selected, is no error.
 
     Raises:
       TypeError: If `fn` is no function, or `modules` no table.
@@ -255,22 +271,22 @@ class _Declared(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         found = _Found(self._modules, leaves, repr(self))
         nodes: list[str] = []
-        missing: dict[tuple[type, str], str] = {}
+        missing: dict[tuple[type, str], tuple[str, Any]] = {}
         present = set[tuple[type, str]]()
         for path, module in found.modules:
             for cls, field in _declared_by(type(module)):
                 node = found.field(path, module, field)
                 if node is None:
-                    missing.setdefault((cls, field), path)
+                    missing.setdefault((cls, field), (path, module))
                 else:
                     present.add((cls, field))
                     nodes.append(node)
         # One without it may be right (a mask is optional), but none with it is a slip.
-        for (cls, field), path in missing.items():
+        for (cls, field), (path, module) in missing.items():
             if (cls, field) not in present:
                 raise ValueError(
                     f"{cls.__name__}.frozen_fields names {field!r}, but no module has it: {path!r} "
-                    f"has {listed(found.fields_of(path))}"
+                    f"{found.fields_of(path, module, field)}"
                 )
         return found.below(nodes)
 
@@ -314,8 +330,9 @@ def declared(modules: Mapping[str, Any] | None = None) -> Selector:
 
     Returns:
       The selector. Applied to a tree, it raises ValueError if no module has a field that its
-      class declares, or the tree holds no module, and TypeError if `frozen_fields` is no tuple of
-      strings. That no class declares any is no error.
+      class declares (a static one does not count), if the tree holds no module, or the table is of
+      other params, and TypeError if `frozen_fields` is no tuple of strings. That a field is None
+      or empty, or that no class declares any, is no error.
 
     Raises:
       TypeError: If `modules` is no table.

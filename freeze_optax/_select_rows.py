@@ -8,7 +8,9 @@ from jax.core import Tracer
 
 from freeze_optax._leaves import Leaves, can_train, is_array, is_hole
 from freeze_optax._rows import Flag, both, flag_of
-from freeze_optax._selectors import Selector, Spec, as_selector
+from freeze_optax._select import checked_slice, ends_of
+from freeze_optax._selectors import Selector
+from freeze_optax._specs import Spec, as_selector
 
 
 @final
@@ -40,8 +42,7 @@ class _Rows(Selector):
     def __repr__(self) -> str:
         rows = self._rows
         if isinstance(rows, slice):
-            ends = [rows.start, rows.stop] + ([] if rows.step is None else [rows.step])
-            text = f"slice({', '.join(map(repr, ends))})"
+            text = f"slice({', '.join(map(repr, ends_of(rows)))})"
         else:
             text = f"{len(rows)} {'bools' if rows.dtype == bool else 'indices'}"
         return f"rows({self._selector!r}, {text})"
@@ -104,16 +105,9 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
       TypeError: If `rows` is neither of these.
       ValueError: If it is a slice with a step of 0.
     """
-    return _Rows(spec, _checked(rows) if isinstance(rows, slice) else _vector(rows))
-
-
-def _checked(rows: slice) -> slice:
-    ends = (rows.start, rows.stop, rows.step)
-    if not all(end is None or hasattr(end, "__index__") for end in ends):
-        raise TypeError(f"rows are a slice of ints, not {rows!r}")
-    if rows.step == 0:
-        raise ValueError(f"rows are {rows!r}, but a slice step cannot be zero")
-    return rows
+    if isinstance(rows, slice):
+        return _Rows(spec, checked_slice(rows, "rows are"))
+    return _Rows(spec, _vector(rows))
 
 
 def _vector(rows: Any) -> np.ndarray:

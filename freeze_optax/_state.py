@@ -21,6 +21,21 @@ _T = TypeVar("_T")
 class FreezeState:
     """State of `freezable`: the inner state, and as static metadata what is frozen.
 
+    It is made by `init` and by edits. Passed for any spec it says what is frozen in it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> state = fo.freezable(optax.sgd(0.1, momentum=0.9), "encoder").init(params)
+      >>> state
+      FreezeState(frozen=1 of 2 leaves ['encoder'], inner=(TraceState, EmptyState))
+      >>> state.inner[0].trace
+      {'encoder': MaskedNode(), 'head': Array([0., 0.], dtype=float32)}
+      >>> fo.mask(state, params)
+      {'encoder': True, 'head': False}
+
     Attributes:
       inner: The state of the inner transformation for the params with holes
         (`optax.MaskedNode`) at every leaf that keeps no state.

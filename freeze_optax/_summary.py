@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,9 @@ from freeze_optax._memory import Memory, memories
 from freeze_optax._outline import Entry, Line, Node, lines, outline
 from freeze_optax._picture import draw
 from freeze_optax._rows import Flag
-from freeze_optax._selectors import Spec, nothing, resolve
-from freeze_optax._tally import Status, Tally
+from freeze_optax._selectors import nothing
+from freeze_optax._specs import Spec, resolve
+from freeze_optax._tally import Counts, Status, Tally
 from freeze_optax._ties import aliases, check_ties
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
@@ -34,32 +36,16 @@ _LEAST_NAME, _LONGEST, _PADDING = 20, 40, 3
 _ROOT = "(the params)"
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What params come to.
-
-    Attributes:
-      total: How many there are, as every element of an array counts as one.
-      trainable: How many of them train.
-      frozen: How many don't.
-      trainable_bytes: Bytes of those that train.
-      frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of their optimizer state; None if not known.
-      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
-    """
-
-    total: int
-    trainable: int
-    frozen: int
-    trainable_bytes: int
-    frozen_bytes: int
-    state_bytes: int | None
-    saved_bytes: int | None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row(Counts):
     """A subtree of the params in a `Summary`; of optimizer state it has the statistics alone.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import freeze_optax as fo
+      >>> params = {"layer_0": jnp.ones(3), "layer_1": jnp.ones(3), "head": jnp.ones(2)}
+      >>> [(row.path, row.status, row.total) for row in fo.summary(params, "layer_*").rows]
+      [('head', 'trainable', 2), ('layer_{0..1}', 'frozen', 6)]
 
     Attributes:
       path: Its key path; where repeated layers are folded, a glob that matches them all.
@@ -72,13 +58,34 @@ class Row(Counts):
     same_as: str = ""
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Summary(Counts):
     """What is frozen, subtree by subtree; a table for terminals and notebooks.
 
-    It has the attributes of `Counts`, for all params, with counters and clocks in `state_bytes`.
+    `freeze_optax.summary` makes it. It has the counts of all params, with counters and clocks in
+    `state_bytes`, and is equal to another with the same counts and rows.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(3), "head": jnp.ones(2)}
+      >>> fo.summary(params, "encoder")
+                            parameters      bytes
+      ───────────────────────────────────────────
+      encoder   frozen               3   12 bytes
+      head      trainable            2    8 bytes
+      <BLANKLINE>
+      parameters: 20 bytes, of which 8 bytes train
+      trainable: 2 of 5 parameters (40.00%)
 
     Attributes:
+      total: How many parameters there are, as every element of an array counts as one.
+      trainable: How many of them train.
+      frozen: How many don't.
+      trainable_bytes: Bytes of those that train.
+      frozen_bytes: Bytes of those that don't.
+      state_bytes: Bytes of the optimizer state; None if not known.
+      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
       rows: The subtrees, each a `Row`, before those in it.
     """
 
@@ -89,19 +96,56 @@ class Summary(Counts):
 
     @property
     def headline(self) -> str:
-        """The last line of the table."""
+        """The last line of the table: how many parameters train, of how many.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> fo.summary({"encoder": jnp.ones(3), "head": jnp.ones(2)}, "encoder").headline
+          'trainable: 2 of 5 parameters (40.00%)'
+        """
         percent = 100 * self.trainable / max(self.total, 1)
         return f"trainable: {self.trainable:,} of {self.total:,} parameters ({percent:.2f}%)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes by their names, the rows as dicts: ready for JSON."""
+        """The attributes by their names, the rows as dicts: ready for JSON.
+
+        Examples:
+          >>> import json
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> summary = fo.summary({"encoder": jnp.ones(3), "head": jnp.ones(2)}, "encoder")
+          >>> json.loads(json.dumps(summary.to_dict()))["rows"][0]["path"]
+          'encoder'
+
+        Returns:
+          A dict of numbers, of None for what is not known, and of `rows`, a list of dicts.
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         public = {name: value for name, value in fields.items() if not name.startswith("_")}
         rows = [{"path": row.path, **dataclasses.asdict(row)} for row in self.rows]
         return {**public, "rows": rows}
 
     def to_markdown(self) -> str:
-        """The table in Markdown, paths written in full."""
+        """The table in Markdown, paths written in full.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> params = {"encoder": jnp.ones(3), "head": jnp.ones(2)}
+          >>> print(fo.summary(params, "encoder").to_markdown())
+          |  |  | parameters | bytes |
+          | --- | --- | ---: | ---: |
+          | `encoder` | frozen | 3 | 12 bytes |
+          | `head` | trainable | 2 | 8 bytes |
+          <BLANKLINE>
+          parameters: 20 bytes, of which 8 bytes train
+          <BLANKLINE>
+          trainable: 2 of 5 parameters (40.00%)
+
+        Returns:
+          A table, and below it the lines that the printed one ends with.
+        """
         header = ["", *self._columns()]
         cells = [[_named(row), *self._cells(row)] for row in self.rows]
         rule = ["---", "---", *["---:"] * (len(header) - 2)]
@@ -110,6 +154,13 @@ class Summary(Counts):
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the params: height means parameters, colour what is frozen.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> axes = fo.summary({"encoder": jnp.ones(3), "head": jnp.ones(2)}, "encoder").plot()
+          >>> axes.get_title(loc="left")
+          'trainable: 2 of 5 parameters (40.00%)'
 
         Args:
           ax: The matplotlib axes to draw into; None for new ones.
@@ -158,7 +209,22 @@ class Summary(Counts):
         yield Text(self.headline, "bold", overflow="fold")
 
     def render(self, console: Console) -> str:
-        """What a console would print, in its colours; lines longer than it, if it is too narrow."""
+        """What a console would print, in its colours; lines longer than it, if it is too narrow.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> from rich.console import Console
+          >>> summary = fo.summary({"encoder": jnp.ones(3), "head": jnp.ones(2)}, "encoder")
+          >>> summary.render(Console(color_system=None)) == str(summary)
+          True
+
+        Args:
+          console: A console of rich. It is made as wide as the table needs.
+
+        Returns:
+          The text, without a line break at its end.
+        """
         cells = [self._columns(), *map(self._cells, self.rows)]
         widths = [max(map(len, column)) + _PADDING for column in zip(*cells, strict=True)]
         console.width = max(console.width, _LEAST_NAME + sum(widths), len(self.headline))
@@ -236,8 +302,9 @@ def summary(
     Args:
       params: The params, a pytree of arrays; `jax.ShapeDtypeStruct` will do.
       frozen: What is frozen: any spec, see `freeze_optax.mask`. Of an optimizer state, or a tree
-        with one, the bytes are counted as they are, parked leaves and cohorts included; what
-        stands around the `freezable` (an accumulator, say) counts if `optimizer` is given.
+        or list with one, the bytes are counted as they are, parked leaves and cohorts included, and
+        the step of `freeze_optax.scheduled`; what else stands around the `freezable` (an
+        accumulator, say) counts if `optimizer` is given.
       optimizer: The optimizer whose state is to be counted: a plain one, or one with a `freezable`
         in it, whose own spec does not count here. Not needed where `frozen` is a state.
       depth: How many levels of the tree to show, every node of them in a row of its own. Without
@@ -248,15 +315,17 @@ def summary(
 
     Raises:
       ValueError: If the spec does not fit the params, or freezes one of two leaves that share a
-        buffer, if `depth` is negative, or if the optimizer holds several `freezable`s.
-      TypeError: If a mask holds anything but bools, or `optimizer` is no transformation.
+        buffer, if `depth` is negative, if the optimizer holds several `freezable`s, or if
+        `frozen` is a state that is not one of the optimizer.
+      IndexError: If the spec is one of the layers, by an index that is out of range.
+      TypeError: If the params are None, a mask holds anything but bools, `optimizer` is no
+        transformation, or `depth` no integer.
     """
-    if depth is not None and (type(depth) is not int or depth < 0):
-        raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
+    depth = None if depth is None else _levels(depth)
     leaves = leaves_of(params)
     flags = resolve(frozen, leaves)
     check_ties(leaves, flags)
-    now, whole = memories(params, frozen, optimizer)
+    now, whole = memories(params, frozen, flags, optimizer)
     root = outline(_entries(leaves, flags, now, whole), folded=depth is None)
     shown = lines(root, depth)
     counts = root.tally.to_dict()
@@ -267,6 +336,14 @@ def summary(
         for x in shown
     ]
     return Summary(**counts, rows=rows, _root=root, _lines=shown, _depth=depth)
+
+
+def _levels(depth: Any) -> int:
+    if isinstance(depth, bool) or not hasattr(depth, "__index__"):
+        raise TypeError(f"depth is a number of levels, an int, not {depth!r}")
+    if depth < 0:
+        raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
+    return operator.index(depth)
 
 
 def _entries(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +18,8 @@ Status: TypeAlias = Literal["trainable", "frozen", "partial"]
 def elements(leaf: Any) -> int:
     """How many parameters a leaf is: one for each element, none if it is no array or number."""
     if is_array(leaf):
-        return math.prod(leaf.shape)
+        # A shape may hold NumPy's integers, which wrap, and which JSON does not know.
+        return math.prod(map(operator.index, leaf.shape))
     return int(kind(leaf) != "other")
 
 
@@ -34,26 +36,48 @@ def total_bytes(tree: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
-    """What some leaves come to; tallies add up.
+class Counts:
+    """What params come to, in numbers and in bytes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": jnp.ones(3), "head": jnp.ones(2)}
+      >>> summary = fo.summary(params, "encoder", optax.sgd(0.1, momentum=0.9))
+      >>> summary.total, summary.trainable, summary.frozen
+      (5, 2, 3)
+      >>> summary.trainable_bytes, summary.frozen_bytes, summary.state_bytes, summary.saved_bytes
+      (8, 12, 8, 12)
 
     Attributes:
-      trainable: Parameters that train, each element of an array being one.
-      frozen: Parameters that don't.
+      total: How many there are, as every element of an array counts as one.
+      trainable: How many of them train.
+      frozen: How many don't.
       trainable_bytes: Bytes of those that train.
       frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of their optimizer state, None if that is not known.
-      saved_bytes: Bytes that this state would take more, were nothing frozen.
-      live: As `trainable`, but what shares a buffer counts each time.
-      still: As `frozen`, but likewise.
+      state_bytes: Bytes of their optimizer state; None if not known.
+      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
     """
 
+    total: int = 0
     trainable: int = 0
     frozen: int = 0
     trainable_bytes: int = 0
     frozen_bytes: int = 0
     state_bytes: int | None = 0
     saved_bytes: int | None = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally(Counts):
+    """The counts of some leaves; tallies add up.
+
+    Attributes:
+      live: As `trainable`, but what shares a buffer counts each time.
+      still: As `frozen`, but likewise.
+    """
+
     live: int = 0
     still: int = 0
 
@@ -74,7 +98,7 @@ class Tally:
         live, live_size = count - still, size - still_size
         if is_alias:
             return cls(live=live, still=still)
-        return cls(live, still, live_size, still_size, live=live, still=still)
+        return cls(count, live, still, live_size, still_size, live=live, still=still)
 
     def with_state(self, state_bytes: int | None, saved_bytes: int | None) -> "Tally":
         """The same, with these bytes of optimizer state."""
@@ -84,20 +108,13 @@ class Tally:
     def sum(cls, tallies: Iterable["Tally"]) -> "Tally":
         """All of them together."""
         columns = zip(*map(_values, [cls(), *tallies]), strict=True)
-        return cls._of_values(None if None in column else sum(column) for column in columns)
+        values: list[Any] = [None if None in column else sum(column) for column in columns]
+        return cls(*values)
 
     def times(self, count: int) -> "Tally":
         """So many of these."""
-        return self._of_values(None if x is None else count * x for x in _values(self))
-
-    @classmethod
-    def _of_values(cls, values: Iterable[Any]) -> "Tally":
-        return cls(*values)
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.trainable + self.frozen
+        values: list[Any] = [None if x is None else count * x for x in _values(self)]
+        return Tally(*values)
 
     @property
     def status(self) -> Status:
@@ -108,9 +125,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts by their names."""
-        names = ("total", "trainable", "frozen", "trainable_bytes", "frozen_bytes")
-        names += ("state_bytes", "saved_bytes")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Counts)}
 
 
 def _values(tally: Tally) -> tuple[Any, ...]:

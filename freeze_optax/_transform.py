@@ -19,7 +19,8 @@ from freeze_optax._moves import among
 from freeze_optax._patterns import listed
 from freeze_optax._plan import Origin, Plan
 from freeze_optax._rows import Flag, Rows
-from freeze_optax._selectors import Spec, as_selector, nothing, resolve
+from freeze_optax._selectors import nothing
+from freeze_optax._specs import Spec, as_selector, resolve
 from freeze_optax._state import AnyAges, FreezeState
 from freeze_optax._ties import check_ties
 from freeze_optax._zeros import Zeros
@@ -66,16 +67,24 @@ def freezable(
       A transformation whose state is a `FreezeState`.
 
       `init` raises ValueError if the spec does not fit the params, or freezes one of two leaves
-      that share a buffer (see `freeze_optax.tie`), and warns if nothing is left to train.
+      that share a buffer (see `freeze_optax.tie`), and IndexError and TypeError as
+      `freeze_optax.mask`; it warns if nothing is left to train.
 
       `update` gives zeros at frozen leaves, or a hole where a hole came in. The zeros are
       negative: -0.0 is what leaves every number as it is when added, the sign of zeros too, so
       `optax.apply_updates` is safe; only in eager mode on a CPU does it flush subnormal
-      numbers, which `freeze_optax.apply_updates`, and either under jit, do not. Extra
-      arguments reach `inner`: one shaped like the params with holes at frozen leaves, and a
-      callable that takes params (the `value_fn` of a line search) is handed whole ones. It
-      raises ValueError if gradients, state or params are of different params, or if a trainable
-      leaf has a hole or None for a gradient, and TypeError for a state of another kind.
+      numbers, which `freeze_optax.apply_updates`, and either under jit, do not. PRNG keys and
+      what is no array, to which nothing can be added, get zeros of dtype `jax.dtypes.float0`:
+      where such are among the params, use `freeze_optax.apply_updates`.
+
+      Extra arguments reach `inner`: one shaped like the params with holes at frozen leaves, and
+      a callable that takes params (the `value_fn` of a line search) is handed whole ones.
+
+      `update` raises ValueError if gradients, state or params are of different params, or if a
+      trainable leaf has a hole or None for a gradient, and TypeError for a state of another kind.
+
+    Raises:
+      TypeError: If `inner` is no transformation.
     """
     if not hasattr(inner, "update"):
         raise TypeError(

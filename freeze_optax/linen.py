@@ -51,6 +51,7 @@ def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:
 
     Raises:
       TypeError: If `module` is no Linen module.
+      Exception: What the model itself raises of these arguments.
     """
     if not isinstance(module, linen.Module):
         raise TypeError(

@@ -1,4 +1,17 @@
-"""Flax NNX: freezing with the model at hand, and editing an optimizer in place."""
+"""Flax NNX: freezing with the model at hand, and editing an optimizer in place.
+
+An optimizer goes on with an exported state if that is what it starts with, as NNX keeps a state in
+Variables of its own; its `step` is NNX's, and in no export (`optimizer.step[...] = step`).
+
+    >>> import optax
+    >>> import freeze_optax as fo
+    >>> from flax import nnx
+    >>> model, tx = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fo.freezable(optax.adam(1e-3), "kernel")
+    >>> exported = fo.export_state(nnx.Optimizer(model, tx, wrt=nnx.Param).opt_state)
+    >>> resumed = tx._replace(init=lambda params: fo.import_state(tx, params, exported))
+    >>> optimizer = nnx.Optimizer(model, resumed, wrt=nnx.Param)
+    >>> optimizer.tx = tx  # which does not hold the export
+"""
 
 import dataclasses
 import functools
@@ -6,11 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from freeze_optax import _edit
-from freeze_optax._leaves import Leaves, is_variable
+from freeze_optax._leaves import Leaves, is_variable, text
 from freeze_optax._modules import Entries, Modules, children_of, walk
 from freeze_optax._moves import among, take
+from freeze_optax._patterns import nodes_of
 from freeze_optax._rows import Flag, Rows
-from freeze_optax._selectors import Selector, Spec, as_selector, nothing, resolve, schedules_of
+from freeze_optax._selectors import Selector, nothing
+from freeze_optax._specs import Spec, as_selector, resolve, schedules_of
 from freeze_optax._state import states_in
 from freeze_optax._zeros import Zeros
 
@@ -65,15 +80,11 @@ def modules(module: nnx.Module, /) -> Modules:
     shared = [group for group in paths.values() if len(group) > 1]
     aliases: dict[str, str] = {}
     if shared:
-        own = {_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
+        own = {text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
         for group in shared:
             kept = [path for path in group if path in own]
             aliases.update((path, kept[0]) for path in group if kept and path not in kept)
     return Modules(found, aliases)
-
-
-def _text(entries: Entries) -> str:
-    return "/".join(map(str, entries))
 
 
 def _children(node: Any) -> list[tuple[Entries, Any]] | None:
@@ -121,7 +132,7 @@ def _trainable(leaves: Leaves, frozen: Sequence[Flag]) -> _Variables:
     parts = [path for path, inside in flags.items() if any(inside) and not all(inside)]
     if parts:
         raise ValueError(
-            f"NNX takes a Variable as a whole, but of {_text(parts[0])!r} only some leaves are "
+            f"NNX takes a Variable as a whole, but of {text(parts[0])!r} only some leaves are "
             "frozen; freeze all of them or none, or make a Variable of each"
         )
     return _Variables(frozenset(path for path, inside in flags.items() if not any(inside)))
@@ -153,7 +164,8 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[Entries, Any], bool]:
       resolved now, and goes on fitting the model while its variables stay where they are.
 
     Raises:
-      ValueError: If the spec does not fit the params.
+      ValueError: If the spec does not fit the params, or freezes a part of a Variable.
+      IndexError: If it is one of the layers, by an index that is out of range.
       TypeError: If `model` is no NNX module.
     """
     leaves = Leaves(nnx.state(model, nnx.Param))
@@ -196,13 +208,14 @@ def value_and_grad(
       has_aux: Whether `fun` gives a pair.
 
     Returns:
-      A function of the arguments of `fun` that gives the pair of its value and the gradient, an
-      `nnx.State` that `optimizer.update(model, grads)` takes: of the variables of the optimizer if
-      `frozen` is one, else of all `nnx.Param`s, with zeros at the frozen ones.
+      A function of the arguments of `fun`, the model by position, that gives the pair of its value
+      and the gradient, an `nnx.State` that `optimizer.update(model, grads)` takes: of the variables
+      of the optimizer if `frozen` is one, else of all `nnx.Param`s, with zeros at the frozen ones.
 
     Raises:
       ValueError: If `frozen` is the state of `freeze_optax.scheduled`; when called, if the spec
-        does not fit the params.
+        does not fit the params, or freezes some leaves of a tree in a Variable.
+      IndexError: When called, if the spec is one of the layers, by an index that is out of range.
       TypeError: When called, if the first argument is no NNX module.
     """
     if schedules_of(frozen):
@@ -212,7 +225,7 @@ def value_and_grad(
         )
 
     @functools.wraps(fun)
-    def value_and_grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         leaves = Leaves(nnx.state(model, _filter_of(frozen)))
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(_OnModel(nothing if is_bare else frozen, model), leaves)
@@ -231,12 +244,8 @@ def _filter_of(frozen: Spec) -> Any:
     states = [] if isinstance(frozen, Selector | str) else states_in(frozen)
     if len(states) != 1:
         return nnx.Param
-    paths = frozenset(states[0].plan.paths)
-    return lambda path, value: not paths.isdisjoint(_paths_in(path, value))  # pyright: ignore[reportUnknownLambdaType]
-
-
-def _paths_in(path: Entries, variable: Any) -> list[str]:
-    return ["/".join(filter(None, (_text(path), inside))) for inside in Leaves(variable).paths]
+    nodes = nodes_of(states[0].plan.paths)  # for a Variable that holds a tree
+    return lambda path, _: text(path) in nodes
 
 
 def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], moved: Any) -> Any:
@@ -280,13 +289,13 @@ def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callab
       gradient and auxiliary value.
 
     Raises:
-      ValueError: When called, if the spec does not fit the params.
+      ValueError, IndexError: As `value_and_grad`.
       TypeError: When called, if the first argument is no NNX module.
     """
     both = value_and_grad(fun, frozen, has_aux=has_aux)
 
     @functools.wraps(fun)
-    def grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         value, grads = both(model, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
@@ -316,8 +325,7 @@ def freeze(
 
     Raises:
       TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError: If the optimizer is of other params or can't be edited, or a pattern selects
-        nothing. Then nothing has changed.
+      ValueError, IndexError: As `freeze_optax.freeze`. Then nothing has changed.
     """
     _edit_in_place(_edit.freeze, optimizer, model, where, keep_state=keep_state)
 
@@ -342,8 +350,7 @@ def thaw(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec) -> None:
 
     Raises:
       TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError: If the optimizer is of other params or can't be edited, or a pattern selects
-        nothing. Then nothing has changed.
+      ValueError, IndexError: As `freeze_optax.thaw`. Then nothing has changed.
     """
     _edit_in_place(_edit.thaw, optimizer, model, where)
 
@@ -371,8 +378,7 @@ def set_frozen(
 
     Raises:
       TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError: If the optimizer is of other params or can't be edited, or a pattern selects
-        nothing. Then nothing has changed.
+      ValueError, IndexError: As `freeze_optax.set_frozen`. Then nothing has changed.
     """
     _edit_in_place(_edit.set_frozen, optimizer, model, frozen, keep_state=keep_state)
 

@@ -10,7 +10,7 @@ from freeze_optax._leaves import Leaves, is_array, is_hole
 from freeze_optax._moves import put, take
 from freeze_optax._patterns import odd_paths
 from freeze_optax._rows import Flag, Rows
-from freeze_optax._selectors import Spec, resolve
+from freeze_optax._specs import Spec, resolve
 
 __all__ = ["assert_frozen"]
 
@@ -18,7 +18,9 @@ __all__ = ["assert_frozen"]
 def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
     """Asserts that every bit of each frozen leaf is what it was.
 
-    Bits, not values: -0.0 is not 0.0 here, and a NaN is only itself.
+    Bits, not values: -0.0 is not 0.0 here, and a NaN is only itself. Leaves that cannot be trained
+    (integers, bools, PRNG keys, what is no array or number) count as frozen, whatever the spec
+    says, so a step counter that moves on is named too.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -39,7 +41,9 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
     Raises:
       AssertionError: If a frozen leaf changed, naming each with its first odd element, or if
         the trees have different leaves.
-      ValueError: If the spec does not fit `before`.
+      ValueError: If the spec does not fit `before`, or a pattern selects nothing.
+      IndexError: If it is one of the layers, by an index that is out of range.
+      TypeError: If a mask holds anything but bools, or a predicate gives anything else.
     """
     old, new = Leaves(before), Leaves(after)
     flags = resolve(frozen, old)

@@ -246,13 +246,20 @@ def test_a_freezable_around_another_wrapper_saves_its_state_too(around):
     assert bytes_of(params, "body", inner) == (now, 3 * 36)
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["optimizer", "state alone"])
-def test_the_state_of_phases_counts_as_it_is(given):
-    tx = fo.scheduled(ADAM, fo.Phases({0: "body", 5: "body/w"}))
-    state = tx.init(small())
+PHASED = fo.scheduled(ADAM, fo.Phases({0: "body", 5: "body/w"}))
+GIVEN = {"state alone": None, "plain": ADAM, "freezable": fo.freezable(ADAM), "scheduled": PHASED}
+
+
+@pytest.mark.parametrize("optimizer", GIVEN.values(), ids=GIVEN)
+def test_the_state_of_phases_counts_as_it_is_with_its_step(optimizer):
+    state = PHASED.init(small())
     # Moments of all but `body/w`, a counter for each of the two cohorts, and the step.
     assert nbytes(state) == 2 * 4 * 8 + 3 * 4
-    assert bytes_of(small(), state, tx if given else None)[0] == nbytes(state)
+    assert bytes_of(small(), state, optimizer)[0] == nbytes(state)
+    around = optax.chain(optax.trace(0.9), PHASED)
+    state = around.init(small())
+    assert bytes_of(small(), state, around)[0] == nbytes(state)
+    assert bytes_of(small(), state, optimizer)[0] == nbytes(state[1])
 
 
 def test_a_spec_that_says_the_same_as_a_state_has_its_bytes():

@@ -84,6 +84,18 @@ def test_auxiliary_values_and_further_arguments_go_through():
     assert_gradient(grads, twin_grads, Net())
 
 
+def test_any_keyword_reaches_the_function_model_too():
+    def fun(net, model=1.0, fun=2.0, frozen=0.0):
+        return net(BATCH).sum() * model * fun + frozen
+
+    options = {"model": 3.0, "fun": 4.0, "frozen": 5.0}
+    value, twin_grads = nnx.value_and_grad(fun, argnums=nnx.DiffState(0, by_hand("head")))(
+        Net(), **options
+    )
+    assert fnnx.value_and_grad(fun, "head")(Net(), **options)[0] == value
+    assert_gradient(fnnx.grad(fun, "head")(Net(), **options), twin_grads, Net())
+
+
 def test_another_model_among_the_arguments_is_not_differentiated():
     def distill(student, teacher):
         return ((student(BATCH) - teacher(BATCH)) ** 2).mean()
@@ -254,6 +266,13 @@ def test_variables_of_any_content_have_gradients_of_their_dtype():
         grads = nnx.to_pure_dict(fnnx.grad(Odd.__call__, frozen)(Odd()))
         expected = values | zeros | {"steps": float0, "flag": float0, "empty": None}
         fo.testing.assert_frozen(expected, grads, True)
+
+
+def test_the_state_of_an_optimizer_names_the_variables_that_hold_trees():
+    model = Odd()
+    optimizer = nnx.Optimizer(model, fo.freezable(ADAM, "half"), wrt=nnx.Param)
+    grads = fnnx.grad(Odd.__call__, optimizer.opt_state)(model)
+    assert set(grads) == {"pair", "half", "complex", "steps", "flag"}
 
 
 def test_an_update_with_integers_and_everything_frozen_changes_nothing():

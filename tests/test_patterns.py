@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_optax._patterns import ancestors, compile_glob, expand_braces, listed, nearest
+from freeze_optax._patterns import ancestors, compile_glob, expand_braces, listed, nearest, some
 
 ENCODER = [
     "encoder/layer_0/kernel",
@@ -320,3 +320,18 @@ def test_many_stars_in_a_component_take_no_exponential_time(stars):
 def test_stars_in_a_component_match_as_fnmatch_has_it(glob, text):
     matched = compile_glob(glob, whole=True).match(text) is not None
     assert matched == fnmatch.fnmatchcase(text, glob)
+
+
+def test_stars_for_components_at_the_end_are_the_node_and_all_below_it_and_nothing_beside():
+    regex = compile_glob("a/**", whole=True)
+    assert [path for path in ("a", "a/b", "a/b/c", "ab", "ab/c") if regex.match(path)] == [
+        *("a", "a/b", "a/b/c")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clauses", "shown"),
+    [([], ""), (["a", "b", "c"], "a; b; c"), (list("abcd"), "a; b; c; and 1 more")],
+)
+def test_some_clauses_are_shown_and_the_others_counted(clauses, shown):
+    assert some(clauses) == shown

@@ -364,3 +364,25 @@ def test_copies_are_equal_and_tell_what_is_frozen():
         assert hash(copied.plan) == hash(state.plan)
     assert "embed" in repr(state)
     assert "1 in part" in repr(state.plan)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_statistics_that_are_lists_of_arrays_are_edited_by_rows():
+    # SM3 keeps a list of accumulators for each leaf, an array for each of its axes.
+    tx, bare = fo.freezable(optax.sm3(0.1), fo.rows("v", [0, 1])), optax.sm3(0.1)
+    params = grads = {"v": jnp.arange(1.0, 6.0)}
+    state = tx.init(params)
+    for edit in (None, None, lambda s: fo.freeze(s, params, fo.rows("v", [3]), keep_state=True)):
+        state = edit(state) if edit else state
+        updates, state = tx.update(grads, state, params)
+    state = fo.thaw(state, params, fo.rows("v", [0, 3]))
+    updates, state = tx.update(grads, state, params)
+    for row, steps in enumerate([1, 0, 4, 3, 4]):
+        own = {"v": params["v"][row : row + 1]}
+        expected, bare_state = {"v": jnp.zeros(1)}, bare.init(own)
+        for _ in range(steps):
+            expected, bare_state = bare.update(own, bare_state, own)
+        np.testing.assert_array_equal(updates["v"][row : row + 1], expected["v"])
+        released = optax.tree_utils.tree_get(fo.release(state, params), "mu")["v"][0]
+        mu = optax.tree_utils.tree_get(bare_state, "mu")["v"][0]
+        np.testing.assert_array_equal(released[row : row + 1], mu)

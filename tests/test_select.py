@@ -218,6 +218,17 @@ def test_layers_are_indexed_like_a_list_and_by_nothing_else(index):
         LAYERS[index]
 
 
+@pytest.mark.parametrize("index", [slice("x", None), slice(0, 1.5), slice(None, None, "2")])
+def test_a_slice_of_anything_but_ints_is_an_error_at_once(index):
+    with pytest.raises(TypeError, match=re.escape(f"with a slice of ints, not {index!r}")):
+        LAYERS[index]
+
+
+def test_a_slice_without_a_step_is_an_error_at_once():
+    with pytest.raises(ValueError, match="a slice step cannot be zero"):
+        LAYERS[::0]
+
+
 def test_layers_are_indexed_once():
     with pytest.raises(TypeError, match=r"is indexed already; join two with \|"):
         LAYERS[:2][0]
@@ -243,6 +254,13 @@ def test_nodes_that_hold_a_function_only_do_not_count_as_layers():
     assert selection(fo.layers("layers/*")[-1], model) == ["layers/2/w"]
     arrays = eqx.filter(model, lambda leaf: isinstance(leaf, float))
     assert selection(fo.layers("layers/*")[-1], arrays) == ["layers/2/w"]
+
+
+def test_a_quantised_layer_counts_and_one_with_a_key_and_nothing_else_does_not():
+    params = {"layer_0": {"w": np.ones(2, np.int8)}, "layer_1": {"rng": jax.random.key(0)}}
+    params["layer_2"] = {"w": jnp.ones(2)}
+    assert selection(fo.layers("layer_*")[0], params) == ["layer_0/w"]
+    assert selection(fo.layers("layer_*")[1], params) == ["layer_2/w"]
 
 
 def test_nodes_of_holes_count_as_layers_so_that_ranks_stay():

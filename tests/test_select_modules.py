@@ -259,12 +259,31 @@ def test_that_no_class_declares_anything_is_no_error():
             r"by_module\(.*\) named the field 'bais' at 'head/0', but this Linear has "
             "'weight', 'bias'$",
         ),
+        (
+            fo.by_module(lambda m, path: ("in_features",) if path == "head/0" else False),
+            "named the field 'in_features' at 'head/0', but this Linear has 'weight', 'bias', and "
+            "its 'in_features' is static$",
+        ),
+        (
+            fo.of_type(LINEAR, fields=("in_features",)),
+            "no such module has a field 'in_features'; 'blocks/0/query', a Linear, has 'weight', "
+            "'bias', and its 'in_features' is static$",
+        ),
     ],
     ids=lambda x: repr(x) if isinstance(x, fo.Selector) else "",
 )
 def test_a_type_or_field_that_is_nowhere_is_an_error_that_says_what_there_is(selector, match):
     with pytest.raises(ValueError, match=match):
         selector(NET)
+
+
+def test_a_field_that_is_none_or_empty_is_no_slip():
+    no_bias = eqx.nn.Linear(2, 2, use_bias=False, key=jax.random.key(0))
+    tree = [no_bias, eqx.nn.LayerNorm(2, use_weight=False)]
+    either = fo.by_module(lambda m, path: ("weight", "bias"))
+    assert selection(either, tree) == ["0/weight", "1/bias"]
+    masks = [Masked(1.0, None), Masked(1.0, ()), Masked(1.0, {})]
+    assert selection(fo.by_module(lambda m, path: ("mask",)), masks) == []
 
 
 def test_fields_are_direct():
@@ -354,6 +373,18 @@ def test_a_declared_field_that_no_module_has_is_an_error():
     match = r"Typo\.frozen_fields names 'maks', but no module has it: 'x' has 'mask'$"
     with pytest.raises(ValueError, match=match):
         fo.declared()({"x": Typo(1.0), "y": Masked(2.0, 3.0)})
+
+
+class Sized(eqx.Module):
+    weight: typing.Any
+    size: int = eqx.field(static=True, default=2)
+    frozen_fields = ("size",)
+
+
+def test_a_declared_field_that_is_static_is_an_error():
+    match = "Sized.frozen_fields names 'size', but no module has it: 'x' has 'weight', and its 's"
+    with pytest.raises(ValueError, match=match):
+        fo.declared()({"x": Sized(1.0)})
 
 
 def test_a_declaration_that_is_no_tuple_of_names_is_an_error():

@@ -281,6 +281,26 @@ def test_a_table_may_name_haiku_modules_by_their_slashes():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("features", "'Dense_0', but this Dense has 'bias', 'kernel', and its 'features' is stat"),
+        ("kernels", "'Dense_0', but this Dense has 'bias', 'kernel'$"),
+    ],
+)
+def test_a_field_without_a_param_in_a_table_is_an_error(name, match):
+    by_name = fo.by_module(lambda m, path: (name,), modules={"Dense_0": DENSE})
+    with pytest.raises(ValueError, match=f"named the field '{name}' at {match}"):
+        by_name({"Dense_0": {"kernel": 1.0, "bias": 2.0}})
+
+
+def test_a_field_that_a_module_keeps_outside_of_the_params_is_no_slip():
+    norm = nnx.BatchNorm(2, use_bias=False, rngs=nnx.Rngs(0))
+    fields = ("mean", "bias", "scale")
+    mask = fo.by_module(lambda m, path: fields, modules={"": norm})(nnx.state(norm, nnx.Param))
+    assert nnx.to_pure_dict(mask) == {"scale": True}
+
+
 def test_a_box_around_a_param_is_no_component_of_a_field():
     params = {"Dense_0": {"kernel": linen.Partitioned(1.0, names=("x",)), "bias": 2.0}}
     of_kernel = fo.of_type(linen.Dense, fields=("kernel",), modules={"Dense_0": DENSE})

@@ -37,6 +37,8 @@ ROUND_TRIPS = [
     (fo.layers("encoder/*")[:], "layers('encoder/*')[:]"),
     (fo.layers("encoder/*")[1:9:3], "layers('encoder/*')[1:9:3]"),
     (fo.layers("encoder/*")[::-1], "layers('encoder/*')[::-1]"),
+    (fo.layers("encoder/*")[np.int64(1) :], "layers('encoder/*')[1:]"),
+    (fo.rows("encoder", slice(np.int64(0), 2, 2)), "rows(path('encoder'), slice(0, 2, 2))"),
     (fo.where(is_matrix), "where(is_matrix)"),
     (fo.everything, "everything"),
     (fo.nothing, "nothing"),

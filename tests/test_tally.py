@@ -99,6 +99,14 @@ def test_counts_have_no_largest_number():
     assert counts({"a": huge, "b": huge}, "a") == (1 << 80, 1 << 80, 1 << 82, 1 << 82)
 
 
+def test_shapes_of_numpy_integers_count_without_wrapping():
+    side = np.int32(1 << 30)
+    for leaf in (jax.ShapeDtypeStruct((side, side), jnp.float32), np.ones((np.int64(3), 2))):
+        expected = int(leaf.shape[0]) * int(leaf.shape[1])
+        assert (elements(leaf), type(elements(leaf))) == (expected, int)
+        assert (nbytes(leaf), type(nbytes(leaf))) == (expected * leaf.dtype.itemsize, int)
+
+
 TREES = {
     "dict": {"a": jnp.ones(2), "b": {"c": jnp.ones(3)}},
     "FrozenDict": FrozenDict({"a": jnp.ones(2), "b": {"c": jnp.ones(3)}}),

@@ -247,6 +247,11 @@ def test_trees_with_different_leaves_are_an_assertion_error_naming_them(after, f
         assert_frozen({"a": 1.0, "b": {"c": 1.0}}, after, frozen)
 
 
+def test_a_mask_of_anything_but_bools_is_a_type_error():
+    with pytest.raises(TypeError, match="the mask at 'a' is int, not a bool"):
+        assert_frozen({"a": 1.0}, {"a": 1.0}, {"a": 1})
+
+
 def test_a_spec_that_does_not_fit_is_a_value_error():
     with pytest.raises(ValueError, match=r"'b' selects no leaf; the tree has 'a'"):
         assert_frozen({"a": 1.0}, {"a": 1.0}, "b")
