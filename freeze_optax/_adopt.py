@@ -8,6 +8,7 @@ import optax
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
 from freeze_optax._edit import abstract_init, editable_state, in_order, init_leaves, replace_state
+from freeze_optax._inner import checked
 from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
 from freeze_optax._leaves import HOLE, can_train, kind, replaced, value_of
 from freeze_optax._moves import put
@@ -137,7 +138,7 @@ def _numbers(plan: Plan, params: Any) -> list[bool]:
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
     with ignoring_specs():
-        state = abstract_init(tx.init, params)
+        state = abstract_init(checked(verb, tx).init, params)
     if not isinstance(state, FreezeState):
         raise TypeError(
             f"{verb} takes the transformation that fo.freezable gives, but the state of this one "

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import sys
-import textwrap
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import optax.contrib
 from rich.console import Console
 
 from freeze_optax._headers import read_headers
-from freeze_optax._patterns import nearest, nodes_of
+from freeze_optax._patterns import nearest, nodes_of, printable
 from freeze_optax._select import path
 from freeze_optax._selectors import nothing
 from freeze_optax._summary import summary
@@ -40,9 +39,15 @@ _LONGEST = 600
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line: argparse would print the usage first, and names may hold line breaks.
-        line = textwrap.shorten(message, _LONGEST, placeholder=" […]")
-        self.exit(2, f"{self.prog}: error: {line or 'no reason is given'}\n")
+        # One line, where argparse would print the usage first.
+        self.exit(2, f"{self.prog}: error: {_line(message) or 'no reason is given'}\n")
+
+
+def _line(message: str) -> str:
+    """A message in one line that can't command a terminal: names in it may hold anything."""
+    words = " ".join(message.split())[: _LONGEST + 1]
+    line = printable(words)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} […]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,16 @@ from jax.core import Tracer
 
 from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import copies_of, leaves_of, like
-from freeze_optax._leaves import HOLE, Leaves, can_train, is_array, kind, replaced, value_of
+from freeze_optax._leaves import (
+    HOLE,
+    Leaves,
+    can_train,
+    check_unique,
+    is_foreign,
+    kind,
+    replaced,
+    value_of,
+)
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._recut import recut
 from freeze_optax._rows import Flag, either, minus
@@ -143,25 +152,34 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
 
 def in_order(plan: Plan, leaves: Leaves, values: Sequence[Any]) -> list[Any]:
     """Values for `leaves` in the order of the plan, whose containers may order them otherwise."""
-    if plan.knows(leaves) or leaves.paths == plan.paths:
+    if plan.knows(leaves):
+        return list(values)
+    check_unique(plan.paths, "params")
+    if leaves.paths == plan.paths:
         return list(values)
     by_path = dict(zip(leaves.paths, values, strict=True))
     return [by_path[path] for path in plan.paths]
 
 
+_CALLS = {
+    "export_state": "export_state(state)",
+    "import_state": "import_state(tx, params, exported)",
+}
+
+
 def only_state(verb: str, tree: Any) -> FreezeState:
     """The one `FreezeState` in a tree."""
+    call = _CALLS.get(verb, f"{verb}(state, params, ...)")
     if isinstance(tree, optax.GradientTransformation):
         raise TypeError(
             f"{verb} takes an optimizer state, not a transformation; to choose what a new "
-            "state freezes write fo.freezable(inner, frozen), to edit one fo."
-            f"{verb}(opt_state, params, ...)"
+            f"state freezes write fo.freezable(inner, frozen), for one that there is fo.{call}"
         )
     states = states_in(tree)
     if not states:
         raise TypeError(
             f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
-            f"the order is {verb}(state, params, ...), and the state one of fo.freezable"
+            f"the order is {call}, and the state one of fo.freezable"
         )
     if len(states) > 1:
         raise ValueError(
@@ -251,8 +269,7 @@ def move(
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag]) -> None:
     """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
     by_path = dict(zip(plan.paths, mask, strict=True))
-    same = leaves.paths == plan.paths
-    check_ties(leaves, mask if same else [by_path[path] for path in leaves.paths])
+    check_ties(leaves, plan.in_order_of(leaves, mask, "params"))
     for group in plan.layout.ties:
         check_group([(path, by_path[path]) for path in group], TIED)
 
@@ -287,7 +304,10 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
 def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
     """The state that `init` would make, as shapes, with its plans."""
     leaves = Leaves(params)
-    traced = [is_array(x) or kind(x) != "other" for x in leaves.values]
+    known = jax.Array | jax.ShapeDtypeStruct
+    traced = [
+        isinstance(x, known) or (kind(x) != "other" and not is_foreign(x)) for x in leaves.values
+    ]
 
     def of_arrays(arrays: list[Any]) -> Any:
         given = iter(arrays)

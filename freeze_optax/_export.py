@@ -1,10 +1,10 @@
 """A state as plain arrays that any checkpointer stores, and back."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,15 +18,24 @@ from freeze_optax._edit import (
     replace_state,
     set_frozen,
 )
-from freeze_optax._leaves import Leaves, is_hole
+from freeze_optax._inner import checked
+from freeze_optax._leaves import (
+    Leaves,
+    can_train,
+    is_array,
+    is_hole,
+    is_variable,
+    replaced,
+    value_of,
+)
 from freeze_optax._patterns import odd_paths, some
 from freeze_optax._plan import DROPPED, Plan
 from freeze_optax._rows import Rows, flag_of
-from freeze_optax._selectors import Spec
+from freeze_optax._specs import Spec
 from freeze_optax._state import FreezeState
-from freeze_optax._storage import decode, encode
-
-_FORMAT = "freeze_optax state, version 1"
+from freeze_optax._storage import decode, encode, noted, pack, unpack
+from freeze_optax._ties import TIED, Group, check_group, check_ties, noted_ties
+from freeze_optax._transform import ignoring_specs
 
 
 def export_state(state: Any) -> dict[str, Any]:
@@ -70,7 +79,6 @@ def export_state(state: Any) -> dict[str, Any]:
             arrays[f"{len(entries):06d}"] = array
         entries.append({"path": path, **entry})
     about = {
-        "format": _FORMAT,
         "paths": plan.paths,
         "frozen": plan.frozen,
         "cohorts": plan.cohorts,
@@ -78,7 +86,7 @@ def export_state(state: Any) -> dict[str, Any]:
         "parts": plan.cut and [(leaf, _encoded(rows)) for leaf, rows in plan.cut.parts],
         "leaves": entries,
     }
-    return {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "leaves": arrays}
+    return {"about": pack(about), "leaves": arrays}
 
 
 def import_state(
@@ -111,35 +119,75 @@ def import_state(
         state, the rest start afresh. By default what was frozen in the export.
 
     Returns:
-      The state, with its statistics sharded as their parameters.
+      The state, with its statistics sharded as their parameters. One that gradients of a wider
+      dtype had widened stays so.
 
     Raises:
       ValueError: If the export is damaged, or of other params or another transformation, naming
-        the paths on both sides; or if `frozen` does not fit the params.
-      TypeError: If the state of `tx` holds no `FreezeState`.
+        the paths on both sides; if `frozen` does not fit the params; or if one of two leaves that
+        share a buffer would be frozen and the other not.
+      TypeError: If `tx` is no transformation, or its state holds no `FreezeState`.
     """
-    about = _read(exported)
-    abstract = abstract_init(tx.init, params)
+    about = unpack(exported)
+    with ignoring_specs(), noted_ties() as groups:
+        abstract = abstract_init(checked("import_state", tx).init, params)
     plan = _plan(about, only_state("import_state", abstract).plan, params)
     template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
-    expected = [
-        (path, (list(leaf.shape), str(leaf.dtype)))
-        for path, leaf in zip(template.paths, template.values, strict=True)
-        if not is_hole(leaf)
-    ]
-    given = [(entry["path"], (entry["shape"], entry["dtype"])) for entry in about["leaves"]]
-    if given != expected:
-        odd = _odd(dict(given), dict(expected))
-        raise ValueError(f"the export is not of a state of this transformation: {odd}")
-    arrays = exported.get("leaves") or {}
-    # In order, not by path: a key with a slash can make two leaves share one.
-    values = iter(
-        [decode(arrays.get(f"{i:06d}"), entry) for i, entry in enumerate(about["leaves"])]
-    )
+    values = iter(_decoded_leaves(about["leaves"], exported.get("leaves"), template))
     tree = template.rebuild(x if is_hole(x) else next(values) for x in template.values)
-    placed = _place(only_state("import_state", tree), params)
-    tree = replace_state(tree, placed)
-    return tree if frozen is None else set_frozen(tree, params, frozen)
+    tree = replace_state(tree, _place(only_state("import_state", tree), params))
+    if frozen is not None:
+        tree = set_frozen(tree, params, frozen)
+    _check_tied(only_state("import_state", tree).plan, params, groups)
+    return tree
+
+
+def _decoded_leaves(entries: list[dict[str, Any]], given: Any, template: Leaves) -> list[Any]:
+    """The leaves of the state, which have to be those of a template."""
+    arrays = {} if given is None else given  # some formats know no empty dict
+    if not isinstance(arrays, Mapping):
+        raise ValueError(
+            f"the export is damaged: its 'leaves' is a {type(arrays).__name__}, not a dict"
+        )
+    pairs = zip(template.paths, template.values, strict=True)
+    leaves = [(path, leaf) for path, leaf in pairs if not is_hole(leaf)]
+    if len(leaves) == len(entries):
+        both = zip(leaves, entries, strict=True)
+        leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in both]
+    found = [(entry["path"], _note(entry)) for entry in entries]
+    expected = [(path, _note(noted(leaf))) for path, leaf in leaves]
+    if found != expected:
+        odd = _odd(dict(found), dict(expected))
+        raise ValueError(f"the export is not of a state of this transformation: {odd}")
+    # In order, not by path: a key with a slash can make two leaves share one.
+    return [decode(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)]
+
+
+def _widened(leaf: Any, dtype: str) -> Any:
+    """The leaf in a wider float, as gradients in one make it of what `init` gave."""
+    try:
+        wider = jnp.dtype(dtype)
+        is_wider = jnp.promote_types(leaf.dtype, wider) == wider != leaf.dtype
+    except TypeError:
+        return leaf
+    is_float = jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.issubdtype(wider, jnp.inexact)
+    return jax.ShapeDtypeStruct(leaf.shape, wider) if is_float and is_wider else leaf
+
+
+def _note(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    key = entry.get("key")
+    return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
+
+
+def _check_tied(plan: Plan, params: Any, groups: Sequence[Group]) -> None:
+    """Raises where leaves that are tied would part, in some phase if there are any."""
+    leaves = leaves_of(params)
+    for frozen in [flags for _, flags in plan.schedule] or [plan.frozen]:
+        mask = plan.mask_of(frozen)
+        check_ties(leaves, mask)
+        by_path = dict(zip(plan.paths, mask, strict=True))
+        for group in groups:
+            check_group([(path, by_path[path]) for path in group], TIED)
 
 
 def _encoded(rows: Rows | None) -> Any:
@@ -151,11 +199,11 @@ def _decoded(rows: Any) -> Rows | None:
         return None
     count, bits = rows
     packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
-    if len(packed) != (count + 7) // 8:
+    if count < 0 or len(packed) != (count + 7) // 8:
         raise ValueError(f"{count} rows in {len(packed)} bytes")
     flag = flag_of(np.unpackbits(packed, count=count).astype(bool))
     if not isinstance(flag, Rows):
-        raise TypeError("a part of all rows or none")
+        raise ValueError("a part of all rows or none")
     return flag
 
 
@@ -163,9 +211,12 @@ def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
     """The parts again, which have to be parts of these leaves."""
     if parts is None:
         return None
-    cut = Cut((int(leaf), _decoded(rows)) for leaf, rows in parts)
-    if [leaf for leaf, _ in cut.parts] != [i for i, own in enumerate(cut.by_leaf) for _ in own]:
-        raise ValueError("its parts are in disorder")
+    numbers = [leaf for leaf, _ in parts]
+    if all(rows is None for _, rows in parts):
+        raise ValueError("its parts are whole leaves")
+    if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
+        raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
+    cut = Cut((leaf, _decoded(rows)) for leaf, rows in parts)
     for leaf, own in zip(leaves, cut.by_leaf, strict=True):
         masks = [rows.mask for i in own if (rows := cut.parts[i][1])]
         shape = getattr(leaf, "shape", ())[:1]
@@ -177,27 +228,6 @@ def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
     return cut
 
 
-def _read(exported: Any) -> dict[str, Any]:
-    try:
-        text = np.asarray(exported["about"]).astype(np.uint8).tobytes()
-        about = json.loads(text)
-        parts = about["paths"] if about["parts"] is None else about["parts"]
-        ok = about["format"] == _FORMAT and len(parts) == len(about["frozen"])
-        ok = ok and len(parts) == len(about["cohorts"])
-        ok = ok and all({"path", "shape", "dtype"} <= set(entry) for entry in about["leaves"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"this is no export of fo.export_state, or damaged: its 'about' can't be read "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if not ok:
-        raise ValueError(
-            f"this is no export of fo.export_state that this version reads: format "
-            f"{about.get('format')!r}, not {_FORMAT!r}"
-        )
-    return about
-
-
 def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
     paths = tuple(about["paths"])
     if paths != own.paths:
@@ -205,21 +235,58 @@ def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
             "the export is of other params: "
             + odd_paths(paths, own.paths, "in it", "in the params")
         )
-    frozen = tuple(bool(flag) for flag in about["frozen"])
-    cohorts = tuple(int(cohort) for cohort in about["cohorts"])
+    frozen, cohorts = tuple(about["frozen"]), tuple(about["cohorts"])
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
     try:
-        leaves = leaves_of(params)
-        cut = _cut(about["parts"], in_order(own, leaves, leaves.values))
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        leaves = leaves_of(params).values
+        cut = _cut(about["parts"], leaves)
+    except ValueError as error:
         raise ValueError(f"the export is damaged: {error}") from error
-    if schedule != own.schedule or (schedule and cut != own.cut):
+    plan = Plan(own.paths, frozen, cohorts, own.origin, schedule, cut)
+    if schedule != own.schedule or (schedule and plan != own):
         raise ValueError("the export is of other phases than those of the transformation")
-    present = sorted(set(cohorts) - {DROPPED})
-    live = [i for i, flag in enumerate(frozen) if not flag]
-    if present != list(range(len(present))) or any(cohorts[i] == DROPPED for i in live):
+    if schedule:
+        return own
+    _check_trainable(plan, leaves)
+    if not _can_be(plan):
         raise ValueError("the export is damaged: its cohorts and frozen flags do not agree")
-    return own if schedule else Plan(own.paths, frozen, cohorts, own.origin, cut=cut)
+    return plan
+
+
+def _owners(plan: Plan) -> Iterable[int]:
+    """For each part the index of its leaf."""
+    return [leaf for leaf, _ in plan.cut.parts] if plan.cut else range(len(plan.cohorts))
+
+
+def _can_be(plan: Plan) -> bool:
+    """Whether some edits of a state come to this plan, which is not that of phases."""
+    parts = zip(plan.cohorts, _owners(plan), plan.frozen, strict=True)
+    kept = [part for part in parts if part[0] != DROPPED or not part[2]]
+    cohorts, leaves = {part[0] for part in kept}, {part[1] for part in kept}
+    if cohorts != set(range(len(cohorts))):
+        return False
+    if len(cohorts) < 2 and len(leaves) == len(kept) and not plan.parked:
+        return True
+    if not plan.layout.counters:
+        return len(cohorts) < 2
+    # Parts have cohorts of their own where their counters differ, or stand still.
+    alike = {(cohort, frozen) for cohort, _, frozen in kept}
+    return len(alike) == len(cohorts) and len({part[:2] for part in kept}) == len(kept)
+
+
+def _check_trainable(plan: Plan, leaves: list[Any]) -> None:
+    """Raises where a leaf that trains in an export, or is parked, can't be trained any more."""
+    for cohort, leaf in zip(plan.cohorts, _owners(plan), strict=True):
+        if cohort != DROPPED and not can_train(leaves[leaf]):
+            raise ValueError(
+                f"the export is of other params: {plan.paths[leaf]!r} trains in it, or is parked, "
+                f"but is {_kind(leaves[leaf])} in the params, which can't be trained; pass the "
+                "params that go with it"
+            )
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else f"a {type(leaf).__name__}"
 
 
 def _abstract_state(plan: Plan, params: Any) -> FreezeState:
@@ -235,27 +302,36 @@ def _abstract_state(plan: Plan, params: Any) -> FreezeState:
     return FreezeState(inner, ages, plan)
 
 
+def _is_sharded(x: Any) -> bool:
+    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+
+
 def _place(state: FreezeState, params: Any) -> FreezeState:
-    """The state with the statistics of each sharded param on the same devices."""
+    """The state with the statistics of each param beside it, as `init` makes them.
+
+    That is on the same devices, and in an NNX Variable of the same kind, if it stands in one.
+    """
     leaves = leaves_of(params)
-    values = in_order(state.plan, leaves, leaves.values)
-    if not any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in values):
-        return state
+    boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
+    boxes = in_order(
+        state.plan, leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
+    )
+    if not any(is_variable(box) or _is_sharded(box) for box in boxes):
+        return state  # of a transformation, it may be, that mixes the leaves
     layout, cut = state.plan.layout, state.plan.cut
 
     def beside(x: Any, param: Any) -> Any:
-        return jax.device_put(x, param.sharding) if x.shape == param.shape else x
+        fits = _is_sharded(param) and x.shape == param.shape
+        return jax.device_put(x, param.sharding) if fits else x
 
-    pairs = zip(layout.owners, layout.places(state.inner), strict=True)
-    placed = [
-        jax.tree.map(
-            lambda x, leaf=cut.parts[owner][0] if cut else owner: beside(x, values[leaf]), place
-        )
-        if owner >= 0
-        else place
-        for owner, place in pairs
-    ]
-    return FreezeState(layout.rebuild(placed), state.ages, state.plan)
+    def placed(place: Any, owner: int) -> Any:
+        if owner < 0:
+            return place
+        box = boxes[cut.parts[owner][0] if cut else owner]
+        return replaced(box, jax.tree.map(lambda x: beside(x, value_of(box)), place))
+
+    pairs = zip(layout.places(state.inner), layout.owners, strict=True)
+    return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
 
 
 def _odd(given: dict[str, Any], expected: dict[str, Any]) -> str:

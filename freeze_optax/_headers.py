@@ -1,9 +1,13 @@
 """What is in a checkpoint: names, shapes and dtypes, its arrays unread."""
 
+import io
 import math
+import operator
+import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import starmap, takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +17,7 @@ import numpy as np
 
 from freeze_optax._leaves import Leaves, is_array
 from freeze_optax._patterns import listed
-from freeze_optax._skim import abstract, skim
+from freeze_optax._skim import MOST_AXES, Room, abstract, skim
 
 _Named = Iterable[tuple[str, Any]]
 
@@ -40,7 +44,19 @@ _SAFETENSORS: dict[str, Any] = {
     "C64": jnp.complex64,
 }
 # NumPy has no names for the dtypes of machine learning, and stores them as bytes without meaning.
+# Of two bytes there is one. Of one byte there are several, float8s and integers of four bits: the
+# first stands for them all, as left out they would not be counted, and their bytes are right.
 _RAW: dict[str, Any] = {"V2": jnp.bfloat16, "V1": jnp.float8_e4m3fn}
+
+_INFLATED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1_032}
+"""The compressions of NumPy, each with the most bytes that it makes of one. Python decompresses
+others without a limit: four kilobytes of bzip2 may be gigabytes."""
+
+_NPY = {(1, 0): 2, (2, 0): 4}
+"""For each version of a header of numbers, how many bytes its length has."""
+
+_LONGEST_NPY = 10_000
+"""The most bytes of a header. NumPy reads no more either, but measures only what it has read."""
 
 
 def read_headers(checkpoint: Path) -> dict[str, Any]:
@@ -60,6 +76,7 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
       ValueError: If it is none of these, or broken.
       ImportError: If the package that reads it, of the extra `freeze_optax[cli]`, is missing.
     """
+    room = Room(sum(map(_plain_size, _files(checkpoint))))
     read = _of_folder if checkpoint.is_dir() else _of_file
     headers: dict[str, Any] = {}
     for name, leaf in read(checkpoint):
@@ -68,8 +85,39 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"{checkpoint} has two arrays at {path!r}, where dots are slashes")
         if leaf is not None:
             headers[path] = leaf
-    # In the order of a nested dict of these.
-    return OrderedDict(sorted(headers.items(), key=lambda item: item[0].split("/")))
+    # In the order of a nested dict of these, where the end of a name comes before all characters.
+    ordered = OrderedDict(sorted(headers.items(), key=lambda item: item[0].replace("/", "\0")))
+    try:
+        _take(room, ordered)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} can't be shown: {error}") from error
+    return ordered
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """The files that have the names in them."""
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    return shards or [*checkpoint.glob("_METADATA"), *checkpoint.glob("*/_METADATA")]
+
+
+def _plain_size(file: Path) -> int:
+    """The size of a file; an error if it is no plain one, as to open a pipe is to wait."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file} is no plain file; copy what it gives into one")
+    return status.st_size
+
+
+def _take(room: Room, paths: Iterable[str]) -> None:
+    """Makes room for leaves, and for all nodes above them."""
+    before = list[str]()
+    for path in paths:
+        keys = path.split("/")
+        shared = sum(takewhile(bool, starmap(operator.eq, zip(keys, before, strict=False))))
+        room.take(keys, len(keys) - shared)
+        before = keys
 
 
 def _of_file(file: Path) -> _Named:
@@ -101,7 +149,10 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Any]]:
                 dtype = piece.get_dtype()
                 if dtype not in _SAFETENSORS:
                     raise ValueError(f"{file} has {name!r} in the dtype {dtype}, which jax has not")
-                yield name, jax.ShapeDtypeStruct(tuple(piece.get_shape()), _SAFETENSORS[dtype])
+                shape = tuple(piece.get_shape())
+                if len(shape) > MOST_AXES:
+                    raise ValueError(f"{file} has {name!r} of over {MOST_AXES} axes")
+                yield name, jax.ShapeDtypeStruct(shape, _SAFETENSORS[dtype])
     except SafetensorError as error:
         raise ValueError(f"{file} is no whole .safetensors file: {error}") from error
 
@@ -114,6 +165,7 @@ def _npz(file: Path) -> Iterator[tuple[str, Any]]:
             if others:
                 raise ValueError(f"it holds {listed(others, 3)}; PyTorch files are such archives")
             for member in members:
+                _check_claim(member, file.stat().st_size)
                 with archive.open(member) as opened:
                     yield member.filename[:-4], _npy(opened, member.file_size)
     except OSError:
@@ -123,17 +175,38 @@ def _npz(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file} is no whole .npz file: {error}") from error
 
 
+def _check_claim(member: zipfile.ZipInfo, size: int) -> None:
+    """Raises where a member is more than can be in a file of this size."""
+    if member.compress_type not in _INFLATED:
+        raise ValueError(
+            f"{member.filename!r} is compressed as NumPy does not; write it with np.savez or "
+            "np.savez_compressed"
+        )
+    stored = min(member.compress_size, size)
+    if member.file_size > _INFLATED[member.compress_type] * stored:
+        raise ValueError(
+            f"{member.filename!r} is said to have {member.file_size:,} bytes, which {stored:,} in "
+            "the file can't be"
+        )
+
+
 def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
     version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
+    if version not in _NPY:
         raise ValueError(f"an array in it has a header of version {version}")
+    length = member.read(_NPY[version])
+    count = int.from_bytes(length, "little")
+    if count > _LONGEST_NPY:
+        raise ValueError(
+            f"an array in it has a header of {count:,} bytes, over the limit of {_LONGEST_NPY:,}"
+        )
     first = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, _, stored = read(member)
+    shape, _, stored = read(io.BytesIO(length + member.read(count)))
     raw = stored.names is None and stored.subdtype is None
     dtype = np.dtype(_RAW.get(stored.str.lstrip("<>|"), stored) if raw else stored)
     leaf = abstract(shape, dtype)
-    if leaf is not None and member.tell() + math.prod(shape) * dtype.itemsize != size:
+    if not stored.hasobject and member.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} has not as many bytes")
     return leaf
 
@@ -162,12 +235,17 @@ def _orbax(folder: Path) -> Iterator[tuple[str, Any]]:
     if len(items) > 1:
         raise ValueError(f"{folder} holds several items, name one: {listed(map(str, items))}")
     try:
-        from etils import epath  # noqa: PLC0415
         from orbax import checkpoint  # noqa: PLC0415
     except ImportError as error:
         raise _missing("orbax-checkpoint") from error
+    for file in items[0].rglob("*"):
+        if not file.is_dir():
+            _plain_size(file)
     try:
-        tree = checkpoint.PyTreeCheckpointHandler().metadata(epath.Path(items[0]))
+        # It is declared to take a path of another library, and does with what pathlib has; but
+        # from where one is it finds nothing.
+        item: Any = items[0].resolve()
+        tree = checkpoint.PyTreeCheckpointHandler().metadata(item)
         leaves = Leaves(getattr(tree, "tree", tree))  # older versions give the tree itself
         for path, leaf in zip(leaves.paths, leaves.values, strict=True):
             # What is no array, as text is not, has no shape.

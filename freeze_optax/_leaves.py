@@ -2,11 +2,12 @@
 
 import functools
 import operator
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 HOLE = optax.MaskedNode()
@@ -31,6 +32,8 @@ def _kind(dtype: Any) -> str:
     # not 0, so it has neither a zero gradient nor an update that changes nothing.
     if dtype == jnp.float8_e8m0fnu:
         return "other"
+    if isinstance(dtype, np.dtype) and dtype.kind == "m":  # a duration, an integer to NumPy
+        return "other"
     if jnp.issubdtype(dtype, jnp.inexact):
         return "inexact"
     exact = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
@@ -50,6 +53,14 @@ def is_array(leaf: Any) -> bool:
     """Whether `leaf` has a shape and a dtype, as arrays do; abstract and NumPy ones too."""
     # Classes such as jnp.float32 have such attributes as well.
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def is_foreign(leaf: Any) -> bool:
+    """Whether `leaf` is a float of NumPy that jax has not: longer, or in another byte order."""
+    dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else None
+    if dtype is None or dtype.kind not in "fc":
+        return False
+    return not dtype.isnative or dtype.itemsize > (8 if dtype.kind == "f" else 16)
 
 
 def can_train(leaf: Any) -> bool:
@@ -106,7 +117,8 @@ _COMPONENT: dict[type, Callable[[Any], Any]] = {
 
 
 def _component(entry: Any) -> str:
-    return str(_COMPONENT.get(type(entry), str)(entry))
+    # An empty key is quoted, as the empty path is that of the root.
+    return str(_COMPONENT.get(type(entry), str)(entry)) or "''"
 
 
 def text(entries: Iterable[Any]) -> str:
@@ -120,7 +132,7 @@ def _texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
     for entries in paths:
         if entries and entries[:-1] != above:
             above = entries[:-1]
-            start = text((*above, ""))
+            start = text(above) + "/" if above else ""
         yield start + _component(entries[-1]) if entries else ""
 
 
@@ -150,6 +162,23 @@ def ancestors(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition("/")[0]
+
+
+def check_unique(paths: Sequence[str], what: str) -> None:
+    """Raises where two leaves go by one path, as a slash in a key allows.
+
+    Args:
+      paths: Those of leaves that are to be found by path, in a tree of other containers.
+      what: What to call that tree.
+    """
+    seen = set[str]()
+    for path in paths if len(set(paths)) < len(paths) else ():
+        if path in seen:
+            raise ValueError(
+                f"two leaves go by the path {path!r}, so the {what}, whose containers are others, "
+                "can't tell them apart; use the same containers, or another key than one with `/`"
+            )
+        seen.add(path)
 
 
 class Leaves:

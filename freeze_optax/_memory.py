@@ -154,7 +154,7 @@ def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
     plan = state.plan
     try:
         statistics, _ = plan.layout.split(state.inner)
-    except ValueError:  # a part of the state mixes the leaves
+    except (ValueError, TypeError):  # a part of the state mixes the leaves, or refuses holes
         return [None] * len(leaves.values)
     sizes = [0] * len(plan.paths)
     for (_, part), value in statistics.items():

@@ -4,10 +4,10 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from freeze_optax._patterns import MOST_ALTERNATIVES, expand_braces
+from freeze_optax._patterns import MOST_ALTERNATIVES, expand_braces, natural
 from freeze_optax._tally import Tally
 
-_NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)(\d{1,100})(\D*)", re.DOTALL)
 _SPECIAL = re.compile(r"[*?\[\]{}]")
 
 
@@ -44,11 +44,6 @@ class Node:
         self.tallies: list[Tally] = []
         self.kinds: list[Hashable] = []
         self.tally = Tally()
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers in its name."""
-        return [int(digits) for digits in re.findall(r"\d+", self.name)]
 
     @property
     def stem(self) -> Hashable:
@@ -126,7 +121,7 @@ def _arranged(nodes: Sequence[Node], folded: bool) -> list[Node]:
         series.setdefault(re.sub(r"\d+", "0", node.name), []).append(node)
     arranged: list[Node] = []
     for group in series.values():
-        group.sort(key=lambda node: node.numbers)
+        group.sort(key=lambda node: natural(node.name))
         kinds: dict[Hashable, list[Node]] = {}
         for node in group:
             alike = (node.stem, *node.kinds) if folded else id(node)

@@ -4,15 +4,20 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from freeze_optax._leaves import ancestors
 
 MOST_ALTERNATIVES = 10_000
 _MOST_CANDIDATES = 20_000
+_MOST_DIGITS = 100
+_MOST_NESTED = 200
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str, depth: int = 0) -> list[str]:
     """Writes out `{a,b}` and `{0..9}`: the globs without braces that `pattern` stands for."""
+    if depth > _MOST_NESTED:
+        raise ValueError(f"pattern {pattern!r}: braces are nested more than {_MOST_NESTED} deep")
     pieces: list[list[str]] = [[""]]
     position = 0
     while position < len(pattern):
@@ -23,7 +28,9 @@ def expand_braces(pattern: str) -> list[str]:
         elif char == "{":
             end = _brace_end(pattern, position)
             inside = pattern[position + 1 : end - 1]
-            pieces.append([p for part in _alternatives(inside) for p in expand_braces(part)])
+            pieces.append(
+                [p for part in _alternatives(inside) for p in expand_braces(part, depth + 1)]
+            )
         elif char == "}":
             raise ValueError(
                 f"pattern {pattern!r}: `}}` without `{{`; write [}}] for the character"
@@ -73,8 +80,9 @@ def _alternatives(inside: str) -> list[str]:
         # As in a shell, a leading zero asks for that width: {08..11} is 08 09 10 11.
         padded = any(text != "0" and text.startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0
-        low, high = int(first), int(last)
-        if abs(high - low) >= MOST_ALTERNATIVES:
+        is_long = max(len(first), len(last)) > _MOST_DIGITS
+        low, high = (0, 0) if is_long else (int(first), int(last))
+        if is_long or abs(high - low) >= MOST_ALTERNATIVES:
             raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
         return [f"{n:0{width}d}" for n in range(low, high + 1) or range(low, high - 1, -1)]
     parts, depth, start, position = [], 0, 0, 0
@@ -202,6 +210,19 @@ def nearest(text: str, paths: Iterable[str], count: int = 3) -> str:
     if close:
         return "nearest: " + ", ".join(map(repr, close))
     return "the tree has " + listed(candidates)
+
+
+def natural(text: str) -> tuple[Any, ...]:
+    """A key that sorts `layer_2` before `layer_10`."""
+    # Splitting on a group alternates text and digits, so equal positions compare. Not by `int`,
+    # which refuses more than 4,300 digits.
+    pieces = enumerate(re.split(r"([0-9]+)", text))
+    return tuple((len(s.lstrip("0")), s.lstrip("0")) if i % 2 else s for i, s in pieces)
+
+
+def printable(text: str) -> str:
+    """A text without the characters that move the cursor of a terminal, or do worse."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

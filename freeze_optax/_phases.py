@@ -35,10 +35,15 @@ class Phases:
 
     Raises:
       ValueError: If there is no phase, or one begins before step 0.
-      TypeError: If a step is no integer.
+      TypeError: If `specs` is no mapping, or a step no integer.
     """
 
     def __init__(self, specs: Mapping[int, Spec]):
+        if not isinstance(specs, Mapping):
+            raise TypeError(
+                "Phases takes a dict of first steps and specs, as {0: 'encoder', 500: fo.nothing}, "
+                f"not a {type(specs).__name__}"
+            )
         if not specs:
             raise ValueError(
                 "Phases needs a phase; to freeze nothing write Phases({0: fo.nothing})"

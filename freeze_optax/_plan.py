@@ -10,7 +10,7 @@ import optax
 from freeze_optax._copies import copies_of, leaves_of, like, on_each
 from freeze_optax._cut import Cut
 from freeze_optax._layout import Layout
-from freeze_optax._leaves import HOLE, Leaves, is_hole, skeleton
+from freeze_optax._leaves import HOLE, Leaves, check_unique, is_hole, skeleton
 from freeze_optax._patterns import listed, odd_paths
 from freeze_optax._rows import Flag
 from freeze_optax._tracers import holds_tracers
@@ -281,6 +281,7 @@ class Plan:
         if isinstance(leaves.tree, optax.LookaheadParams):
             copies = [self.in_order_of(Leaves(copy), values, role) for copy in leaves.tree]
             return (*copies[0], *copies[1])
+        check_unique(self.paths, role)
         if leaves.paths == self.paths:
             self.origin.note(leaves.treedef)
             return values

@@ -11,6 +11,7 @@ from freeze_optax._cohorts import cohort_counters, stack
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut, Part
 from freeze_optax._edit import check_mask
+from freeze_optax._inner import checked
 from freeze_optax._leaves import Leaves, is_hole, is_placeholder
 from freeze_optax._phases import Phases
 from freeze_optax._plan import DROPPED, Origin, Plan
@@ -61,7 +62,7 @@ def scheduled(
       dtype in one phase than in another.
 
     Raises:
-      TypeError: If `phases` are no `Phases`.
+      TypeError: If `inner` is no transformation, or `phases` are no `Phases`.
       ValueError: If the first phase begins after step 0.
     """
     if not isinstance(phases, Phases):
@@ -70,7 +71,7 @@ def scheduled(
             "fo.scheduled(inner, fo.Phases({0: frozen, 500: fo.nothing}))"
         )
     phases.at(0)
-    inner = optax.with_extra_args_support(inner)
+    inner = checked("scheduled", inner)
     tx: Any = freezable(inner)
 
     def init_fn(params: optax.Params) -> Any:
@@ -134,7 +135,8 @@ def _plan(
     # Without counters there is nothing for cohorts to keep apart.
     order = {p: i if origin.layout(cut).counters else 0 for i, p in enumerate(kept)}
     cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
-    schedule = tuple(zip(phases.starts, zip(*patterns, strict=True), strict=True))
+    frozen = [tuple(pattern[i] for pattern in patterns) for i in range(len(phases.starts))]
+    schedule = tuple(zip(phases.starts, frozen, strict=True))
     return Plan(leaves.paths, never, cohorts, origin, schedule, cut)
 
 

@@ -7,8 +7,8 @@ from typing import Any, final
 
 import numpy as np
 
-from freeze_optax._leaves import Leaves, is_hole, kind
-from freeze_optax._patterns import compile_glob, listed, nearest, nodes_of
+from freeze_optax._leaves import Leaves, is_array, is_hole, kind
+from freeze_optax._patterns import compile_glob, listed, natural, nearest, nodes_of
 from freeze_optax._selectors import Path, Selector, mark
 from freeze_optax._specs import is_function, spread
 
@@ -91,11 +91,6 @@ def regex(*patterns: str) -> Selector:
     return _Regex(_checked(patterns, "regex"))
 
 
-def _natural(text: str) -> tuple[Any, ...]:
-    # Splitting on a group alternates text and digits, so equal positions compare.
-    return tuple(int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", text)))
-
-
 def checked_slice(index: slice, what: str) -> slice:
     """The slice, if its ends are ints; `what` begins the error if they are not."""
     ends = (index.start, index.stop, index.step)
@@ -165,7 +160,7 @@ class Layers(Selector):
         # the integers of a quantised one are.
         learned = [is_hole(x) or kind(x) != "other" for x in leaves.values]
         nodes = nodes_of(path for path, i in leaves.names() if learned[i])
-        matched = sorted(filter(self._regex.match, nodes), key=_natural)
+        matched = sorted(filter(self._regex.match, nodes), key=natural)
         if not matched:
             raise ValueError(
                 f"layers({self._pattern!r}) names no node; {nearest(self._pattern, nodes)}"
@@ -225,7 +220,11 @@ class _Labelled(Selector):
 
     def flags(self, leaves: Leaves) -> list[bool]:
         labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
-        given = [label for _, label in spread(labels, leaves, "label tree")]
+        pairs = spread(labels, leaves, "label tree")
+        for path, label in pairs:
+            if is_array(label):
+                raise TypeError(f"the label at {path!r} is an array, not a name or another key")
+        given = [label for _, label in pairs]
         present = dict.fromkeys(str(label) for label in given if not is_hole(label))
         has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
         for name in self._names:
@@ -307,4 +306,8 @@ def where(predicate: Callable[[str, Any], bool]) -> Selector:
       The selector. Applied to a tree, it raises TypeError, naming the path, where the answer
       is not a bool. That no leaf is selected is no error.
     """
+    if not callable(predicate):
+        raise TypeError(
+            f"fo.where takes a function of path and leaf, not {predicate!r}; a glob goes to fo.path"
+        )
     return _Where(predicate)

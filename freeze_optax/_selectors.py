@@ -127,10 +127,24 @@ class _Combined(Selector):
         self._symbol, self._function, self._left, self._right = symbol, function, left, right
 
     def flags(self, leaves: Leaves) -> list[Flag]:
-        return list(map(self._function, self._left.flags(leaves), self._right.flags(leaves)))
+        first, others = self._chain()
+        flags = list(first.flags(leaves))
+        for other in others:
+            flags = list(map(other._function, flags, other._right.flags(leaves)))
+        return flags
+
+    def _chain(self) -> tuple[Selector, list["_Combined"]]:
+        """What the chain on the left begins with, and what is combined with it, one by one."""
+        # Chains of thousands, as a loop of `|=` makes them, go beyond what may be called in turn.
+        chain: list[_Combined] = [self]
+        while isinstance(chain[-1]._left, _Combined):
+            chain.append(chain[-1]._left)
+        return chain[-1]._left, chain[::-1]
 
     def __repr__(self) -> str:
-        return f"({self._left!r} {self._symbol} {self._right!r})"
+        first, others = self._chain()
+        text = "(" * len(others) + repr(first)
+        return text + "".join(f" {other._symbol} {other._right!r})" for other in others)
 
 
 @final

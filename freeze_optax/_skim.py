@@ -21,6 +21,19 @@ _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _DEEPEST = 1_024
 """As deep as the MessagePack libraries go. Key paths as deep as a file can be take its square."""
 
+_LONGEST = 10_000
+"""The most characters of a path."""
+
+_NODE, _FREE, _TIMES, _MOST = 1_000, 100_000_000, 100, 1_000_000_000
+"""Of memory, in bytes: what a node takes beside its path, about; what any file may take; how many
+times its size it may take beyond that; and what no file may take more of."""
+
+MOST_AXES = 64
+"""As many as an array of NumPy may have. The product of a million numbers takes hours."""
+
+_LONGEST_DTYPE = 100
+"""The most characters in the name of a dtype. NumPy makes a record of what has commas in it."""
+
 _CHUNKED = "__msgpack_chunked_array__"
 """What marks an array that Flax has cut, as MessagePack holds no more than 4 GiB in one piece."""
 
@@ -54,6 +67,7 @@ def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
     Raises:
       ValueError: If the shape is none.
     """
+    _check_axes(len(shape))
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"it holds an array of the shape {tuple(shape)}")
     dtype = np.dtype(dtype)
@@ -62,6 +76,50 @@ def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
     if not (is_number or dtype == np.bool_):
         return None
     return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
+
+
+def _check_axes(count: int) -> None:
+    if count > MOST_AXES:
+        raise ValueError(f"it holds an array of {count:,} axes, over the limit of {MOST_AXES}")
+
+
+class Room:
+    """What memory the names in a file may still take.
+
+    Short files can stand for long paths, as the path of a leaf has in it all the names above.
+
+    Args:
+      size: Of the file, in bytes.
+    """
+
+    def __init__(self, size: int):
+        self._size, self._most = size, min(_FREE + _TIMES * size, _MOST)
+        self._left = self._most
+
+    def take(self, keys: Sequence[str], nodes: int = 1) -> None:
+        """Makes room for a node.
+
+        Args:
+          keys: The components of its path.
+          nodes: How many there are that have no room yet: itself, and maybe some above it.
+
+        Raises:
+          ValueError: If there is none left, or the path goes too far.
+        """
+        if len(keys) > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
+        length = sum(map(len, keys)) + len(keys) - 1
+        if length > _LONGEST:
+            start = "/".join(keys)[:20]
+            raise ValueError(
+                f"the path {start!r}… has {length:,} characters, over the limit of {_LONGEST:,}"
+            )
+        self._left -= nodes * (_NODE + 8 * len(keys) + 2 * length)
+        if self._left < 0:
+            raise ValueError(
+                f"its names would take over {self._most:,} bytes of memory, the limit for "
+                f"{self._size:,} in a file"
+            )
 
 
 class _Reader:
@@ -113,6 +171,16 @@ class _Reader:
             raise ValueError(f"byte {self.position:,} has a {found} where a {kind} was expected")
         return value
 
+    def _dtype(self) -> np.dtype[Any]:
+        count = self.of_kind("str")
+        if count > _LONGEST_DTYPE:
+            raise ValueError(f"it holds an array whose dtype has a name of {count:,} bytes")
+        name = self.text(count)
+        try:
+            return np.dtype(name)
+        except (TypeError, ValueError, SyntaxError) as error:  # a list in it is parsed
+            raise ValueError(f"it holds an array of the dtype {name!r}, none of NumPy") from error
+
     def extension(self, length: int) -> Any:
         """What an extension item of Flax stands for, an array without its contents."""
         code = self._number("b")
@@ -124,8 +192,9 @@ class _Reader:
             raise ValueError(f"it holds an extension type {code}, which Flax does not write")
         if self.of_kind("array") != 3:
             raise ValueError("it holds an array that is not a shape, a dtype and bytes")
-        shape = [self.of_kind("number") for _ in range(self._left(self.of_kind("array")))]
-        dtype = np.dtype(self.text(self.of_kind("str")))
+        axes = self.of_kind("array")
+        _check_axes(axes)
+        shape, dtype = [self.of_kind("number") for _ in range(axes)], self._dtype()
         count, leaf = self.of_kind("bin"), abstract(shape, dtype)
         if count != math.prod(shape) * dtype.itemsize or self.position + count != end:
             raise ValueError(f"an array of shape {shape} and dtype {dtype} has {count:,} bytes")
@@ -143,9 +212,10 @@ def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
       For each leaf its number, or its shape and dtype; text and None are left out.
 
     Raises:
-      ValueError: If the file is not of this format, or cut.
+      ValueError: If the file is not of this format, or cut, or its names take too much memory.
     """
     reader = _Reader(file)
+    room = Room(reader.size)
     leaves: dict[tuple[str, ...], Any] = {}
     kind, value = reader.next()
     if kind not in ("map", "array", "ext"):
@@ -160,10 +230,9 @@ def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
             frames.pop()
             continue
         keys = frame.next_keys()
+        room.take(keys)
         kind, value = reader.next()
         if kind in ("map", "array"):
-            if len(frames) == _DEEPEST:
-                raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
             frames.append(_Frame(keys, kind, value, reader))
         elif kind == "ext":
             leaves[keys] = reader.extension(value)
@@ -217,6 +286,7 @@ def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         shape, chunks = (_in_order(found[name], path) for name in ("shape", "chunks"))
         if not all(isinstance(chunk, jax.ShapeDtypeStruct) for chunk in chunks):
             raise ValueError(f"the chunks of {path!r} are no arrays")
+        _check_axes(len(shape))
         if not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {path!r} do not make up its shape {shape}")
         whole[keys] = abstract(shape, chunks[0].dtype)

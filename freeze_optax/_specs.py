@@ -5,9 +5,10 @@ from typing import Any, TypeAlias, final
 
 import jax
 import numpy as np
+import optax
 from jax.core import Tracer
 
-from freeze_optax._leaves import Leaves, ancestors, is_hole
+from freeze_optax._leaves import Leaves, ancestors, check_unique, is_hole
 from freeze_optax._patterns import listed, nodes_of
 from freeze_optax._plan import Plan
 from freeze_optax._rows import Flag, flag_of, union
@@ -91,7 +92,12 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     own = Leaves(tree)
     if own.treedef == leaves.treedef:
         return list(zip(own.paths, own.values, strict=True))
+    below = _below(own, leaves)
+    if below is not None:
+        return below
     table = dict(zip(own.paths, own.values, strict=True))
+    check_unique(own.paths, what)
+    check_unique([path for path in leaves.paths if path in table], what)
     above = [
         next((node for node in (*ancestors(path), "") if node in table), None)
         for path in leaves.paths
@@ -99,12 +105,27 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     missing = [path for path, node in zip(leaves.paths, above, strict=True) if node is None]
     unused = sorted(set(own.paths).difference(node for node in above if node is not None))
     if unused:  # To name a node without leaves is no mistake.
-        unused = [path for path in unused if path not in _leafless(leaves.tree)]
+        leafless = _leafless(leaves.tree)
+        unused = [path for path in unused if path not in leafless]
     if missing or unused:
         parts = [f"nothing for {listed(missing)} of the tree"] if missing else []
         parts += [f"{listed(unused)}, which the tree has not"] if unused else []
-        raise ValueError(f"the {what} does not fit the tree: it has " + ", and ".join(parts))
+        has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in own.values)
+        hint = "" if has_bools or what != "mask" else "; it holds no bools, and no FreezeState"
+        hint = "; to freeze nothing write fo.nothing" if tree is None else hint
+        raise ValueError(f"the {what} does not fit the tree: it has {', and '.join(parts)}{hint}")
     return [(node, table[node]) for node in above if node is not None]
+
+
+def _below(own: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
+    """Each leaf of a prefix for the leaves below it; None if it is none of these containers."""
+    try:
+        subtrees = own.treedef.flatten_up_to(leaves.tree)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    given = zip(own.paths, own.values, subtrees, strict=True)
+    pairs = [(path, value) for path, value, tree in given for _ in Leaves(tree).values]
+    return pairs if len(pairs) == len(leaves.values) else None
 
 
 def _leafless(tree: Any) -> frozenset[str]:
@@ -124,7 +145,7 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
                 f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
                 "make the mask of Python bools"
             )
-        if not shape:
+        if not shape and isinstance(value, np.ndarray | jax.Array):
             return bool(value)
         own = getattr(leaf, "shape", ())
         if own and isinstance(value, np.ndarray | jax.Array):
@@ -157,6 +178,7 @@ def as_selector(spec: Spec) -> Selector:
 
     Raises:
       ValueError: If a tree holds more than one `FreezeState`.
+      TypeError: If it is a transformation.
     """
     if isinstance(spec, Selector):
         return spec
@@ -164,6 +186,10 @@ def as_selector(spec: Spec) -> Selector:
         return Path((spec,))
     if isinstance(spec, FreezeState):
         return _Planned(spec.plan)
+    if isinstance(spec, optax.GradientTransformation):
+        raise TypeError(
+            "a transformation is no spec; what is frozen is in the state that its init gives"
+        )
     if type(spec) in (list, tuple) and (
         not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
     ):

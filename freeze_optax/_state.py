@@ -103,7 +103,8 @@ class ScheduledState(NamedTuple):
     def phase(self) -> jax.Array:
         """The index of the phase that the step is in."""
         starts = [start for start, _ in self.state.plan.schedule]
-        return sum((self.step >= start for start in starts[1:]), jnp.zeros((), jnp.int32))
+        begun = [(self.step >= start).astype(jnp.int32) for start in starts[1:]]
+        return sum(begun, jnp.zeros((), jnp.int32))
 
     def phases(self, leaves: Leaves) -> list[Sequence[Flag]]:
         """What each phase freezes, in the order of `leaves`, which must be of the same params."""

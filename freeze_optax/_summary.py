@@ -1,6 +1,7 @@
 """What is frozen, and what that saves, to be looked at."""
 
 import dataclasses
+import functools
 import io
 import operator
 import re
@@ -18,6 +19,7 @@ from freeze_optax._copies import leaves_of
 from freeze_optax._leaves import Leaves, is_array
 from freeze_optax._memory import Memory, memories
 from freeze_optax._outline import Entry, Line, Node, lines, outline
+from freeze_optax._patterns import printable
 from freeze_optax._picture import draw
 from freeze_optax._rows import Flag
 from freeze_optax._selectors import nothing
@@ -173,6 +175,10 @@ class Summary(Counts):
         """
         return draw(self._root, self._depth, self.headline, ax)
 
+    @functools.cached_property
+    def _width(self) -> int:
+        return len(self._columns())
+
     def _columns(self) -> list[str]:
         state = [] if all(row.state_bytes is None for row in self.rows) else ["optimizer state"]
         return ["", "parameters", "bytes", *state]
@@ -180,7 +186,7 @@ class Summary(Counts):
     def _cells(self, row: Row) -> list[str]:
         size = decimal(row.trainable_bytes + row.frozen_bytes)
         state = "" if row.state_bytes is None else decimal(row.state_bytes)
-        return [row.status, f"{row.total:,}", size, state][: len(self._columns())]
+        return [row.status, f"{row.total:,}", size, state][: self._width]
 
     def _notes(self) -> list[str]:
         parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
@@ -199,7 +205,7 @@ class Summary(Counts):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for row, line in zip(self.rows, self._lines, strict=True):
             name = Text("  " * max(line.level, 0) + _name(line))
-            name.append(f" = {_printable(row.same_as)}" if row.same_as else "", "dim")
+            name.append(f" = {printable(row.same_as)}" if row.same_as else "", "dim")
             status, *rest = self._cells(row)
             table.add_row(name, Text(status, _STYLES[row.status]), *rest)
         yield table
@@ -248,7 +254,7 @@ def _named(row: Row) -> str:
 
 def _code(path: str) -> str:
     """A path as code in Markdown: between more backticks than there are in it."""
-    path = _printable(path) or _ROOT
+    path = printable(path) or _ROOT
     fence = "`" * (1 + max(map(len, re.findall("`+", path)), default=0))
     space = " " if path.startswith("`") or path.endswith("`") else ""
     return f"{fence}{space}{path}{space}{fence}".replace("|", "\\|")
@@ -257,15 +263,10 @@ def _code(path: str) -> str:
 def _name(line: Line) -> str:
     if line.level < 0:
         return _ROOT
-    name = _printable(line.node.name) or '""'
+    name = printable(line.node.name) or '""'
     # A glob may list hundreds of numbers: every other layer, say. The row has them all.
     is_long = line.node.count > 1 and len(name) > _LONGEST
     return f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 4 :]}" if is_long else name
-
-
-def _printable(name: str) -> str:
-    """A name without the characters that move the cursor of a terminal, or do worse."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def summary(

@@ -1,5 +1,6 @@
 """One update for all leaves of a group."""
 
+import collections
 import functools
 import operator
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import optax
 from freeze_optax._copies import copies_of, on_each
 from freeze_optax._cut import is_whole
 from freeze_optax._extra import adapted
+from freeze_optax._inner import checked
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._patterns import listed, nearest
 from freeze_optax._ties import TIED, Group, check_group, note_ties
@@ -48,10 +50,10 @@ def tie(
       of a group differ in shape or dtype, or only some of them are there.
 
     Raises:
-      TypeError: If a group is a string, or holds anything else than strings.
+      TypeError: If `inner` is no transformation, or a group holds anything but strings.
       ValueError: If a group has fewer than two paths, or a path is in two groups.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = checked("tie", inner)
     tied = _Tied(_checked(groups))
 
     def init_fn(params: optax.Params) -> Any:
@@ -80,14 +82,15 @@ class _Tied:
 
     def _find(self, paths: tuple[str, ...]) -> list[list[int]]:
         index = {path: i for i, path in enumerate(paths)}
+        counts = collections.Counter(paths)
         for path in (path for group in self.groups for path in group):
             if path not in index:
                 raise ValueError(
                     f"fo.tie was given {path!r}, which is no leaf; {nearest(path, paths)}"
                 )
-            if paths.count(path) > 1:
+            if counts[path] > 1:
                 raise ValueError(
-                    f"fo.tie can't tell which of {paths.count(path)} leaves at {path!r} is meant"
+                    f"fo.tie can't tell which of {counts[path]} leaves at {path!r} is meant"
                 )
         return [sorted(index[path] for path in group) for group in self.groups]
 
@@ -149,15 +152,17 @@ def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
     seen = set[str]()
     checked: list[Group] = []
     for given in groups:
-        group = () if isinstance(given, str) else tuple(given)
-        if isinstance(given, str) or not all(isinstance(path, str) for path in group):
+        is_group = isinstance(given, Iterable) and not isinstance(given, str)
+        group = tuple(given) if is_group else ()
+        if not is_group or not all(isinstance(path, str) for path in group):
             raise TypeError(
                 f"fo.tie takes groups of paths, one argument each, but got {given!r}: write "
                 "fo.tie(inner, ('embed', 'head')), or fo.tie(inner, *fo.tied_paths(params))"
             )
         if len(group) < 2:
             raise ValueError(f"a group of fo.tie needs two paths or more, not {list(group)}")
-        twice = sorted({path for path in group if path in seen or group.count(path) > 1})
+        counts = collections.Counter(group)
+        twice = sorted(path for path in counts if path in seen or counts[path] > 1)
         if twice:
             raise ValueError(f"{listed(twice)} is in the groups of fo.tie more than once")
         seen.update(group)

@@ -14,6 +14,7 @@ from freeze_optax._cohorts import update_cohorts
 from freeze_optax._copies import copies_of, leaves_of, like
 from freeze_optax._cut import fill, is_whole, join
 from freeze_optax._extra import adapted
+from freeze_optax._inner import checked
 from freeze_optax._leaves import HOLE, Leaves, is_hole, is_placeholder
 from freeze_optax._moves import among
 from freeze_optax._patterns import listed
@@ -86,12 +87,7 @@ def freezable(
     Raises:
       TypeError: If `inner` is no transformation.
     """
-    if not hasattr(inner, "update"):
-        raise TypeError(
-            f"freezable takes the transformation first, not a {type(inner).__name__}: write "
-            "fo.freezable(inner, frozen)"
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = checked("freezable", inner)
     selector = as_selector(frozen)
 
     def init_fn(params: optax.Params) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._leaves import can_train, is_array, kind
+from freeze_optax._leaves import can_train, is_array, is_foreign, kind
 
 
 class Zeros:
@@ -58,6 +58,8 @@ def _update(leaf: Any) -> Any:
 
 
 def _full_like(leaf: Any, value: float) -> Any:
+    if is_foreign(leaf):
+        return np.full_like(leaf, complex(value, value) if leaf.dtype.kind == "c" else value)
     if jnp.iscomplexobj(leaf):
         return jnp.full_like(leaf, complex(value, value))
     return jnp.full_like(leaf, value)

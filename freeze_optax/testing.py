@@ -8,7 +8,7 @@ import numpy as np
 
 from freeze_optax._leaves import Leaves, is_array, is_hole
 from freeze_optax._moves import put, take
-from freeze_optax._patterns import odd_paths
+from freeze_optax._patterns import odd_paths, printable
 from freeze_optax._rows import Flag, Rows
 from freeze_optax._specs import Spec, resolve
 
@@ -52,7 +52,7 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
         raise AssertionError(f"the trees have different leaves; {odd}")
     rows = zip(old.paths, old.values, new.values, flags, strict=True)
     changes = [(path, _change_of(a, b, flag)) for path, a, b, flag in rows if flag]
-    changed = [f"  {path}: {change}" for path, change in changes if change]
+    changed = [f"  {printable(path)}: {change}" for path, change in changes if change]
     if changed:
         count = "1 frozen leaf is" if len(changed) == 1 else f"{len(changed)} frozen leaves are"
         raise AssertionError(f"{count} not bit-identical:\n" + "\n".join(changed))

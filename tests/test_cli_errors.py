@@ -79,7 +79,7 @@ WRONG = [
     ),
     (["summary", "/no/such/file"], "error: No such file or directory: /no/such/file"),
     (["summary", "/no/such/folder/"], "error: No such file or directory: /no/such/folder"),
-    (["summary", "/dev/null"], "error: /dev/null is neither a .safetensors nor an .npz file"),
+    (["summary", "/dev/null"], "error: /dev/null is no plain file; copy what it gives into one"),
     (["summary", "/no/such\nfile"], "No such file or directory"),
     (["summary", "*", "--un\nknown"], "unrecognized arguments"),
     (["summary", "*", "--frozen", "no\nleaf"], "selects no leaf"),
@@ -257,6 +257,47 @@ def test_names_do_not_command_the_terminal(tmp_path, capsys):
     file.write_bytes(msgpack.packb({"\x1b[31mred\x1b]0;title\x07": 0.5, "b\x08\r\x9b2J": 0.5}))
     printed = output(capsys, str(file))
     assert not [char for char in printed if not char.isprintable() and char != "\n"]
+
+
+# What moves the cursor, changes colours, deletes, or ends a line, to a terminal or to Python.
+COMMANDS = ["\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\x08", "\x7f", "\r", "\n", "\x85", "\u2028"]
+COMMANDS += ["\u202e", "\x00", "\x0b", "\x1c"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=ascii)
+def test_what_is_wrong_does_not_command_the_terminal(command, tmp_path, capsys):
+    file = tmp_path / "model"
+    about = {"dtype": f"{command}X", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"w": about}, ensure_ascii=False).encode()
+    array = msgpack.ExtType(1, msgpack.packb(([1], f"{command}X", bytes(4))))
+    safe = len(header).to_bytes(8, "little") + header + bytes(4)
+    for data in (safe, msgpack.packb({"w": array}), msgpack.packb({command: 1.0, "w": array})):
+        file.write_bytes(data)
+        assert error(capsys, "summary", str(file)).isprintable()
+    named = tmp_path / f"a{command.replace(chr(0), '')}b"
+    given = (["summary", str(named)], ["summary", str(named), "--frozen", command], [command])
+    for arguments in (*given, ["summary", str(file), "--depth", command]):
+        assert error(capsys, *arguments).isprintable()
+
+
+def test_a_long_message_is_cut_where_it_is_too_long(checkpoint, capsys):
+    line = error(capsys, "summary", checkpoint, "--frozen", "k" * 100_000)
+    assert line.startswith("freeze-optax summary: error: pattern 'kkkkkkkkkk")
+    assert line.endswith("k […]")
+    assert 600 < len(line) < 700
+    words = "word " * 100_000
+    line = error(capsys, "summary", checkpoint, "--frozen", words)
+    assert line.startswith("freeze-optax summary: error: pattern 'word word")
+    assert 600 < len(line) < 700
+
+
+def test_names_in_json_do_not_command_the_terminal(tmp_path, capsys):
+    file = tmp_path / "saved"
+    file.write_bytes(msgpack.packb({"a\x7fb": 0.5, "c\x1bd": 0.5}))
+    printed = output(capsys, str(file), "--json")
+    assert [char for char in printed if not char.isprintable() and char != "\n"] == []
+    paths = {row["path"] for row in json.loads(printed)["rows"]}
+    assert paths == {"a\x7fb", "c\x1bd"}
 
 
 def test_a_narrow_terminal_shows_names_and_numbers(checkpoint, capsys, monkeypatch):

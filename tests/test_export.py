@@ -1,8 +1,7 @@
-"""A state as plain arrays, through three checkpointers, and what is said of a damaged one."""
+"""A state as plain arrays, through three checkpointers."""
 
 import functools
 import io
-import json
 from typing import Any
 
 import flax.serialization
@@ -192,62 +191,6 @@ def test_an_export_of_another_transformation_names_the_state_of_both():
         fo.import_state(optax.adam(0.1), tree, exported)
 
 
-def damaged(change: Any) -> dict[str, Any]:
-    _, state = trained(transformation())
-    exported = fo.export_state(state)
-    about = json.loads(exported["about"].tobytes())
-    exported["leaves"] = {k: np.asarray(v) for k, v in exported["leaves"].items()}
-    changed = change(exported, about)
-    if changed is not None:
-        exported["about"] = np.frombuffer(json.dumps(changed).encode(), np.uint8)
-    return exported
-
-
-def cut(exported, _about):
-    exported["about"] = exported["about"][:-9]
-
-
-def missing_leaf(exported, _about):
-    del exported["leaves"]["000002"]
-
-
-def cut_leaf(exported, _about):
-    name = max(exported["leaves"], key=lambda n: exported["leaves"][n].size)
-    exported["leaves"][name] = exported["leaves"][name][:-1]
-
-
-def other_dtype(exported, _about):
-    exported["leaves"]["000002"] = exported["leaves"]["000002"].astype(np.float64)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (cut, "no export of fo.export_state, or damaged: its 'about' can't be read"),
-        (missing_leaf, "the export is damaged: '.+' is NoneType, not"),
-        (cut_leaf, r"the export is damaged: 'inner/.+' is \w+\[\d.*\], not \w+\[\d"),
-        (other_dtype, "the export is damaged: '.+' is float64"),
-        (lambda e, a: {**a, "format": "freeze_optax state, version 9"}, "version 9', not 'free"),
-        (lambda e, a: {**a, "cohorts": a["cohorts"][1:]}, "no export .* this version reads"),
-        (lambda e, a: {**a, "cohorts": [5] * len(a["cohorts"])}, "cohorts and frozen flags do not"),
-        (lambda e, a: {**a, "cohorts": [-1, 0, 1, 1, 1], "frozen": [False] * 5}, "do not agree"),
-        (lambda e, a: {**a, "leaves": a["leaves"][1:]}, "only in the state to be: 'inner/1/count'"),
-        (lambda e, a: {**a, "leaves": 3}, "no export of fo.export_state, or damaged"),
-        (lambda e, a: [], "no export of fo.export_state, or damaged"),
-    ],
-)
-def test_damage_is_an_error_that_says_where(change, match):
-    with pytest.raises(ValueError, match=match):
-        fo.import_state(transformation(), params(), damaged(change))
-
-
-def test_something_else_is_no_export():
-    with pytest.raises(ValueError, match=r"no export of fo\.export_state"):
-        fo.import_state(transformation(), params(), params())
-    with pytest.raises(TypeError, match=r"export_state was given a dict .* holds no FreezeState"):
-        fo.export_state(params())
-
-
 def test_two_leaves_that_share_a_path_keep_what_is_theirs():
     tree = {"a/b": jnp.ones(2), "a": {"b": jnp.full(2, 5.0, jnp.float32)}}
     tx = fo.freezable(optax.sgd(0.1, momentum=0.9))
@@ -267,3 +210,11 @@ def test_a_rate_set_by_hand_to_a_python_number_is_edited_and_stored():
     assert (rate.dtype, float(rate)) == (jnp.float32, 0.5)
     thawed = fo.thaw(state, tree, "a")
     assert optax.tree_utils.tree_get(thawed, "learning_rate") == 0.5
+
+
+def test_the_state_of_an_optimizer_that_cannot_be_edited_is_read():
+    tree = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = fo.freezable(optax.flatten(optax.adam(0.1)), "a")
+    tree, state = run(tx, tree, tx.init(tree), 2)
+    restored = fo.import_state(tx, tree, fo.export_state(state))
+    fo.testing.assert_frozen(state, restored, True)

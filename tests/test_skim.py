@@ -87,8 +87,8 @@ def test_text_bytes_and_none_are_no_parameters(size, tmp_path):
     assert read(flax.serialization.msgpack_serialize(tree), tmp_path) == expected
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 255, 256, 65536])
-def test_keys_of_any_length_areread(size, tmp_path):
+@pytest.mark.parametrize("size", [1, 31, 32, 255, 256, 10_000])
+def test_keys_of_any_length_up_to_the_limit_areread(size, tmp_path):
     assert list(read(flax.serialization.msgpack_serialize({"k" * size: 1.5}), tmp_path)) == [
         "k" * size
     ]

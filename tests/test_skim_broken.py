@@ -215,6 +215,68 @@ def test_chunks_that_make_up_no_array_are_an_error(tree, tmp_path):
             read(_pack(whole), tmp_path)
 
 
+def test_a_shape_of_many_numbers_is_not_multiplied(tmp_path):
+    sizes = [2**64 - 1] * 100_000
+    for axes in (65, 100_000):
+        whole = _pack({"w": _array(sizes[:axes], "float32", b"")})
+        shape = {str(i): size for i, size in enumerate(sizes[:axes])}
+        chunked = _pack({"w": {MARK: True, "shape": shape, "chunks": {"0": BYTES}}})
+        for data in (whole, chunked):
+            with pytest.raises(ValueError, match=f"an array of {axes:,} axes, over the limit of"):
+                read(data, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["(", ",", "f4(", "((1,)f4", "\x1b[31mX", "f4," * 33])
+def test_a_dtype_that_numpy_cannot_parse_is_an_error(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"nor one of flax\.serialization: (it holds|an array of)"):
+        read(_pack({"w": _array((1,), dtype, b"abcd")}), tmp_path)
+
+
+def test_a_dtype_of_many_fields_is_not_parsed(tmp_path):
+    data = _pack({"w": _array((1,), "i1," * 500_000, b"abcd")})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="whose dtype has a name of 1,500,000 bytes"):
+        read(data, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def _below(key, levels, leaves):
+    tree: Any = {str(i): 1.0 for i in range(leaves)}
+    for _ in range(levels):
+        tree = {key: tree}
+    return msgpack.packb(tree)
+
+
+SHARED = {
+    "a long key": (_below("k" * 100_000, 1, 3_000), "the path 'kkkkk.*… has 100,000 characters"),
+    "long keys": (_below("k" * 600, 20, 3_000), "the path 'kkkkk.*… has 10,216 characters"),
+    "a key up to the limit": (_below("k" * 9_990, 1, 30_000), "its names would take over"),
+    "many levels": (_below("a", 1_000, 30_000), "its names would take over"),
+    "many numbers": (msgpack.packb([1] * 400_000), "its names would take over 140,000,500 bytes"),
+}
+
+
+@pytest.mark.parametrize(("data", "said"), SHARED.values(), ids=SHARED)
+def test_paths_that_take_far_more_memory_than_the_file_are_an_error(data, said, tmp_path):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"nor one of flax\.serialization: {said}"):
+        read(data, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000_000 + 100 * len(data)
+
+
+def test_in_a_larger_file_there_is_room_for_more_names(tmp_path):
+    names = _below("k" * 3_000, 1, 20_000)
+    with pytest.raises(ValueError, match=r"its names would take over 1[0-9,]{10} bytes of memory"):
+        read(names, tmp_path)
+    array = _pack(np.ones(1_000_000, np.int8))
+    larger = b"\x82\xa1a" + names + b"\xa1w" + array
+    assert len(read(larger, tmp_path)) == 20_001
+
+
 CRAFTED = {
     "an extension that Flax has not": _pack({"w": msgpack.ExtType(42, b"abc")}),
     "an array cut inside": _pack({"w": msgpack.ExtType(ARRAY, b"\x93\x91\x02")}),
