@@ -17,6 +17,8 @@ from freeze_optax._tracers import holds_tracers
 
 T = TypeVar("T")
 
+_MOST_LAYOUTS = 8
+
 DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
@@ -69,6 +71,9 @@ class Origin:
                     "follow phases; make a Variable of each array"
                 )
             self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
+            # Rows may be drawn anew at each edit, and their layouts never be asked for again.
+            for old in list(self._layouts)[:-_MOST_LAYOUTS]:
+                del self._layouts[old]
         return self._layouts[cut]
 
     def _cut_skeleton(self, cut: Cut | None) -> Any:

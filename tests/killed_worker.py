@@ -1,0 +1,145 @@
+"""The lives of the runs in tests/killed_runs.py: forks, killed at a place that they told of.
+
+python killed_worker.py COURSE KILLS DIRECTORY
+"""
+
+import functools
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.killed_runs import COURSES, plan_of
+
+
+def live(course: str, folder: pathlib.Path, tell: Callable[[str], None]) -> None:
+    """One life of a run: from its last checkpoint to its end."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module="orbax|flax")
+    life = COURSES[course](folder, tell).train()
+    plan = plan_of(life.state)
+    parts = plan.cut and [(leaf, rows and rows.mask.tolist()) for leaf, rows in plan.cut.parts]
+    pairs = jax.tree.leaves_with_path((life.params, life.state))
+    bits = {
+        jax.tree_util.keystr(path): [str(x.dtype), x.shape, np.asarray(x).tobytes().hex()]
+        for path, x in pairs
+    }
+    own = [life.step, plan.paths, plan.frozen, plan.cohorts, plan.schedule, parts]
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps({"plan": own, "bits": bits}))
+    tell("finished")
+
+
+def tell(pipe: int, place: str) -> None:
+    os.write(pipe, f"{place}\n".encode())
+
+
+class Child:
+    """A life in a process of its own, and the places that it has come to."""
+
+    def __init__(self, course: str, folder: pathlib.Path):
+        # Before any backend of JAX starts here: its threads do not live through a fork.
+        self.pipe, told = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                live(course, folder, functools.partial(tell, told))
+                code = 0
+            except BaseException:  # noqa: BLE001
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(told)
+        self.text = b""
+
+    def hear(self) -> bool:
+        """Waits for the next places; False when there will be none."""
+        heard = os.read(self.pipe, 4096)
+        self.text += heard
+        return bool(heard)
+
+    def places(self) -> list[str]:
+        return self.text.decode().splitlines()
+
+    def end(self) -> int:
+        """What the process ended with, once all is heard that it told."""
+        while self.hear():
+            pass
+        os.close(self.pipe)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+# The place, how often it is passed, and the seconds after it at most.
+FIRST = [("start", 1, 0.1), ("stepping", 1, 0.05), ("writing", 1, 0), ("stepping", 2, 0.0)]
+ANY = [
+    *[("start", 1, 0.2)],
+    *[("writing", n, delay) for n in (2, 3) for delay in (0.0, 0.001, 0.003)],
+    *[("written", n, delay) for n in (2, 3) for delay in (0.0, 0.001)],
+    *[("stepping", n, delay) for n in (5, 7) for delay in (0.0, 0.002)],
+    *[("editing", n, delay) for n in (1, 2) for delay in (0.0, 0.005, 0.01)],
+]
+
+
+def killed(course: str, folder: pathlib.Path, aim: tuple[str, int, float]) -> dict[str, Any]:
+    """One life that is killed; where that was, and what it left."""
+    place, times, delay = aim
+    child = Child(course, folder)
+    while child.places().count(place) < times and child.hear():
+        pass
+    time.sleep(delay)
+    os.kill(child.pid, signal.SIGKILL)
+    code, places = child.end(), child.places()
+    if code == 1:
+        raise RuntimeError(f"a life of {course!r} failed by itself, after {places[-5:]}")
+    resumed = [json.loads(place[8:]) for place in places if place.startswith("resumed ")]
+    return {
+        "aim": aim,
+        "place": places[-1].split()[0] if places else "before",
+        "was_cut": code == -signal.SIGKILL and places[-1:] != ["finished"],
+        "resumed": resumed[0] if resumed else None,
+        "left_half": any("tmp" in path.name for path in folder.iterdir()),
+    }
+
+
+def whole(course: str, folder: pathlib.Path) -> None:
+    """One life that nobody kills."""
+    code = Child(course, folder).end()
+    if code:
+        raise RuntimeError(f"a life of {course!r} ended with {code}")
+
+
+def main(course: str, kills: int, folder: pathlib.Path) -> None:
+    # So that a life does not begin by compiling: all that it runs, the whole run has run.
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    whole(course, folder / "whole")
+    # And once what a restart runs.
+    (folder / "whole").rename(folder / "started again")
+    whole(course, folder / "started again")
+    # Nor by writing there: what a kill cuts would be read by the next life.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    numbers = random.Random(course)
+    possible = [aim for aim in ANY if COURSES[course].is_edited or aim[0] != "editing"]
+    aims = [*FIRST, *numbers.choices(possible, k=kills - len(FIRST) - 1), ("finished", 1, 0.0)]
+    lives = []
+    for place, times, most in aims:
+        lives.append(killed(course, folder / "killed", (place, times, numbers.uniform(0, most))))
+    whole(course, folder / "killed")
+    (folder / "lives.json").write_text(json.dumps(lives))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]))
