@@ -163,15 +163,22 @@ def _decoded_leaves(entries: list[dict[str, Any]], given: Any, template: Leaves)
     return [decode(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)]
 
 
-def _widened(leaf: Any, dtype: str) -> Any:
+_WIDE = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
+
+
+def _widened(leaf: Any, name: str) -> Any:
     """The leaf in a wider float, as gradients in one make it of what `init` gave."""
-    try:
-        wider = jnp.dtype(dtype)
-        is_wider = jnp.promote_types(leaf.dtype, wider) == wider != leaf.dtype
-    except TypeError:
+    # What the export says is looked up: NumPy would parse it, as code where it has commas.
+    if name not in _WIDE or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
-    is_float = jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.issubdtype(wider, jnp.inexact)
-    return jax.ShapeDtypeStruct(leaf.shape, wider) if is_float and is_wider else leaf
+    # Where jax is without 64 bits this is another, and there can be no such leaf.
+    wider = jax.dtypes.canonicalize_dtype(name)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            is_wider = jnp.promote_types(leaf.dtype, wider) == wider != leaf.dtype
+    except ValueError:  # to jax floats of eight bits widen to nothing
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, wider) if is_wider else leaf
 
 
 def _note(entry: Mapping[str, Any]) -> tuple[Any, ...]:

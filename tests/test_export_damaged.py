@@ -196,6 +196,36 @@ def test_which_numbers_are_keys_is_told_by_the_transformation_alone(impl):
                     fo.import_state(tx, tree, crafted)
 
 
+DTYPES = [",", "f4,f4", "(", "f4(", "object", "V4", "S4", "U1", "M8[s]", "a4", "", "i1," * 9_999]
+DTYPES += ["<f4", ">f4", "f", "float", "float32 ", "longdouble", "float16", "int8", "float64"]
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_a_dtype_is_not_parsed(promotion):
+    for of in ("float32", "float8_e4m3fn"):
+        tree, tx = {"w": jnp.ones(2, of)}, fo.freezable(optax.trace(0.9))
+        exported = fo.export_state(tx.init(tree))
+        about = _about(exported)
+        for name in DTYPES:
+            entries = [{**about["leaves"][0], "dtype": name}]
+            crafted = {**exported, "about": _packed({**about, "leaves": entries})}
+            with (
+                jax.numpy_dtype_promotion(promotion),
+                pytest.raises(ValueError, match=r"the export is .*'inner/trace/w' is \(\[2\]"),
+            ):
+                fo.import_state(tx, tree, crafted)
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_a_statistic_that_gradients_have_widened_stays_so(promotion):
+    tree, tx = {"w": jnp.ones(2, jnp.bfloat16)}, fo.freezable(optax.trace(0.9))
+    _, state = tx.update({"w": jnp.full(2, 1 / 3, jnp.float32)}, tx.init(tree), tree)
+    exported = fo.export_state(state)
+    with jax.numpy_dtype_promotion(promotion):
+        restored = fo.import_state(tx, tree, exported)
+    fo.testing.assert_frozen(state, restored, True)
+
+
 def test_what_trained_must_be_trainable_still():
     floats = {"n": jnp.ones(2), "w": jnp.ones(2)}
     tx = fo.freezable(optax.sgd(0.1))
