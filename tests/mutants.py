@@ -83,7 +83,7 @@ def _parses(text: str) -> bool:
 def run_suite() -> None:
     """Runs all tests once, and notes which of them run each line and how long they take."""
     log = BUILD / "suite.log"
-    settings = BUILD / "coverage.ini"
+    settings = BUILD / "settings.ini"  # coverage erases what begins like its data
     settings.write_text(f"[run]\nsource = {PACKAGE}\ndata_file = {BUILD / 'coverage'}\n")
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-vv", "--cov"]
     options = [f"--cov-config={settings}", "--cov-context=test", "--cov-report=", "--durations=0"]
