@@ -173,7 +173,8 @@ def only_state(verb: str, tree: Any) -> FreezeState:
     if isinstance(tree, optax.GradientTransformation):
         raise TypeError(
             f"{verb} takes an optimizer state, not a transformation; to choose what a new "
-            f"state freezes write fo.freezable(inner, frozen), for one that there is fo.{call}"
+            "state freezes write fo.freezable(inner, frozen), for one that there is fo."
+            + call.replace("(state", "(opt_state")
         )
     states = states_in(tree)
     if not states:

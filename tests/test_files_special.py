@@ -31,7 +31,8 @@ for checkpoint in sys.argv[1:]:
     with contextlib.suppress(SystemExit):
         main(["summary", checkpoint])
     print(checkpoint, "is done", flush=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not `ru_maxrss`, which begins with the memory of the process that this one was forked from.
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 500
-KILLS = {"phases": 50, "by hand": 50, "orbax": 12, "scheduled": 15}
+KILLS = {"phases": 50, "by hand": 25, "orbax": 12, "scheduled": 15}
 
 
 def run(course: str, folder: pathlib.Path) -> list[dict[str, Any]]:

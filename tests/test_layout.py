@@ -148,8 +148,8 @@ def test_the_names_of_params_confuse_nothing(names):
     for path, owner in zip(layout.paths, layout.owners, strict=True):
         found.setdefault(owner, []).append(path)
     # jax sorts the keys of a dict.
-    ordered = sorted(names)
-    expected = {i: [f"0/mu/{n}", f"0/nu/{n}"] for i, n in enumerate(ordered)}
+    written = [name or "''" for name in sorted(names)]
+    expected = {i: [f"0/mu/{n}", f"0/nu/{n}"] for i, n in enumerate(written)}
     assert found == expected | {COUNTER: ["0/count"], CLOCK: ["1/count"]}
 
 

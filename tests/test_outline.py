@@ -240,7 +240,7 @@ def test_two_leaves_of_one_path_have_one_row_of_both():
 def test_an_empty_key_has_a_row_like_any_other():
     params = {"": array(3), "b": array(2)}
     rows = fo.summary(params, depth=1).rows
-    assert [(row.path, row.total) for row in rows] == [("", 3), ("b", 2)]
+    assert [(row.path, row.total) for row in rows] == [("''", 3), ("b", 2)]
 
 
 SPECIAL = ["layer[{}]", "a{{{}}}", "*{}", "?{}", "**{}", "[x]{}", "{{{}", "]{}", "a,{}"]
