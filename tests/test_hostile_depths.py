@@ -296,6 +296,8 @@ TOO_DEEP = {
 
 @pytest.mark.parametrize("name", TOO_DEEP)
 def test_a_tree_too_deep_for_jax_is_said_to_be_and_nothing_crashes(name):
+    if raised_in_a_thread(TOO_DEEP["jax"]) is None:
+        pytest.skip("this jax has no limit that is near")
     error = raised_in_a_thread(TOO_DEEP[name])
     # Without a function for its leaves, jax wraps the error of Python in one of its own.
     errors = [error, getattr(error, "__cause__", None)]
