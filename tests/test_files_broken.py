@@ -22,6 +22,13 @@ FORMATS = {
 EACH = pytest.mark.parametrize(("data", "leaves_of"), FORMATS.values(), ids=FORMATS)
 
 
+def restores_numbers_for_keys() -> bool:
+    try:
+        return flax.serialization.msgpack_restore(b"\x81\x01\x02") == {1: 2}
+    except ValueError:
+        return False
+
+
 @EACH
 def test_a_whole_file_is_told_of_as_it_is(data, leaves_of, tmp_path, capsys):
     file = tmp_path / "whole"
@@ -42,6 +49,8 @@ def test_a_file_cut_at_any_byte_is_one_line(data, leaves_of, tmp_path, capsys):
 def test_a_file_without_any_one_of_its_bytes_is_one_line_or_its_numbers(
     data, leaves_of, tmp_path, capsys
 ):
+    if leaves_of is in_msgpack and not restores_numbers_for_keys():
+        pytest.skip("this Flax refuses keys that are numbers, as a lost byte makes them")
     cut = (data[:i] + data[i + 1 :] for i in range(len(data)))
     assert odd_files(capsys, tmp_path / "cut", cut, leaves_of) == []
 
