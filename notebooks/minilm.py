@@ -509,7 +509,7 @@ before = cost(gradual, slice(HALF))
 
 # %%
 gradual.opt_state = fo.thaw(gradual.opt_state, gradual.params, LOWER)
-fo.summary(gradual.params, gradual.opt_state, optimizer=optax.adamw(1e-4))
+fo.summary(gradual.params, gradual.opt_state)
 
 # %%
 train(range(HALF, STEPS))
