@@ -7,7 +7,7 @@ import optax
 
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
-from freeze_optax._edit import abstract_init, editable_state, in_order, init_leaves, replace_state
+from freeze_optax._edit import abstract_init, editable_state, init_leaves, replace_state
 from freeze_optax._inner import checked
 from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
 from freeze_optax._leaves import HOLE, can_train, kind, replaced, value_of
@@ -133,7 +133,7 @@ def _with_rows(fresh: Any, rows: Rows, x: Any, path: str) -> Any:
 def _numbers(plan: Plan, params: Any) -> list[bool]:
     """For which leaves a plain optimizer keeps state: integers too, but init fails on the rest."""
     leaves = leaves_of(params)
-    return in_order(plan, leaves, [kind(leaf) != "other" for leaf in leaves.values])
+    return plan.in_own_order(leaves, [kind(leaf) != "other" for leaf in leaves.values])
 
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:

@@ -45,8 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _line(message: str) -> str:
     """A message in one line that can't command a terminal: names in it may hold anything."""
-    words = " ".join(message.split())[: _LONGEST + 1]
-    line = printable(words)
+    line = printable(" ".join(message.split())[: _LONGEST + 1])
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} […]"
 
 

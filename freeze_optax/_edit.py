@@ -1,7 +1,7 @@
 """Freezing and thawing mid-training."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from freeze_optax._leaves import (
     HOLE,
     Leaves,
     can_train,
-    check_unique,
     is_foreign,
     kind,
     replaced,
@@ -25,7 +24,7 @@ from freeze_optax._recut import recut
 from freeze_optax._rows import Flag, either, minus
 from freeze_optax._specs import Spec, as_selector, resolve
 from freeze_optax._state import FreezeState, states_in
-from freeze_optax._ties import TIED, check_group, check_ties
+from freeze_optax._ties import TIED, Group, check_group, check_ties
 
 _FRESH = 1 << 30
 """Where the counters of newly made state come from: after all cohorts there are."""
@@ -66,7 +65,7 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = in_order(plan, leaves, as_selector(where).flags(leaves))
+        selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
         return list(map(either, plan.mask, selected))
 
     return _edit("freeze", state, params, target, keep_state)
@@ -107,8 +106,8 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = in_order(plan, leaves, as_selector(where).flags(leaves))
-        trainable = in_order(plan, leaves, [can_train(leaf) for leaf in leaves.values])
+        selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
+        trainable = plan.in_own_order(leaves, [can_train(leaf) for leaf in leaves.values])
         rows = zip(plan.mask, selected, trainable, strict=True)
         return [minus(frozen, a) if b else frozen for frozen, a, b in rows]
 
@@ -145,42 +144,24 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        return in_order(plan, leaves, resolve(frozen, leaves))
+        return plan.in_own_order(leaves, resolve(frozen, leaves))
 
     return _edit("set_frozen", state, params, target, keep_state)
 
 
-def in_order(plan: Plan, leaves: Leaves, values: Sequence[Any]) -> list[Any]:
-    """Values for `leaves` in the order of the plan, whose containers may order them otherwise."""
-    if plan.knows(leaves):
-        return list(values)
-    check_unique(plan.paths, "params")
-    if leaves.paths == plan.paths:
-        return list(values)
-    by_path = dict(zip(leaves.paths, values, strict=True))
-    return [by_path[path] for path in plan.paths]
-
-
-_CALLS = {
-    "export_state": "export_state(state)",
-    "import_state": "import_state(tx, params, exported)",
-}
-
-
 def only_state(verb: str, tree: Any) -> FreezeState:
     """The one `FreezeState` in a tree."""
-    call = _CALLS.get(verb, f"{verb}(state, params, ...)")
     if isinstance(tree, optax.GradientTransformation):
         raise TypeError(
             f"{verb} takes an optimizer state, not a transformation; to choose what a new "
             "state freezes write fo.freezable(inner, frozen), for one that there is fo."
-            + call.replace("(state", "(opt_state")
+            + _call(verb, "opt_state")
         )
     states = states_in(tree)
     if not states:
         raise TypeError(
             f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
-            f"the order is {call}, and the state one of fo.freezable"
+            f"the order is {_call(verb, 'state')}, and the state one of fo.freezable"
         )
     if len(states) > 1:
         raise ValueError(
@@ -188,6 +169,11 @@ def only_state(verb: str, tree: Any) -> FreezeState:
             "tell which is meant; edit one of them and put it in its place"
         )
     return states[0]
+
+
+def _call(verb: str, state: str) -> str:
+    arguments = {"export_state": state, "import_state": "tx, params, exported"}
+    return f"{verb}({arguments.get(verb, f'{state}, params, ...')})"
 
 
 def editable_state(verb: str, tree: Any) -> FreezeState:
@@ -222,7 +208,7 @@ def _edit(
     mask = tuple(target(state.plan, leaves))
     if mask == state.plan.mask:
         return tree
-    check_mask(state.plan, leaves, mask)
+    check_mask(state.plan, leaves, mask, state.plan.layout.ties)
 
     def abstract(plan: Plan, wanted: list[bool]) -> Any:
         return abstract_init(lambda params: init_leaves(plan, params, wanted), params)
@@ -267,11 +253,11 @@ def move(
     return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
 
 
-def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag]) -> None:
-    """Raises where leaves that are tied, by a buffer or by `tie`, would part."""
+def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:
+    """Raises where leaves that share a buffer, or are of one of the groups, would part."""
     by_path = dict(zip(plan.paths, mask, strict=True))
     check_ties(leaves, plan.in_order_of(leaves, mask, "params"))
-    for group in plan.layout.ties:
+    for group in groups:
         check_group([(path, by_path[path]) for path in group], TIED)
 
 
@@ -297,7 +283,7 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
     for i, containers in enumerate(copies_of(plan.origin.skeleton)):
         given = Leaves(copies[min(i, len(copies) - 1)])
         leaves = Leaves(containers)
-        leaves.values = in_order(plan, given, given.values)
+        leaves.values = plan.in_own_order(given, given.values)
         rebuilt.append(plan.part(leaves, [not flag for flag in wanted]))
     return plan.origin.init(like(plan.origin.skeleton, rebuilt))
 

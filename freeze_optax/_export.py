@@ -1,6 +1,6 @@
 """A state as plain arrays that any checkpointer stores, and back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
 from freeze_optax._edit import (
     abstract_init,
-    in_order,
+    check_mask,
     init_leaves,
     only_state,
     replace_state,
@@ -34,7 +34,7 @@ from freeze_optax._rows import Rows, flag_of
 from freeze_optax._specs import Spec
 from freeze_optax._state import FreezeState
 from freeze_optax._storage import decode, encode, noted, pack, unpack
-from freeze_optax._ties import TIED, Group, check_group, check_ties, noted_ties
+from freeze_optax._ties import noted_ties
 from freeze_optax._transform import ignoring_specs
 
 
@@ -138,7 +138,9 @@ def import_state(
     tree = replace_state(tree, _place(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, params, frozen)
-    _check_tied(only_state("import_state", tree).plan, params, groups)
+    plan, leaves = only_state("import_state", tree).plan, leaves_of(params)
+    for flags in [flags for _, flags in plan.schedule] or [plan.frozen]:
+        check_mask(plan, leaves, plan.mask_of(flags), groups)
     return tree
 
 
@@ -184,17 +186,6 @@ def _widened(leaf: Any, name: str) -> Any:
 def _note(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     key = entry.get("key")
     return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
-
-
-def _check_tied(plan: Plan, params: Any, groups: Sequence[Group]) -> None:
-    """Raises where leaves that are tied would part, in some phase if there are any."""
-    leaves = leaves_of(params)
-    for frozen in [flags for _, flags in plan.schedule] or [plan.frozen]:
-        mask = plan.mask_of(frozen)
-        check_ties(leaves, mask)
-        by_path = dict(zip(plan.paths, mask, strict=True))
-        for group in groups:
-            check_group([(path, by_path[path]) for path in group], TIED)
 
 
 def _encoded(rows: Rows | None) -> Any:
@@ -320,8 +311,8 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
     """
     leaves = leaves_of(params)
     boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
-    boxes = in_order(
-        state.plan, leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
+    boxes = state.plan.in_own_order(
+        leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
     )
     if not any(is_variable(box) or _is_sharded(box) for box in boxes):
         return state  # of a transformation, it may be, that mixes the leaves

@@ -22,8 +22,8 @@ def adapted(
 
     Args:
       extra: What `update` was given.
-      is_like_params: Tells a tree like the params.
-      tree: What becomes of an argument that is no function, by name.
+      is_like_params: Tells a tree like the params. All that follow are asked of such alone.
+      tree: What becomes of an argument, by name.
       argument: What becomes of an argument that the inner transformation passes to a function.
       result: What becomes of what a function gives.
     """
@@ -33,11 +33,16 @@ def adapted(
         for name, own in inner.items():
             if own is value:
                 return extra[name]
-        return argument(value)
+        return argument(value) if is_like_params(value) else value
+
+    def returned(value: Any) -> Any:
+        return result(value) if is_like_params(value) else value
 
     for name, value in extra.items():
-        is_function = callable(value) and not is_like_params(value)
-        inner[name] = _wrapped(value, given, result) if is_function else tree(name, value)
+        if is_like_params(value):
+            inner[name] = tree(name, value)
+        else:
+            inner[name] = _wrapped(value, given, returned) if callable(value) else value
     return inner
 
 

@@ -98,8 +98,11 @@ def _files(checkpoint: Path) -> list[Path]:
     """The files that have the names in them."""
     if not checkpoint.is_dir():
         return [checkpoint]
-    shards = sorted(checkpoint.glob("*.safetensors"))
-    return shards or [*checkpoint.glob("_METADATA"), *checkpoint.glob("*/_METADATA")]
+    return _shards(checkpoint) or [*checkpoint.glob("_METADATA"), *checkpoint.glob("*/_METADATA")]
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _plain_size(file: Path) -> int:
@@ -131,9 +134,9 @@ def _of_file(file: Path) -> _Named:
 
 
 def _of_folder(folder: Path) -> _Named:
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return (pair for file in files for pair in _safetensors(file))
+    shards = _shards(folder)
+    if shards:
+        return (pair for file in shards for pair in _safetensors(file))
     return _orbax(folder)
 
 
@@ -160,12 +163,12 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Any]]:
 def _npz(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+            members, size = archive.infolist(), file.stat().st_size
             others = [member.filename for member in members if member.filename[-4:] != ".npy"]
             if others:
                 raise ValueError(f"it holds {listed(others, 3)}; PyTorch files are such archives")
             for member in members:
-                _check_claim(member, file.stat().st_size)
+                _check_claim(member, size)
                 with archive.open(member) as opened:
                     yield member.filename[:-4], _npy(opened, member.file_size)
     except OSError:
@@ -242,8 +245,7 @@ def _orbax(folder: Path) -> Iterator[tuple[str, Any]]:
         if not file.is_dir():
             _plain_size(file)
     try:
-        # It is declared to take a path of another library, and does with what pathlib has; but
-        # from where one is it finds nothing.
+        # Declared as a path of another library; one of pathlib does, but no relative one.
         item: Any = items[0].resolve()
         tree = checkpoint.PyTreeCheckpointHandler().metadata(item)
         leaves = Leaves(getattr(tree, "tree", tree))  # older versions give the tree itself

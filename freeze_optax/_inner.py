@@ -12,8 +12,6 @@ def checked(verb: str, inner: Any) -> optax.GradientTransformationExtraArgs:
       verb: The function that it was given to.
       inner: What was given.
     """
-    if isinstance(inner, optax.GradientTransformation):
-        return optax.with_extra_args_support(inner)
     if isinstance(inner, type) or not (
         callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))
     ):

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -171,14 +172,12 @@ def check_unique(paths: Sequence[str], what: str) -> None:
       paths: Those of leaves that are to be found by path, in a tree of other containers.
       what: What to call that tree.
     """
-    seen = set[str]()
-    for path in paths if len(set(paths)) < len(paths) else ():
-        if path in seen:
-            raise ValueError(
-                f"two leaves go by the path {path!r}, so the {what}, whose containers are others, "
-                "can't tell them apart; use the same containers, or another key than one with `/`"
-            )
-        seen.add(path)
+    path, count = max(Counter(paths).items(), key=operator.itemgetter(1), default=("", 0))
+    if count > 1:
+        raise ValueError(
+            f"two leaves go by the path {path!r}, so the {what}, whose containers are others, "
+            "can't tell them apart; use the same containers, or another key than one with `/`"
+        )
 
 
 class Leaves:

@@ -62,8 +62,6 @@ def memories(
       TypeError: If the optimizer is none.
       ValueError: If there are several `freezable`s in it, or the state is not one of it.
     """
-    while type(frozen) is list and len(frozen) == 1:
-        (frozen,) = frozen
     state, leaves = planned(frozen), leaves_of(params)
     steps = [schedule.step for schedule in schedules_of(frozen)] if state else []
     if optimizer is None:

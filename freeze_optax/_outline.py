@@ -4,10 +4,10 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from freeze_optax._patterns import MOST_ALTERNATIVES, expand_braces, natural
+from freeze_optax._patterns import MOST_ALTERNATIVES, MOST_DIGITS, expand_braces, natural
 from freeze_optax._tally import Tally
 
-_NUMBERED = re.compile(r"(.*?)(\d{1,100})(\D*)", re.DOTALL)
+_NUMBERED = re.compile(rf"(.*?)(\d{{1,{MOST_DIGITS}}})(\D*)", re.DOTALL)
 _SPECIAL = re.compile(r"[*?\[\]{}]")
 
 
@@ -91,11 +91,10 @@ def outline(entries: Iterable[Entry], folded: bool) -> Node:
       The root.
     """
     # No recursion anywhere here: a tree may be deeper than Python's stack.
-    nodes, entries = {"": Node("")}, list(entries)
+    nodes = {"": Node("")}
     for entry in entries:
         node, path = nodes[""], ""
-        is_root = not entry.path and len(entries) == 1
-        for component in () if is_root else entry.path.split("/"):
+        for component in entry.path.split("/") if entry.path else ():
             path = f"{path}/{component}"
             if path not in nodes:
                 nodes[path] = Node(component)

@@ -10,7 +10,7 @@ from freeze_optax._leaves import ancestors
 
 MOST_ALTERNATIVES = 10_000
 _MOST_CANDIDATES = 20_000
-_MOST_DIGITS = 100
+MOST_DIGITS = 100
 _MOST_NESTED = 200
 
 
@@ -77,13 +77,13 @@ def _alternatives(inside: str) -> list[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if numbers:
         first, last = numbers.groups()
+        longest = max(len(first), len(last))
+        if longest > MOST_DIGITS or abs(int(last) - int(first)) >= MOST_ALTERNATIVES:
+            raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
+        low, high = int(first), int(last)
         # As in a shell, a leading zero asks for that width: {08..11} is 08 09 10 11.
         padded = any(text != "0" and text.startswith("0") for text in (first, last))
-        width = max(len(first), len(last)) if padded else 0
-        is_long = max(len(first), len(last)) > _MOST_DIGITS
-        low, high = (0, 0) if is_long else (int(first), int(last))
-        if is_long or abs(high - low) >= MOST_ALTERNATIVES:
-            raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
+        width = longest if padded else 0
         return [f"{n:0{width}d}" for n in range(low, high + 1) or range(low, high - 1, -1)]
     parts, depth, start, position = [], 0, 0, 0
     while position < len(inside):

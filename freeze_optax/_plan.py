@@ -17,7 +17,8 @@ from freeze_optax._tracers import holds_tracers
 
 T = TypeVar("T")
 
-_MOST_LAYOUTS = 8
+_MOST_KEPT = 8
+"""How many layouts an origin remembers, and how many structures."""
 
 DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
@@ -25,6 +26,11 @@ DROPPED = -1
 
 def _structure(tree: Any) -> Any:
     return jax.tree.structure(tree, is_leaf=is_hole)
+
+
+def _reordered(paths: Sequence[str], values: Sequence[T], wanted: Sequence[str]) -> list[T]:
+    by_path = dict(zip(paths, values, strict=True))
+    return [by_path[path] for path in wanted]
 
 
 class Origin:
@@ -72,7 +78,7 @@ class Origin:
                 )
             self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
             # Rows may be drawn anew at each edit, and their layouts never be asked for again.
-            for old in list(self._layouts)[:-_MOST_LAYOUTS]:
+            for old in list(self._layouts)[:-_MOST_KEPT]:
                 del self._layouts[old]
         return self._layouts[cut]
 
@@ -88,7 +94,9 @@ class Origin:
         So a training loop compares texts once. Some only: where a static field of the params
         changes at each step, so does the structure.
         """
-        self.treedefs = [*self.treedefs[:1], *self.treedefs[1:][-6:], treedef]
+        treedefs = [*self.treedefs, treedef]
+        del treedefs[1 : 1 - _MOST_KEPT]
+        self.treedefs = treedefs  # at once, as another thread may be going through them
 
     def renew(self, inner: Any, params: Any, leaves: Leaves) -> None:
         """Takes what unpickling has lost from the transformation that updates the state.
@@ -291,12 +299,18 @@ class Plan:
             self.origin.note(leaves.treedef)
             return values
         if sorted(leaves.paths) == sorted(self.paths):
-            by_path = dict(zip(self.paths, values, strict=True))
-            return [by_path[path] for path in leaves.paths]
+            return _reordered(self.paths, values, leaves.paths)
         raise ValueError(
             f"the {role} and the optimizer state are of different params: "
             + odd_paths(leaves.paths, self.paths, f"in the {role}", "in the state")
         )
+
+    def in_own_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
+        """Values for `leaves`, which are of the same params, in the order of the plan."""
+        if self.knows(leaves):
+            return list(values)
+        check_unique(self.paths, "params")
+        return _reordered(leaves.paths, values, self.paths)
 
     def knows(self, leaves: Leaves) -> bool:
         """Whether a tree has a structure that is known to be that of the params."""
@@ -321,8 +335,7 @@ class Plan:
         with_none = self._fit_none(tree)
         if with_none is not None:
             return with_none
-        self.flags(leaves, role)
-        if leaves.paths != self.paths:
+        if tuple(self.in_order_of(leaves, self.paths, role)) != self.paths:
             raise ValueError(
                 f"the {role} has the leaves of the optimizer state in another order: {role} has "
                 f"{listed(leaves.paths)}, the state {listed(self.paths)}"

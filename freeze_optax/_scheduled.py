@@ -82,7 +82,7 @@ def scheduled(
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
         for mask in flags:
-            check_mask(plan, leaves, mask)
+            check_mask(plan, leaves, mask, plan.layout.ties)
         inner_state = inner.init(plan.live_params(params, leaves))
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.layout.places(inner_state))

@@ -75,7 +75,7 @@ class _Found:
         # A module in a table may have arrays that are no params: the statistics of BatchNorm.
         return bool(inside) and (self._table is None or not any(map(is_array, inside)))
 
-    def fields_of(self, path: str, module: Any, missing: str) -> str:
+    def has_instead(self, path: str, module: Any, missing: str) -> str:
         """A clause for an error: the fields that a module has in place of one it has not."""
         start = len(path) + 1 if path else 0
         below = [p[start:] for p in self._paths if p.startswith(path and path + "/")]
@@ -133,7 +133,7 @@ class _OfType(Selector):
                 path, node = of_type[0]
                 raise ValueError(
                     f"{self!r}: no such module has a field {field!r}; {path!r}, a "
-                    f"{type(node).__name__}, {found.fields_of(path, node, field)}"
+                    f"{type(node).__name__}, {found.has_instead(path, node, field)}"
                 )
         nodes = [path for path, _ in of_type]
         if self._fields:
@@ -216,7 +216,7 @@ class _ByModule(Selector):
             if field is None:
                 raise ValueError(
                     f"the function of {self!r} named the field {name!r} at {path!r}, but this "
-                    f"{type(module).__name__} {found.fields_of(path, module, name)}"
+                    f"{type(module).__name__} {found.has_instead(path, module, name)}"
                 )
         return [field for field in fields.values() if field is not None]
 
@@ -286,7 +286,7 @@ class _Declared(Selector):
             if (cls, field) not in present:
                 raise ValueError(
                     f"{cls.__name__}.frozen_fields names {field!r}, but no module has it: {path!r} "
-                    f"{found.fields_of(path, module, field)}"
+                    f"{found.has_instead(path, module, field)}"
                 )
         return found.below(nodes)
 

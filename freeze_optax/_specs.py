@@ -199,6 +199,8 @@ def as_selector(spec: Spec) -> Selector:
 
 def planned(spec: Spec) -> FreezeState | None:
     """The optimizer state that a spec is, or holds as the one thing that it says; None if none."""
+    while type(spec) is list and len(spec) == 1:
+        (spec,) = spec
     selector = as_selector(spec)
     return states_in(spec)[0] if isinstance(selector, _Planned) else None
 

@@ -148,7 +148,7 @@ class Summary(Counts):
         Returns:
           A table, and below it the lines that the printed one ends with.
         """
-        header = ["", *self._columns()]
+        header = ["", *self._columns]
         cells = [[_named(row), *self._cells(row)] for row in self.rows]
         rule = ["---", "---", *["---:"] * (len(header) - 2)]
         table = ["| " + " | ".join(row) + " |" for row in [header, rule, *cells]]
@@ -176,9 +176,6 @@ class Summary(Counts):
         return draw(self._root, self._depth, self.headline, ax)
 
     @functools.cached_property
-    def _width(self) -> int:
-        return len(self._columns())
-
     def _columns(self) -> list[str]:
         state = [] if all(row.state_bytes is None for row in self.rows) else ["optimizer state"]
         return ["", "parameters", "bytes", *state]
@@ -186,7 +183,7 @@ class Summary(Counts):
     def _cells(self, row: Row) -> list[str]:
         size = decimal(row.trainable_bytes + row.frozen_bytes)
         state = "" if row.state_bytes is None else decimal(row.state_bytes)
-        return [row.status, f"{row.total:,}", size, state][: self._width]
+        return [row.status, f"{row.total:,}", size, state][: len(self._columns)]
 
     def _notes(self) -> list[str]:
         parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
@@ -201,7 +198,7 @@ class Summary(Counts):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column(overflow="fold")
-        for i, name in enumerate(self._columns()):
+        for i, name in enumerate(self._columns):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for row, line in zip(self.rows, self._lines, strict=True):
             name = Text("  " * max(line.level, 0) + _name(line))
@@ -231,7 +228,7 @@ class Summary(Counts):
         Returns:
           The text, without a line break at its end.
         """
-        cells = [self._columns(), *map(self._cells, self.rows)]
+        cells = [self._columns, *map(self._cells, self.rows)]
         widths = [max(map(len, column)) + _PADDING for column in zip(*cells, strict=True)]
         console.width = max(console.width, _LEAST_NAME + sum(widths), len(self.headline))
         with console.capture() as capture:

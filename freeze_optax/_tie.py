@@ -3,7 +3,7 @@
 import collections
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -135,17 +135,11 @@ def _for_inner(extra: dict[str, Any], tied: _Tied, structure: Any) -> dict[str, 
         own = Leaves(value, stop=is_whole).treedef
         return own == structure and not jax.tree_util.treedef_is_leaf(own)
 
-    def where_like_params(function: Callable[[Any], Any], value: Any) -> Any:
-        return function(value) if is_like_params(value) else value
-
     def tree(name: str, value: Any) -> Any:
         # A line search takes the slope along the shared leaf from the gradient.
-        return where_like_params(tied.sum if name == "grad" else tied.drop, value)
+        return tied.sum(value) if name == "grad" else tied.drop(value)
 
-    spread = functools.partial(where_like_params, tied.spread)
-    return adapted(
-        extra, is_like_params, tree, spread, functools.partial(where_like_params, tied.sum)
-    )
+    return adapted(extra, is_like_params, tree, tied.spread, tied.sum)
 
 
 def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:

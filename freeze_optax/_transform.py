@@ -114,8 +114,9 @@ def freezable(
         whole = [plan.fit(copy, "params") for copy in copies_of(params)]
         live_grads = plan.live_part(grads)
         live_params = like(params, [plan.live_part(copy) for copy in whole])
-        plan.origin.renew(inner, *((params, whole[0]) if whole else (updates, grads)))
-        own = _for_inner(extra, plan, grads, whole)
+        known = whole[0] if whole else grads
+        plan.origin.renew(inner, params if whole else updates, known)
+        own = _for_inner(extra, plan, known, has_params=bool(whole))
 
         def run(inner_state: Any) -> tuple[Any, Any]:
             return inner.update(live_grads, inner_state, live_params, **own)
@@ -197,10 +198,16 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
 
 
 def _for_inner(
-    extra: dict[str, Any], plan: Plan, grads: Leaves, params: list[Leaves]
+    extra: dict[str, Any], plan: Plan, known: Leaves, has_params: bool
 ) -> dict[str, Any]:
-    """Extra arguments as `inner` should see them: without the frozen leaves."""
-    known = params[0] if params else grads
+    """Extra arguments as `inner` should see them: without the frozen leaves.
+
+    Args:
+      extra: What `update` was given.
+      plan: What is frozen.
+      known: The params, or the gradients where there are none.
+      has_params: Which of the two.
+    """
 
     def is_like_params(value: Any) -> bool:
         leaves = Leaves(value, stop=is_whole)
@@ -213,19 +220,18 @@ def _for_inner(
         return all(map(_may_stand_for, leaves.values, known.values, plan.mask))
 
     def drop(value: Any) -> Any:
-        return plan.live_part(Leaves(value), numbers=True) if is_like_params(value) else value
+        return plan.live_part(Leaves(value), numbers=True)
 
     def whole(value: Any) -> Any:
         leaves = Leaves(value, stop=is_whole)
-        is_full = plan.cut is None and not any(map(is_hole, leaves.values))
-        if is_full or not is_like_params(value):
+        if plan.cut is None and not any(map(is_hole, leaves.values)):
             return value
-        if not params:
+        if not has_params:
             raise ValueError(
                 "a function needs whole params, but update was not given any; call "
                 "update(gradients, state, params, ...)"
             )
-        triples = zip(leaves.values, params[0].values, plan.mask, strict=True)
+        triples = zip(leaves.values, known.values, plan.mask, strict=True)
         return leaves.rebuild(
             fill(p, ~flag, x) if isinstance(flag, Rows) else p if is_hole(x) else join(x)
             for x, p, flag in triples

@@ -45,15 +45,17 @@ def imported(file: Path) -> set[str]:
 
 def fitting() -> list[str]:
     """The test files that can run here; with an extra, those that could not without it."""
-    of_extra = set(BRINGS.get(EXTRA, ()))
+    files = {file: imported(file) for file in sorted(HERE.glob("test_*.py"))}
+    del files[HERE / "test_readme.py"]  # which is about the checkout
     return [
         str(file)
-        for file in sorted(HERE.glob("test_*.py"))
-        if file.name != "test_readme.py"  # which is about the checkout
-        if all(has(name) for name in imported(file))
-        if not EXTRA
-        or of_extra & {n for name in imported(file) for n in (name, name.split(".")[0])}
+        for file, names in files.items()
+        if all(map(has, names)) and (not EXTRA or any(map(_is_of_extra, names)))
     ]
+
+
+def _is_of_extra(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in BRINGS[EXTRA])
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

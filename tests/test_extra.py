@@ -30,6 +30,16 @@ TRANSFORMATIONS = {
 }
 
 
+def recording(seen):
+    """A transformation that notes the extra argument `tree` of its updates."""
+
+    def update(updates, state, params=None, *, tree):
+        seen.append(tree)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_a_function_gets_a_batch_with_the_keys_of_the_params_as_it_came(tx, batch):
@@ -50,13 +60,7 @@ def test_a_function_gets_a_batch_with_the_keys_of_the_params_as_it_came(tx, batc
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_a_tree_like_the_params_loses_its_frozen_leaves_and_a_batch_with_their_keys_none(batch):
     seen = []
-
-    def update(updates, state, params=None, *, tree):
-        seen.append(tree)
-        return updates, state
-
-    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    tx = fo.freezable(inner, "x")
+    tx = fo.freezable(recording(seen), "x")
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, tree=batch)
     is_like = jnp.shape(batch["x"]) in ((), (2,))
     expected = {"x": optax.MaskedNode(), "y": batch["y"]} if is_like else batch
@@ -91,12 +95,6 @@ def test_callables_of_every_kind_are_handed_whole_params(make):
 def test_params_that_are_callable_are_a_tree_of_params():
     params = eqx.nn.Linear(2, 2, key=jax.random.key(0))
     seen = []
-
-    def update(updates, state, params=None, *, tree):
-        seen.append(tree)
-        return updates, state
-
-    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    tx = fo.freezable(inner, "bias")
+    tx = fo.freezable(recording(seen), "bias")
     tx.update(params, tx.init(params), params, tree=params)
     assert jax.tree.structure(seen[0]) == jax.tree.structure(fo.partition(params, "bias")[0])
