@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,13 @@ def test_freezing_a_leaf_does_not_excuse_updates_of_another_tree():
 def test_a_spec_that_does_not_fit_is_an_error_before_anything_is_added():
     with pytest.raises(ValueError, match=r"'encodr' selects no leaf; the tree has"):
         fo.apply_updates(PARAMS, LOUD, "encodr")
+
+
+def test_an_update_of_other_rows_is_an_error_that_says_how_many_train():
+    params, frozen = {"w": jnp.ones((4, 2))}, fo.rows("w", [0])
+    message = (
+        "the update of 'w' is of shape (2, 2), but the leaf of (4, 2), of which 3 of 4 rows train; "
+        "give an update of all rows or of these"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fo.apply_updates(params, {"w": jnp.ones((2, 2))}, frozen)

@@ -112,7 +112,10 @@ def test_it_is_a_nested_dict_of_strings_and_plain_arrays():
 
 @pytest.mark.parametrize(
     "dtype",
-    ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4", "uint4", "int2", "bool"],
+    [
+        *("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+        *("int8", "int4", "uint4", "int2", "bool"),
+    ],
 )
 def test_every_dtype_survives(dtype):
     values = jnp.array([0, 1, 1, 0, 1]).astype(dtype)

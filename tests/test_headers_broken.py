@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_optax._headers import read_headers
+from freeze_optax._headers import _check_claim, read_headers
 from tests.checkpoints import (
     F4,
     FEW,
@@ -297,3 +297,30 @@ def test_arrays_of_gigabytes_in_safetensors_are_passed_over(tmp_path):
         opened.write(header)
         opened.truncate(len(header) + 4 * elements)
     assert read_headers(file) == only_w((elements,), F4)
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio"), [(zipfile.ZIP_STORED, 1), (zipfile.ZIP_DEFLATED, 1_032)]
+)
+def test_a_member_may_claim_what_its_compression_can_make_of_it_and_no_byte_more(method, ratio):
+    member = zipfile.ZipInfo("w.npy")
+    member.compress_type, member.compress_size, member.file_size = method, 10, 10 * ratio
+    _check_claim(member, 10)
+    member.file_size += 1
+    message = rf"'w\.npy' is said to have {member.file_size:,} bytes, which 10 in the file can't be"
+    with pytest.raises(ValueError, match=message):
+        _check_claim(member, 10)
+    member.compress_size += 1  # of which the file, too, is said to have more than it has
+    with pytest.raises(ValueError, match=message):
+        _check_claim(member, 10)
+
+
+def test_a_length_of_eight_bytes_is_read_whole(tmp_path):
+    whole = tensor("F32", [1], 4)
+    assert whole[8:9] == b"{"
+    with pytest.raises(ValueError, match=r"is neither a \.safetensors nor"):
+        read(whole[:7] + b"\1" + whole[8:], tmp_path)
+
+
+def test_as_many_axes_as_an_array_may_have_are_read(tmp_path):
+    assert read(tensor("F32", [1] * 64, 4), tmp_path) == only_w((1,) * 64, F4)

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_optax._patterns import ancestors, compile_glob, expand_braces, listed, nearest, some
+from freeze_optax._patterns import (
+    ancestors,
+    compile_glob,
+    expand_braces,
+    listed,
+    nearest,
+    printable,
+    some,
+)
 
 ENCODER = [
     "encoder/layer_0/kernel",
@@ -303,6 +311,7 @@ def test_nearest_gives_no_more_than_asked_for():
 def test_listed_counts_the_names_it_leaves_out():
     assert listed(["a"]) == "'a'"
     assert listed("abc", 2) == "'a', 'b' and 1 more"
+    assert listed("abc", 3) == "'a', 'b', 'c'"
     assert listed(map(str, range(2005))) == "'0', '1', '2', '3', '4' and 2,000 more"
 
 
@@ -335,3 +344,8 @@ def test_stars_for_components_at_the_end_are_the_node_and_all_below_it_and_nothi
 )
 def test_some_clauses_are_shown_and_the_others_counted(clauses, shown):
     assert some(clauses) == shown
+
+
+def test_printable_writes_out_what_commands_a_terminal_and_nothing_else():
+    assert printable("layer_0/kernel \N{LATIN SMALL LETTER E WITH ACUTE}中") == "layer_0/kernel é中"
+    assert printable("a\x1b[2Jb\nc\x00\u202e") == r"a\x1b[2Jb\nc\x00\u202e"

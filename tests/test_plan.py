@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
+from freeze_optax._leaves import Leaves
 
 PARAMS = {"a": jnp.ones(2), "embed": jnp.ones((5, 2)), "z": jnp.ones((7, 2))}
 
@@ -42,6 +43,15 @@ def test_params_whose_static_field_changes_at_each_step_are_known_without_end():
         kept.append(len(state.plan.origin.treedefs))
     assert max(kept) < 10
     assert kept[20:] == kept[19:-1]
+
+
+def test_a_container_that_was_seen_once_is_known_until_seven_others_have_been():
+    state = fo.freezable(optax.sgd(0.1)).init(Counted(jnp.ones(2), 0))
+    seen = [Leaves(Counted(jnp.ones(2), step)) for step in range(20)]
+    for i, leaves in enumerate(seen):
+        state.plan.flags(leaves, "params")
+        known = [j for j in range(20) if state.plan.knows(seen[j])]
+        assert known == [0, *range(max(1, i - 6), i + 1)]
 
 
 def unpickled(tx):

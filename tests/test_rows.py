@@ -395,3 +395,9 @@ def test_whole_goes_back_in_every_dtype(dtype):
 
     expected = (2 * np.asarray(x).astype("complex64"))[[1, 2, 5]]
     np.testing.assert_array_equal(jax.grad(total)(take(x, rows)).astype("complex64"), expected)
+
+
+def test_a_scalar_has_no_rows_to_fit():
+    rows = _rows.flag_of(np.array([True, False]))
+    assert not rows.fits(np.float32(1), partitioned=False)
+    assert not rows.fits(np.float32(1), partitioned=True)

@@ -1,5 +1,6 @@
 """The repr of an optimizer state: what is frozen, and no arrays."""
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_a_leaf_that_is_frozen_in_part_is_not_said_to_be_frozen_whole():
     text = repr(init(ADAM, ("a", fo.rows("e", [0, 1]))))
     assert text.startswith("FreezeState(frozen=1 of 4 leaves")
     assert "in part" in text
+
+
+def test_of_many_leaves_that_are_frozen_in_part_three_are_named():
+    tree = {f"layer_{i}": jnp.ones(2) for i in range(5)}
+    text = repr(fo.freezable(ADAM, fo.rows("*", [0])).init(tree))
+    in_part = "in part: ['layer_0', 'layer_1', 'layer_2' and 2 more]"
+    assert text == f"FreezeState(frozen=0 of 5 leaves, {in_part}, {INNER})"
+
+
+def test_a_state_can_not_be_written_to():
+    state = init(ADAM, "a")
+    for name in ("inner", "ages", "plan"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(state, name, None)
 
 
 def test_everything_frozen_is_said_too():

@@ -380,3 +380,9 @@ def test_equal_plans_have_equal_summaries():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     assert fo.summary(params, "a") == fo.summary(params, {"a": True, "b": False})
     assert fo.summary(params, "a") != fo.summary(params, "b")
+
+
+def test_summaries_that_show_the_same_are_equal_however_they_were_asked_for():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    assert fo.summary(params, "a", depth=1) == fo.summary(params, "a", depth=2)
+    assert fo.summary(params, "a", depth=1) == fo.summary(params, "a")

@@ -55,3 +55,22 @@ def test_functions_that_refer_to_themselves_end():
         return recursive
 
     assert not holds_tracers(recursive)
+
+
+def test_a_name_that_is_not_bound_yet_holds_none_and_hides_none():
+    def make(x):
+        def function():
+            return bound, after
+
+        def looked():
+            return holds_tracers(function)
+
+        bound = x
+        found = looked()
+        after = 0
+        return found, after
+
+    found = []
+    jax.eval_shape(lambda x: found.append(make(x)), jnp.ones(()))
+    assert found == [(True, 0)]
+    assert make(0.1) == (False, 0)
