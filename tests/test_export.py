@@ -221,3 +221,14 @@ def test_the_state_of_an_optimizer_that_cannot_be_edited_is_read():
     tree, state = run(tx, tree, tx.init(tree), 2)
     restored = fo.import_state(tx, tree, fo.export_state(state))
     fo.testing.assert_frozen(state, restored, True)
+
+
+def test_arrays_from_another_device_come_to_where_the_params_are():
+    tx, tree = transformation(), params()
+    _, state = run(tx, tree, tx.init(tree), 1)
+    exported = fo.export_state(state)
+    elsewhere = {**exported, "leaves": jax.device_put(exported["leaves"], jax.devices()[3])}
+    restored = fo.import_state(tx, tree, elsewhere)
+    fo.testing.assert_frozen(state, restored, True)
+    expected, found = run(tx, tree, state, 1), run(tx, tree, restored, 1)
+    fo.testing.assert_frozen(expected, found, True)

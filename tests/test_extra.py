@@ -98,3 +98,13 @@ def test_params_that_are_callable_are_a_tree_of_params():
     tx = fo.freezable(recording(seen), "bias")
     tx.update(params, tx.init(params), params, tree=params)
     assert jax.tree.structure(seen[0]) == jax.tree.structure(fo.partition(params, "bias")[0])
+
+
+def test_of_params_that_are_one_array_an_argument_with_their_rows_is_like_them():
+    params, seen = jnp.arange(4.0), []
+    tx = fo.freezable(recording(seen), fo.rows(True, [0, 2]))
+    for given in (params, jnp.ones(3), 2.0):
+        tx.update(params, tx.init(params), params, tree=given)
+    np.testing.assert_array_equal(jax.tree.leaves(seen[0])[0], [1.0, 3.0])
+    np.testing.assert_array_equal(seen[1], np.ones(3))
+    assert seen[2] == 2.0

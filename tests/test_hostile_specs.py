@@ -68,6 +68,10 @@ NO_SPECS: dict[str, tuple[Any, str]] = {
     "summary": (fo.summary(PARAMS), IS_NO_SPEC.format("Summary")),
     "plan": (STATE.plan, IS_NO_SPEC.format("Plan")),
     "params": (PARAMS, r"the mask at 'encoder/bias' is ArrayImpl\(2,\), not a bool"),
+    "rows of bools": (
+        {"encoder": True, "head": np.ones((2, 3), bool)},
+        r"the mask at 'head' is ndarray\(2, 3\), not a bool",
+    ),
     "numbers": ({"encoder": 0, "head": 1}, "the mask at 'encoder' is int, not a bool"),
     "words": ({"encoder": "yes", "head": True}, r"'encoder' is str.*write fo\.labelled\("),
     "labels": (fo.labels("head", PARAMS), r"'encoder/bias' is str.*write fo\.labelled\("),

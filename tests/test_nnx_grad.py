@@ -319,3 +319,13 @@ def test_an_optimizer_of_another_model_is_an_error_that_names_the_odd_paths():
     for frozen in (optimizer, optimizer.opt_state):
         with pytest.raises(ValueError, match=r"different params: .*'a/bias'"):
             fnnx.grad(loss, frozen)(Net())
+
+
+def test_the_gradient_keeps_the_name_of_the_function():
+    def loss(model, x):
+        """Says what it is."""
+        return model(x).sum()
+
+    for wrap in (fnnx.grad, fnnx.value_and_grad):
+        wrapped = wrap(loss, fo.nothing)
+        assert (wrapped.__name__, wrapped.__doc__) == ("loss", "Says what it is.")

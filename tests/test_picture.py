@@ -11,6 +11,9 @@ import matplotlib as mpl
 import pytest
 
 import freeze_optax as fo
+from freeze_optax._outline import Line, Node
+from freeze_optax._picture import _label
+from freeze_optax._tally import Tally
 
 mpl.use("Agg")
 
@@ -355,3 +358,10 @@ def test_a_summary_needs_no_matplotlib(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert fo.summary(transformer(), "embed").to_dict()["frozen"] == 500 * 64
+
+
+def test_a_label_has_the_number_if_both_fit_and_is_cut_if_the_name_does_not():
+    line = Line(0, Node("head"), Tally(total=9))
+    texts = {room: _label(line, room) for room in (0, 1, 2, 3, 4, 6, 7, 99)}
+    cut = {0: "h…", 1: "h…", 2: "h…", 3: "he…"}
+    assert texts == {**cut, 4: "head", 6: "head", 7: "head  9", 99: "head  9"}
