@@ -224,7 +224,7 @@ def test_the_state_of_an_optimizer_that_cannot_be_edited_is_read():
 
 
 def test_arrays_from_another_device_come_to_where_the_params_are():
-    tx, tree = transformation(), params()
+    tx, tree = transformation(), jax.device_put(params(), jax.devices()[0])
     _, state = run(tx, tree, tx.init(tree), 1)
     exported = fo.export_state(state)
     elsewhere = {**exported, "leaves": jax.device_put(exported["leaves"], jax.devices()[3])}
