@@ -269,7 +269,7 @@ def _can_be(plan: Plan) -> bool:
         return len(cohorts) < 2
     # Parts have cohorts of their own where their counters differ, or stand still.
     alike = {(cohort, frozen) for cohort, _, frozen in kept}
-    return len(alike) == len(cohorts) and len({part[:2] for part in kept}) == len(kept)
+    return len(alike) == len(cohorts) and len(set(kept)) == len(kept)
 
 
 def _check_trainable(plan: Plan, leaves: list[Any]) -> None:
