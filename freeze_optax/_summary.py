@@ -29,11 +29,11 @@ from freeze_optax._ties import aliases, check_ties
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 
-# For notebooks, where a page may be white or black: green, yellow and cyan to be read on both. The
-# other colours of a terminal, and those of the page, are in no summary.
-_UNUSED = (0, 0, 0)
-_ANSI = [*[_UNUSED] * 2, (30, 140, 70), (170, 115, 0), *[_UNUSED] * 2, (20, 140, 150), _UNUSED]
-_THEME = TerminalTheme(_UNUSED, _UNUSED, _ANSI)
+# For notebooks, where a page may be white or black: green, yellow and cyan to be read on both. No
+# other of the eight is in a summary. What is dim is half-way between the page and its text.
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_ANSI = [*[_BLACK] * 2, (30, 140, 70), (170, 115, 0), *[_BLACK] * 2, (20, 140, 150), _BLACK]
+_THEME = TerminalTheme(_WHITE, _BLACK, _ANSI)
 _HTML = '<pre style="line-height: normal; white-space: pre; overflow-x: auto">{code}</pre>'
 _HTML_WIDTH = 100
 _LEAST_NAME, _LONGEST, _PADDING = 20, 40, 3

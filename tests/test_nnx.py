@@ -1,5 +1,6 @@
 """NNX: the modules of a model, filters of what trains, and gradients that skip what does not."""
 
+import re
 from typing import Any
 
 import jax
@@ -274,3 +275,12 @@ def test_the_functions_for_models_want_a_model():
     for call in (lambda: fnnx.wrt(state, "head"), lambda: fnnx.grad(loss, "head")(state)):
         with pytest.raises(TypeError, match="an NNX module is needed here, not a State"):
             call()
+
+
+def test_rows_of_a_variable_are_no_filter():
+    message = (
+        "NNX takes a Variable as a whole, but of 'backbone/kernel' 2 of 3 rows are frozen; give an "
+        "optimizer of fo.freezable, with wrt=nnx.Param, that spec"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fnnx.wrt(Net(), fo.path("head") | fo.rows("*/kernel", [0, 2]))

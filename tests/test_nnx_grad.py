@@ -329,3 +329,16 @@ def test_the_gradient_keeps_the_name_of_the_function():
     for wrap in (fnnx.grad, fnnx.value_and_grad):
         wrapped = wrap(loss, fo.nothing)
         assert (wrapped.__name__, wrapped.__doc__) == ("loss", "Says what it is.")
+
+
+@pytest.mark.parametrize("where", [[0, 2], slice(0, 2)], ids=["scattered", "block"])
+def test_the_gradient_of_a_variable_is_that_of_nnx_where_it_trains_and_zero_in_frozen_rows(where):
+    frozen = fo.path("head") | fo.rows("backbone/kernel", where)
+    value, grads = fnnx.value_and_grad(loss, frozen)(Net())
+    expected_value, expected = hand_gradient(Net(), "head")
+    assert value == expected_value
+    kernel = np.array(expected["backbone"]["kernel"][...])
+    assert kernel.all()
+    kernel[where] = 0.0
+    expected["backbone"]["kernel"] = expected["backbone"]["kernel"].replace(jnp.asarray(kernel))
+    assert_gradient(grads, expected, Net())
