@@ -170,3 +170,15 @@ def test_the_step_of_nnx_is_set_by_hand():
     other.step[...] = optimizer.step[...]
     steps(model, other, 1)
     assert jnp.array_equal(other.step[...], 4)
+
+
+@pytest.mark.parametrize(
+    "where", ["head", fo.rows("backbone/kernel", [0, 2])], ids=["leaf", "rows"]
+)
+def test_statistics_of_variables_come_back_in_variables(where):
+    params = nnx.state(Net(), nnx.Param)
+    tx = fo.freezable(ADAM, where)
+    for state in (tx.init(params), fo.thaw(tx.init(params), params, "head")):
+        restored = fo.import_state(tx, params, fo.export_state(state))
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        fo.testing.assert_frozen(state, restored, True)
