@@ -108,3 +108,15 @@ def test_of_params_that_are_one_array_an_argument_with_their_rows_is_like_them()
     np.testing.assert_array_equal(jax.tree.leaves(seen[0])[0], [1.0, 3.0])
     np.testing.assert_array_equal(seen[1], np.ones(3))
     assert seen[2] == 2.0
+
+
+@pytest.mark.parametrize("frozen", ["x", fo.rows("x", [0])], ids=["leaf", "rows"])
+@pytest.mark.parametrize("shapes", [((4, 3), (4, 2)), ((4, 2), (4, 3)), ((4, 2), (7, 2))])
+def test_a_tree_that_is_of_another_shape_in_one_axis_is_none_like_the_params(frozen, shapes):
+    params, seen = {"x": jnp.ones((4, 2)), "y": jnp.ones((4, 2))}, []
+    given = dict(zip(params, map(jnp.ones, shapes), strict=True))
+    tx = fo.freezable(recording(seen), frozen)
+    tx.update(params, tx.init(params), params, tree=given)
+    assert seen[0] is given
+    tx.update(params, tx.init(params), params, tree=params)
+    assert seen[1] is not params

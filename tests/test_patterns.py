@@ -349,3 +349,9 @@ def test_some_clauses_are_shown_and_the_others_counted(clauses, shown):
 def test_printable_writes_out_what_commands_a_terminal_and_nothing_else():
     assert printable("layer_0/kernel \N{LATIN SMALL LETTER E WITH ACUTE}中") == "layer_0/kernel é中"
     assert printable("a\x1b[2Jb\nc\x00\u202e") == r"a\x1b[2Jb\nc\x00\u202e"
+
+
+def test_braces_are_nested_200_deep_and_no_deeper():
+    assert expand_braces("{" * 200 + "a" + "}" * 200) == ["a"]
+    with pytest.raises(ValueError, match="braces are nested more than 200 deep"):
+        expand_braces("{" * 201 + "a" + "}" * 201)

@@ -401,3 +401,10 @@ def test_a_scalar_has_no_rows_to_fit():
     rows = _rows.flag_of(np.array([True, False]))
     assert not rows.fits(np.float32(1), partitioned=False)
     assert not rows.fits(np.float32(1), partitioned=True)
+
+
+def test_a_leaf_without_rows_fits_none():
+    rows = _rows.flag_of(np.array([True, False, False]))
+    fitting = [n for n in range(6) if rows.fits(np.ones((n, 2)), partitioned=False)]
+    assert fitting == [3]
+    assert [n for n in range(6) if rows.fits(np.ones((n, 2)), partitioned=True)] == [2, 3]
