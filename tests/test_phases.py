@@ -113,7 +113,7 @@ def test_a_step_that_is_traced_or_no_integer_is_an_error_that_names_scheduled(as
     ("specs", "error", "message"),
     [
         ({}, ValueError, r"needs a phase; .*Phases\(\{0: fo\.nothing\}\)"),
-        ({-5: "a", 0: "b"}, ValueError, r"a phase begins at step -5; steps count from 0"),
+        ({-1: "a", 0: "b"}, ValueError, r"a phase begins at step -1; steps count from 0"),
         ({0: "a", 2.5: "b"}, TypeError, r"a step is an integer .*not 2\.5"),
         ({"0": "a"}, TypeError, r"a step is an integer .*not '0'"),
     ],

@@ -302,3 +302,8 @@ def test_two_leaves_of_one_path_are_an_error(tmp_path):
     for tree in collisions:
         with pytest.raises(ValueError, match=r"two arrays at 'a/b'|the key '0' twice"):
             read(_pack(tree), tmp_path)
+
+
+def test_an_error_says_at_which_byte(tmp_path):
+    with pytest.raises(ValueError, match="byte 3 is 0xc1, which MessagePack has not"):
+        read(CRAFTED["a byte that MessagePack has not"], tmp_path)
