@@ -38,7 +38,8 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.report
 
-# Which changes to the package no test notices; hours on two cores, less with COUNT or ONLY.
+# Which changes to the package no test notices: hours on two cores, less with COUNT or ONLY. Stopped,
+# it goes on where it was; to look anew, remove build/mutants.
 mutants: $(VENV)/.mutants
 	$(BIN)/python -m tests.mutants $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
 

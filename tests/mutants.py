@@ -1,8 +1,8 @@
 """Which changes to the package no test notices: `make mutants`.
 
-cosmic-ray makes the mutants. Of the tests that run a mutated line, as coverage tells them, the
-shortest run first, in a fork of a process that has imported all but the package: seconds for each
-mutant. Mutants are taken in an order drawn once, so the first hundreds are a fair sample.
+cosmic-ray makes the mutants. Those tests run that run the mutated line, as coverage tells them, in
+processes that have all tests collected, so that most mutants take less than a second. They are
+taken in an order drawn once: the first hundreds are a fair sample.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,13 @@ from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
+from tests.mutants_worker import AGAIN
+
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "mutants"
 PACKAGE = "freeze_optax"
+HANGING_S = 150
+"""After how long a mutant is killed with its process, where that can't be interrupted."""
 OPERATORS = [
     *("AddNot", "ReplaceUnaryOperator_Delete_Not", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue"),
     *("ReplaceOrWithAnd", "ReplaceAndWithOr", "ZeroIterationForLoop", "RemoveDecorator"),
@@ -45,9 +51,10 @@ OPERATORS = [
 def mutants(only: str) -> list[dict[str, Any]]:
     """The mutants of the files whose name has `only` in it, in their drawn order."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted((ROOT / PACKAGE).glob(f"*{only}*.py")):
+    for path in sorted(path for path in (ROOT / PACKAGE).glob("*.py") if only in path.name):
         source = path.read_text()
-        skipped = list(_without_effect(source))
+        tree = ast.parse(source)
+        skipped = list(_without_effect(tree))
         for name in OPERATORS:
             operator = get_operator(f"core/{name}")()
             nodes = ast_nodes(get_ast_from_path(path))
@@ -57,16 +64,44 @@ def mutants(only: str) -> list[dict[str, Any]]:
                     continue
                 text = mutate_code(source, operator, occurrence)
                 if text and _parses(text) and text != source:
-                    mutant = {"file": path.name, "operator": name, "lines": (start[0], end[0])}
+                    near = [list(range(start[0], end[0] + 1)), *_around(tree, start[0])]
+                    mutant = {"file": path.name, "operator": name, "near": near}
                     found.setdefault((path.name, text), {**mutant, "text": text})
     drawn = list(found.values())
     random.Random(0).shuffle(drawn)
     return drawn
 
 
-def _without_effect(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+def _around(tree: ast.Module, line: int) -> Iterator[list[int]]:
+    """The lines of the statements around one, the innermost first; last, those that use its name.
+
+    Of functions the body alone, as the rest runs at import.
+    """
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and _first(node) <= line <= _last(node)
+    ]
+    for node in reversed(around):
+        first = node.body[0] if isinstance(node, ast.FunctionDef) else node
+        yield list(range(first.lineno, _last(node) + 1))
+    targets = getattr(around[0], "targets", [getattr(around[0], "target", None)]) if around else []
+    nodes = [node for target in targets if target for node in ast.walk(target)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    yield [x.lineno for x in ast.walk(tree) if isinstance(x, ast.Name) and x.id in names]
+
+
+def _first(node: ast.stmt) -> int:
+    return min(x.lineno for x in (node, *getattr(node, "decorator_list", ())))
+
+
+def _last(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _without_effect(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """Where a change is none: annotations, and `strict` of a zip of what is of one length."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, ast.keyword) and node.arg == "strict":
             parts.append(node.value)
@@ -91,17 +126,19 @@ def run_suite() -> None:
         subprocess.run([*command, *options], cwd=ROOT, stdout=file, check=True)
     data = coverage.CoverageData(str(BUILD / "coverage"))
     data.read()
-    lines: dict[str, dict[int, list[str]]] = {}
+    tests: dict[str, int] = {}  # by number, as each runs thousands of lines
+    lines: dict[str, dict[int, list[int]]] = {}
     for file in data.measured_files():
         contexts = data.contexts_by_lineno(file).items()
         lines[Path(file).name] = {
-            line: sorted({name.rsplit("|", 1)[0] for name in names if name})
+            line: sorted({tests.setdefault(x.rsplit("|", 1)[0], len(tests)) for x in names if x})
             for line, names in contexts
         }
     seconds: dict[str, float] = collections.defaultdict(float)
     for found in re.finditer(r"^([\d.]+)s (?:call|setup) +(\S.*)$", log.read_text(), re.MULTILINE):
         seconds[found[2]] += float(found[1])
-    (BUILD / "suite.json").write_text(json.dumps({"lines": lines, "seconds": seconds}))
+    suite = {"tests": list(tests), "lines": lines, "seconds": seconds}
+    (BUILD / "suite.json").write_text(json.dumps(suite))
 
 
 def report(count: int) -> None:
@@ -115,39 +152,63 @@ def report(count: int) -> None:
             mutant = drawn[result["n"]]
             before = (ROOT / PACKAGE / mutant["file"]).read_text().splitlines()
             change = difflib.unified_diff(before, mutant["text"].splitlines(), lineterm="", n=0)
-            print(f"{mutant['file']}:{mutant['lines'][0]}  {result['outcome']}")
+            print(f"{mutant['file']}:{mutant['near'][0][0]}  {result['outcome']}")
             print(*(f"    {line}" for line in list(change)[3:]), sep="\n")
-    done = outcomes["killed"] + outcomes["timeout"]
+    done = outcomes["killed"]
     print(f"{done} of {len(results)} mutants killed ({100 * done / max(len(results), 1):.1f} %)")
     print(f"{dict(outcomes)}, of {len(drawn)} drawn")
 
 
 def prepare(only: str) -> None:
-    """Draws the mutants, runs the suite unchanged if that was not done, and forgets all results."""
+    """Draws the mutants, and runs the suite unchanged if that was not done.
+
+    Results of the same mutants are kept: a run that was stopped goes on.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "mutants.json").write_text(json.dumps(mutants(only)))
-    for results in BUILD.glob("results-*.jsonl"):
-        results.unlink()
+    drawn, file = json.dumps(mutants(only)), BUILD / "mutants.json"
+    if not file.exists() or file.read_text() != drawn:
+        file.write_text(drawn)
+        for results in BUILD.glob("results-*.jsonl"):
+            results.unlink()
     if not (BUILD / "suite.json").exists():
         run_suite()
 
 
 def run(workers: int, count: int) -> None:
     """Runs the mutants in copies of the checkout, one for each worker."""
-    running: list[subprocess.Popen[bytes]] = []
-    for worker in range(workers):
-        copy = BUILD / f"copy-{worker}"
-        shutil.rmtree(copy, ignore_errors=True)
-        ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
-        shutil.copytree(ROOT, copy, ignore=ignored)
-        # Bytecode goes by time and size: a mutant made in the same second can be taken for another.
-        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        environment["JAX_PLATFORMS"] = "cpu"  # as the tests have it, who say so too late here
-        share = [str(BUILD), str(worker), str(workers), str(count)]
-        command = [sys.executable, "-m", "tests.mutants_worker", *share]
-        running.append(subprocess.Popen(command, cwd=copy, env=environment))
-    for process in running:
-        process.wait()
+    running = {worker: _started(worker, workers, count) for worker in range(workers)}
+    while running:
+        time.sleep(0.1)
+        for worker, process in list(running.items()):
+            started = BUILD / f"started-{worker}"
+            if process.poll() is None:
+                if time.time() - started.stat().st_mtime < HANGING_S:
+                    continue
+                os.killpg(process.pid, signal.SIGKILL)
+                with (BUILD / f"results-{worker}.jsonl").open("a") as file:
+                    killed = {"n": int(started.read_text()), "outcome": "killed", "by": "(hangs)"}
+                    print(json.dumps(killed), file=file)
+            if process.wait() in (AGAIN, -signal.SIGKILL):
+                running[worker] = _started(worker, workers, count)
+            else:
+                del running[worker]
+
+
+def _started(worker: int, workers: int, count: int) -> subprocess.Popen[bytes]:
+    copy = BUILD / f"copy-{worker}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
+    # Bytecode goes by time and size: a mutant made in the same second can be taken for another.
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["JAX_PLATFORMS"] = "cpu"  # as the tests have it, who say so too late here
+    (BUILD / f"results-{worker}.jsonl").touch()
+    (BUILD / f"started-{worker}").touch()
+    share = [str(BUILD), str(worker), str(workers), str(count)]
+    command = [sys.executable, "-m", "tests.mutants_worker", *share]
+    with (BUILD / f"worker-{worker}.log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=copy, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def main() -> None:

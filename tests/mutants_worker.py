@@ -1,31 +1,33 @@
-"""Runs mutants in forks of a process that has imported all but the package; see `mutants.py`."""
+"""Runs mutants one after another in a process that has all tests collected; see `mutants.py`."""
 
+import collections
+import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-# Imported here so that no fork has to. None of them starts a backend, which would have threads.
-import equinox  # noqa: F401
-import flax.linen
-import flax.nnx  # noqa: F401
-import haiku  # noqa: F401
-import hypothesis.strategies  # noqa: F401
-import jax.numpy  # noqa: F401
-import matplotlib  # noqa: F401
-import optax.contrib  # noqa: F401
-import orbax.checkpoint  # noqa: F401
+import hypothesis
+import jax
 import pytest
-import rich.table  # noqa: F401
-import safetensors.numpy  # noqa: F401
-import xdist  # noqa: F401
+
+from tests.mutants_swap import CannotSwapError, Package
 
 PACKAGE = "freeze_optax"
-QUICK_S, ALL_S, GRACE_S = 8.0, 60.0, 120.0
-"""How long the tests of a mutant may have taken unchanged: the first round of them, and all."""
+AGAIN = 75
+"""The exit status that asks for a fresh process, as a mutant has left something behind."""
+WARM_S, ALL_S, WALL_S = 8.0, 120.0, 30
+"""How long tests of a mutant took unchanged, before jax forgets what it compiled, and all of them;
+and how long they may take."""
+
+
+class _TooLongError(BaseException):
+    """Raised in whatever runs when a mutant has taken its time: some loop for ever."""
 
 
 class Tests:
@@ -33,111 +35,161 @@ class Tests:
 
     def __init__(self, build: Path):
         suite = json.loads((build / "suite.json").read_text())
-        self._lines, self._seconds = suite["lines"], suite["seconds"]
+        self._names, self._lines, self._seconds = suite["tests"], suite["lines"], suite["seconds"]
+        self._killers: dict[str, set[str]] = collections.defaultdict(set)
+
+    def seconds(self, name: str) -> float:
+        """How long a test takes of the unchanged package."""
+        return self._seconds.get(name, 0.0)
+
+    def note(self, mutant: dict[str, Any], killer: str) -> None:
+        """Remembers what has killed a mutant of a file, to be tried first for the next."""
+        self._killers[mutant["file"]].add(killer)
 
     def of(self, mutant: dict[str, Any]) -> list[str]:
-        """The tests that run its lines, the shortest first, or those of its file if none does."""
+        """The tests that run its lines: first those that killed others, or are of its file.
+
+        Of a line that only an import runs they are those of the lines around it, or that use what
+        it names.
+        """
         lines = self._lines.get(mutant["file"], {})
-        first, last = mutant["lines"]
-        names = {name for line in range(first, last + 1) for name in lines.get(str(line), ())}
-        if not names:  # What runs at import is run by no test.
-            stem = mutant["file"].removesuffix(".py").lstrip("_")
-            names = {name for name in self._seconds if name.startswith(f"tests/test_{stem}")}
-        return sorted(names, key=lambda name: self._seconds.get(name, 0.0))
+        names: set[str] = set()
+        for near in mutant["near"]:
+            names = names or {self._names[i] for line in near for i in lines.get(str(line), ())}
+        stem = mutant["file"].removesuffix(".py").lstrip("_")
+        own = f"tests/test_{stem}"
+        names = names or {name for name in self._seconds if name.startswith(own)}
+        killers = names & self._killers[mutant["file"]]
+        near = {name for name in names if name.startswith(own)} - killers
+        first = [*self._some(killers, ALL_S / 5), *self._some(near, ALL_S / 5)]
+        return [*first, *self._some(names.difference(first), ALL_S)]
 
-    def within(self, names: list[str], seconds: float, files: int) -> list[str]:
-        """As many of the first as there is time for; to collect a file takes time as well."""
-        chosen: list[str] = []
-        seen: set[str] = set()
-        for name in names:
-            seconds -= self._seconds.get(name, 0.0)
-            file = name.partition("::")[0]
-            if seconds < 0 and chosen:
+    def _some(self, names: set[str], seconds: float) -> list[str]:
+        """As many as there is time for: one case of each test, then the next of each."""
+        cases: dict[str, int] = collections.Counter()
+        order: list[tuple[int, float, str]] = []
+        for name in sorted(names, key=self.seconds):
+            function = name.partition("[")[0]
+            order.append((cases[function], self.seconds(name), name))
+            cases[function] += 1
+        order.sort()
+        ends = itertools.accumulate(took for _, took, _ in order)
+        return [name for (_, _, name), end in zip(order, ends, strict=True) if end < seconds]
+
+
+class Worker:
+    """A plugin of pytest that in place of the tests runs mutants."""
+
+    def __init__(self, build: Path, worker: int, workers: int, count: int):
+        self._build, self._tests = build, Tests(build)
+        self._drawn = json.loads((build / "mutants.json").read_text())[:count]
+        self._numbers = range(worker, len(self._drawn), workers)
+        self._results = build / f"results-{worker}.jsonl"
+        self._started = build / f"started-{worker}"
+        self.status = 0
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        # Not those that count what is alive: here there is more each time.
+        quick = (item for item in session.items if not item.get_closest_marker("slow"))
+        self._items = {item.nodeid: item for item in quick}
+        self._package = Package(PACKAGE, Path(PACKAGE).resolve())
+        self._is_fresh = True
+        done = {json.loads(line)["n"] for line in self._results.open()}
+        for number in self._numbers:
+            if number not in done and not self._is_noted(number):
+                self.status = AGAIN
                 break
-            if file in seen or len(seen) < files:
-                seen.add(file)
-                chosen.append(name)
-        return chosen
+        return True
 
+    def _is_noted(self, number: int) -> bool:
+        """Runs a mutant and notes what became of it; False where that can't be told."""
+        mutant = self._drawn[number]
+        self._started.write_text(str(number))
+        begin = time.monotonic()
+        names = [name for name in self._tests.of(mutant) if name in self._items]
+        outcome, killer = self._outcome(mutant, names) if names else ("uncovered", "")
+        was_fresh, self._is_fresh = self._is_fresh, False
+        is_clean = not killer or outcome == "cold" or not self._fails(killer)
+        if not is_clean:
+            print(f"{killer} fails after mutant {number}", file=sys.__stderr__, flush=True)
+        if killer:
+            self._tests.note(mutant, killer)
+        if is_clean or was_fresh:
+            outcome = "killed" if outcome == "cold" else outcome
+            took = round(time.monotonic() - begin, 2)
+            result = {"n": number, "outcome": outcome, "by": killer, "seconds": took}
+            with self._results.open("a") as file:
+                print(json.dumps(result), file=file)
+        return is_clean
 
-class _Chosen:
-    """A plugin of pytest that runs some tests in a given order, and tells of the first to fail."""
-
-    def __init__(self, names: list[str], pipe: int):
-        self._order, self._pipe = {name: i for i, name in enumerate(names)}, pipe
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.nodeid in self._order]
-        items.sort(key=lambda item: self._order[item.nodeid])
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            os.write(self._pipe, report.nodeid.encode()[:4096])
-
-
-def _run_forked(names: list[str], seconds: float) -> tuple[str, str]:
-    """What became of the tests in a fork: `killed`, `survived` or `timeout`; and which failed."""
-    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-    options = ["-x", "-q", "-p", "no:cacheprovider"]
-    # They were imported before pytest could rewrite them.
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
+    def _outcome(self, mutant: dict[str, Any], names: list[str]) -> tuple[str, str]:
+        file = Path(PACKAGE, mutant["file"])
+        source = file.read_text()
         try:
-            os.setsid()
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in range(3):
-                os.dup2(null, stream)
-            code = int(pytest.main([*options, *files], plugins=[_Chosen(names, writing)]))
+            file.write_text(mutant["text"])  # for the processes that tests start
+            with self._package.mutated(mutant["file"], source, mutant["text"]):
+                return self._warm(names)
+        except CannotSwapError:
+            return _cold(names)
         finally:
-            os._exit(code)
-    os.close(writing)
-    end, status = time.monotonic() + seconds, None
-    while status is None and time.monotonic() < end:
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if done else None
-        time.sleep(0.02)
-    if status is None:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        outcome = "timeout"
-    else:
-        outcome = "killed" if status else "survived"
-    with os.fdopen(reading, errors="replace") as pipe:
-        return outcome, pipe.read() if status else ""
+            file.write_text(source)
+
+    def _warm(self, names: list[str]) -> tuple[str, str]:
+        end, spent = time.monotonic() + WALL_S, 0.0
+        for name in names:
+            if spent < WARM_S <= spent + self._tests.seconds(name):
+                jax.clear_caches()  # it knows functions by what they are, not by their code
+            spent += self._tests.seconds(name)
+            if self._fails(name):
+                return "killed", name
+            if time.monotonic() > end:
+                break
+        return "survived", ""
+
+    def _fails(self, name: str) -> bool:
+        """Whether a test fails, by taking too long too."""
+
+        def stop(signal: int, frame: FrameType | None) -> None:
+            raise _TooLongError
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(10 + int(5 * self._tests.seconds(name)))
+        item, self._has_failed = self._items[name], False
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        except _TooLongError:
+            return True
+        finally:
+            signal.alarm(0)
+        return self._has_failed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._has_failed = self._has_failed or report.failed
 
 
-def work(build: Path, worker: int, workers: int, count: int) -> None:
-    """Runs each of the mutants that is this worker's, and notes what became of it."""
-    tests = Tests(build)
-    drawn = json.loads((build / "mutants.json").read_text())[:count]
-    with (build / f"results-{worker}.jsonl").open("a") as results:
-        for number in range(worker, len(drawn), workers):
-            mutant = drawn[number]
-            file = Path(PACKAGE, mutant["file"])
-            source = file.read_text()
-            names = tests.of(mutant)
-            quick = tests.within(names, QUICK_S, files=4)
-            outcome, failed = "uncovered", ""
-            try:
-                file.write_text(mutant["text"])
-                if names:
-                    outcome, failed = _run_forked(quick, GRACE_S)
-                others = [name for name in names if name not in set(quick)]
-                if outcome == "survived" and others:
-                    rest = tests.within(others, ALL_S, files=len(others))
-                    outcome, failed = _run_forked(rest, ALL_S + GRACE_S)
-            finally:
-                file.write_text(source)
-            print(
-                json.dumps({"n": number, "outcome": outcome, "by": failed}),
-                file=results,
-                flush=True,
-            )
+def _cold(names: list[str]) -> tuple[str, str]:
+    """What becomes of a mutant in a process of its own, as the file stands."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+    command = [sys.executable, "-m", "pytest", *options, *names[:200]]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=3 * WALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        return "cold", "(too long)"
+    return ("cold", "(in its own process)") if done.returncode else ("survived", "")
+
+
+def main() -> None:
+    build, *numbers = sys.argv[1:]
+    # Where a test fails, the smallest example of it is of no interest.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None)
+    hypothesis.settings.load_profile("mutants")
+    worker = Worker(Path(build), *map(int, numbers))
+    # Hypothesis was imported before pytest could rewrite it.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main(options, plugins=[worker])
+    os._exit(worker.status or int(status))  # threads of what was killed may still wait
 
 
 if __name__ == "__main__":
-    build, *numbers = sys.argv[1:]
-    work(Path(build), *map(int, numbers))
+    main()
