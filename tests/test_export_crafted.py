@@ -173,6 +173,15 @@ def test_rows_that_a_leaf_has_not_are_refused():
     assert odd_exports(whole, versions, may_be_read=False) == {}
 
 
+def test_a_whole_leaf_that_is_said_to_be_frozen_as_well_is_refused():
+    whole = case("rows")
+    more = {"parts": whole.about["parts"][-1], "frozen": True, "cohorts": -1}
+    assert more["parts"][1] is None
+    about = {**whole.about, **{name: [*whole.about[name], x] for name, x in more.items()}}
+    version = telling(whole.exported, about)
+    assert odd_exports(whole, [("twice", version)], may_be_read=False) == {}
+
+
 COHORTS = [[-2, 0, 0], [0, 0, -2], [1, 1, 1], [0, 2, 0], [1, 2, 3], [3, 0, -1], [10**12, 0, 0]]
 
 

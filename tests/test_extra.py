@@ -120,3 +120,18 @@ def test_a_tree_that_is_of_another_shape_in_one_axis_is_none_like_the_params(fro
     assert seen[0] is given
     tx.update(params, tx.init(params), params, tree=params)
     assert seen[1] is not params
+
+
+def test_a_function_is_handed_all_rows_where_only_some_train():
+    params, seen = {"x": jnp.arange(8.0).reshape(4, 2), "y": jnp.ones((4, 2))}, []
+
+    def loss(params):
+        seen.append(params)
+        return (params["x"] * params["y"]).sum() ** 2
+
+    tx = fo.freezable(line_search(), fo.rows("x", [0, 2]))
+    state = tx.init(params)
+    value, grads = fo.value_and_grad(loss, state)(params)
+    seen.clear()
+    tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+    assert {given["x"].shape for given in seen} == {(4, 2)}

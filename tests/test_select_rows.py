@@ -305,6 +305,7 @@ ERRORS = {
         [0, 5],
         r"rows\(path\('embed'\), 2 indices\): the leaf 'embed' .* shape \(5, 2\), .*row 5 is out",
     ),
+    "both ends": ("embed", slice(-7, 9), r"is of shape \(5, 2\), so -7 is out of range"),
     "int too small": ("embed", [-6], r"'embed' is of shape \(5, 2\), so row -6 is out of range"),
     "stop too large": ("embed", slice(0, 6), r"'embed' is of shape \(5, 2\), so 6 is out of range"),
     "start too small": ("embed", slice(-6, None), r"'embed' is of shape \(5, 2\), so -6 is out of"),
