@@ -181,3 +181,13 @@ def test_arguments_that_are_mixed_up_are_told_apart_and_change_nothing(call, mat
     assert fo.mask(STATE, PARAMS) == {"encoder": True, "head": False}
     updates, _ = TX.update(PARAMS, STATE, PARAMS)
     assert updates["encoder"].tolist() == [0.0, 0.0]
+
+
+def test_an_optimizer_that_was_not_called_is_told_to_be():
+    said = "freezable takes a transformation first, as optax.adam(1e-3) is one, but was given "
+    with pytest.raises(TypeError) as error:
+        fo.freezable(optax.adam)
+    assert str(error.value) == said + "function (call it: optax.adam(1e-3))"
+    with pytest.raises(TypeError) as error:
+        fo.freezable({"lr": 0.1})
+    assert str(error.value) == said + "dict"
