@@ -135,3 +135,10 @@ def test_a_function_is_handed_all_rows_where_only_some_train():
     seen.clear()
     tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
     assert {given["x"].shape for given in seen} == {(4, 2)}
+
+
+def test_a_number_for_a_frozen_leaf_is_left_out_beside_rows_too():
+    params, seen = {"x": jnp.ones(3), "y": jnp.ones((4, 2)), "z": jnp.ones(2)}, []
+    tx = fo.freezable(recording(seen), fo.path("x") | fo.rows("y", [0]))
+    tx.update(params, tx.init(params), params, tree={"x": 1.0, "y": 2.0, "z": 3.0})
+    assert seen == [{"x": optax.MaskedNode(), "y": 2.0, "z": 3.0}]

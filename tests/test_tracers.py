@@ -74,3 +74,8 @@ def test_a_name_that_is_not_bound_yet_holds_none_and_hides_none():
     jax.eval_shape(lambda x: found.append(make(x)), jnp.ones(()))
     assert found == [(True, 0)]
     assert make(0.1) == (False, 0)
+
+
+def test_what_has_a_function_or_an_owner_alone_is_no_bound_method():
+    assert not holds_tracers(staticmethod(len))
+    assert not holds_tracers([].append)
