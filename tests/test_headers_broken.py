@@ -324,3 +324,6 @@ def test_a_length_of_eight_bytes_is_read_whole(tmp_path):
 
 def test_as_many_axes_as_an_array_may_have_are_read(tmp_path):
     assert read(tensor("F32", [1] * 64, 4), tmp_path) == only_w((1,) * 64, F4)
+    header = _about(str((1,) * 64)).encode().ljust(9_000)
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4)
+    assert read(_archive(member), tmp_path) == only_w((1,) * 64, F4)

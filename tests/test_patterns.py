@@ -355,3 +355,10 @@ def test_braces_are_nested_200_deep_and_no_deeper():
     assert expand_braces("{" * 200 + "a" + "}" * 200) == ["a"]
     with pytest.raises(ValueError, match="braces are nested more than 200 deep"):
         expand_braces("{" * 201 + "a" + "}" * 201)
+
+
+def test_the_numbers_of_a_range_have_100_digits_at_most():
+    zeros = "0" * 99
+    assert expand_braces(f"{{{zeros}1..{zeros}2}}") == [f"{zeros}1", f"{zeros}2"]
+    with pytest.raises(ValueError, match="is too long a range"):
+        expand_braces(f"{{0{zeros}1..0{zeros}2}}")

@@ -386,3 +386,13 @@ def test_summaries_that_show_the_same_are_equal_however_they_were_asked_for():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     assert fo.summary(params, "a", depth=1) == fo.summary(params, "a", depth=2)
     assert fo.summary(params, "a", depth=1) == fo.summary(params, "a")
+
+
+@pytest.mark.parametrize("layers", [13, 14])
+def test_a_name_of_more_than_40_characters_has_its_middle_left_out_in_the_table_alone(layers):
+    params = {f"part_{2 * i}": jnp.ones(2) for i in range(layers)} | {"z": jnp.ones(1)}
+    summary = fo.summary(params)
+    name = "part_{" + ",".join(str(2 * i) for i in range(layers)) + "}"
+    assert summary.rows[0].path == name
+    shown = str(summary).splitlines()[2].split("  ")[0].strip()
+    assert shown == (name if len(name) <= 40 else f"{name[:20]}…{name[-10:]}")
