@@ -384,3 +384,25 @@ def test_set_and_frozen_by_the_same_paths_the_leaves_stay_bitwise():
     assert not np.signbit(tree["head"]["bias"]).any()
     assert all((tree["body"][name] != body[name]).all() for name in body)
     np.testing.assert_array_equal(values["head/kernel"], np.eye(3))
+
+
+TRACED = {
+    "a shorter float": lambda: (jnp.zeros(3), jnp.float16(1.5)),
+    "integers": lambda: (jnp.zeros(3), jnp.arange(3, dtype=jnp.int8)),
+    "the same dtype": lambda: (jnp.zeros((2, 3)), jnp.arange(3.0)),
+    "a key": lambda: (jax.random.split(jax.random.key(0), 2), jax.random.key(7)),
+}
+
+
+@pytest.mark.parametrize("make", TRACED.values(), ids=TRACED)
+def test_traced_values_and_leaves_are_set_as_those_at_hand(make):
+    leaf, value = make()
+    eager = fo.assign({"w": leaf}, {"w": value})
+    traced = {
+        "value": jax.jit(lambda x: fo.assign({"w": leaf}, {"w": x}))(value),
+        "leaf": jax.jit(lambda x: fo.assign({"w": x}, {"w": value}))(leaf),
+        "both": jax.jit(lambda x, y: fo.assign({"w": x}, {"w": y}))(leaf, value),
+    }
+    for given in traced.values():
+        assert given["w"].dtype == leaf.dtype
+        fo.testing.assert_frozen(eager, given, True)
