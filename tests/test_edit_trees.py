@@ -353,3 +353,15 @@ def test_a_state_of_numpy_arrays_can_be_edited():
     thawed = fo.thaw(state, tree, "b")
     updates, _ = tx.update(tree, thawed, tree)
     np.testing.assert_allclose(updates["b"], np.full(3, -0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4])
+def test_a_node_that_a_label_leaves_out_may_have_any_number_of_leaves(leaves):
+    tree = {"a": {f"w{i}": jnp.ones(i + 1) for i in range(leaves)}, "b": jnp.ones(2)}
+    inner = optax.partition({"x": adam(), "y": optax.sgd(0.1, 0.9)}, {"a": "x", "b": "y"})
+    tx = fo.freezable(inner, "b")
+    state = fo.thaw(tx.init(tree), tree, "b")
+    whole = fo.freezable(inner).init(tree)
+    assert jax.tree.structure(state.inner) == jax.tree.structure(whole.inner)
+    fo.testing.assert_frozen(whole.inner, state.inner, True)
+    fo.testing.assert_frozen(tx.init(tree).inner, fo.freeze(state, tree, "b").inner, True)

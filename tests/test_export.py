@@ -232,3 +232,13 @@ def test_arrays_from_another_device_come_to_where_the_params_are():
     fo.testing.assert_frozen(state, restored, True)
     expected, found = run(tx, tree, state, 1), run(tx, tree, restored, 1)
     fo.testing.assert_frozen(expected, found, True)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 63])
+def test_rows_of_any_number_come_back(count):
+    tree = {"w": jnp.ones((count + 1, 2))}
+    tx = fo.freezable(optax.adam(0.1), fo.rows("w", [0]))
+    _, state = run(tx, tree, tx.init(tree), 1)
+    restored = fo.import_state(tx, tree, through_numpy(fo.export_state(state), None))
+    assert restored.plan == state.plan
+    fo.testing.assert_frozen(state, restored, True)
