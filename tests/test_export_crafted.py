@@ -195,6 +195,15 @@ def test_cohorts_that_are_not_numbered_from_zero_are_refused(cohorts):
     assert odd_exports(whole, versions, may_be_read=False) == {}
 
 
+@pytest.mark.parametrize("frozen", [[1, 1, 0], [0, 1, 1], [1, 0, 0], [0, 0, 1]], ids=str)
+def test_no_cohort_both_trains_and_is_parked(frozen):
+    whole = case("cohorts")
+    assert whole.about["cohorts"] == [0, 1, 0]
+    about = {**whole.about, "frozen": list(map(bool, frozen))}
+    version = telling(whole.exported, about)
+    assert odd_exports(whole, [("frozen", version)], may_be_read=False) == {}
+
+
 def test_state_that_is_parked_must_be_there():
     whole = case("cohorts")
     assert (whole.about["frozen"], whole.about["cohorts"]) == ([False, True, False], [0, 1, 0])
