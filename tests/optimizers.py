@@ -133,6 +133,11 @@ def every() -> list[tuple[Any, str]]:
     return [(optax, "MultiSteps")] + [pair for pair in found if pair[1] not in EXCLUDED]
 
 
+def complete() -> list[tuple[Any, str]]:
+    """Those that are no part of others, as `scale_by_adam` is of Adam: half as many to compile."""
+    return [(module, name) for module, name in every() if not name.startswith("scale_by_")]
+
+
 def params() -> dict[str, dict[str, jax.Array]]:
     """Three layers; enough rows and columns for factored and orthogonalised updates."""
     keys = jax.random.split(jax.random.key(0), 6)

@@ -76,11 +76,7 @@ def assert_shared(history: list[Any], expected: list[Any]) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("module", "name"),
-    [
-        pytest.param(m, n, id=f"{m.__name__}.{n}")
-        for m, n in optimizers.every()
-        if not n.startswith("scale_by_")  # what the others are made of
-    ],
+    [pytest.param(m, n, id=f"{m.__name__}.{n}") for m, n in optimizers.complete()],
 )
 def test_a_group_follows_the_bare_optimizer_on_one_shared_leaf_bitwise(module, name):
     bare = optimizers.build(module, name)
