@@ -342,3 +342,12 @@ def test_the_gradient_of_a_variable_is_that_of_nnx_where_it_trains_and_zero_in_f
     kernel[where] = 0.0
     expected["backbone"]["kernel"] = expected["backbone"]["kernel"].replace(jnp.asarray(kernel))
     assert_gradient(grads, expected, Net())
+
+
+def test_grad_gives_the_auxiliary_value_beside_the_gradient():
+    def fun(model):
+        return loss(model), "aux"
+
+    grads, aux = fnnx.grad(fun, "head", has_aux=True)(Net())
+    assert aux == "aux"
+    assert_same(grads, fnnx.grad(loss, "head")(Net()))

@@ -96,3 +96,12 @@ def test_an_unpickled_state_takes_its_transformation_from_a_trace_unless_it_hold
                 fo.thaw(state, PARAMS, "a")
             _, state = tx.update(PARAMS, state, PARAMS)
             assert not any(jax.tree.leaves(fo.mask(fo.thaw(state, PARAMS, "a"), PARAMS)))
+
+
+def test_a_plan_says_how_many_leaves_are_frozen_in_part_and_parked():
+    state = fo.freezable(optax.adam(0.1), "a").init(PARAMS)
+    assert repr(state.plan) == "Plan(1 of 3 leaves frozen)"
+    state = fo.freeze(state, PARAMS, fo.rows("z", [0]))
+    assert repr(state.plan) == "Plan(1 of 3 leaves frozen, 1 in part)"
+    state = fo.freeze(state, PARAMS, "embed", keep_state=True)
+    assert repr(state.plan) == "Plan(2 of 3 leaves frozen, 1 in part, 1 of them parked)"
