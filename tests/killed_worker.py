@@ -39,34 +39,46 @@ def live(course: str, folder: pathlib.Path, tell: Callable[[str], None]) -> None
     tell("finished")
 
 
-def tell(pipe: int, place: str) -> None:
-    os.write(pipe, f"{place}\n".encode())
-
-
 class Child:
-    """A life in a process of its own, and the places that it has come to."""
+    """A life in a process of its own, which at each place that it tells of waits until it may go.
+
+    So that what a kill hits does not hang on how busy the machine is.
+    """
 
     def __init__(self, course: str, folder: pathlib.Path):
         # Before any backend of JAX starts here: its threads do not live through a fork.
-        self.pipe, told = os.pipe()
+        self.told, tell = os.pipe()
+        wait, self.may_go = os.pipe()
         self.pid = os.fork()
         if not self.pid:
+            os.close(self.told)
+            os.close(self.may_go)
             code = 1
             try:
-                live(course, folder, functools.partial(tell, told))
+                live(course, folder, functools.partial(self.stand, tell, wait))
                 code = 0
             except BaseException:  # noqa: BLE001
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        os.close(told)
+        os.close(tell)
+        os.close(wait)
         self.text = b""
 
+    @staticmethod
+    def stand(tell: int, wait: int, place: str) -> None:
+        """In the child: tells where it is, and waits."""
+        os.write(tell, f"{place}\n".encode())
+        os.read(wait, 1)
+
     def hear(self) -> bool:
-        """Waits for the next places; False when there will be none."""
-        heard = os.read(self.pipe, 4096)
+        """Waits for the next place, where the child stands then; False when there will be none."""
+        heard = os.read(self.told, 4096)
         self.text += heard
         return bool(heard)
+
+    def go(self) -> None:
+        os.write(self.may_go, b".")
 
     def places(self) -> list[str]:
         return self.text.decode().splitlines()
@@ -75,28 +87,31 @@ class Child:
         """What the process ended with, once all is heard that it told."""
         while self.hear():
             pass
-        os.close(self.pipe)
+        os.close(self.told)
+        os.close(self.may_go)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-# The place, how often it is passed, and the seconds after it at most.
-FIRST = [("start", 1, 0.1), ("stepping", 1, 0.05), ("writing", 1, 0), ("stepping", 2, 0.0)]
+# The place, how often it is passed, and the seconds after it at most; with none it is killed there.
+FIRST = [("start", 1, 0.1), ("stepping", 1, 0.05), ("writing", 1, 0.0), ("stepping", 2, 0.0)]
 ANY = [
     *[("start", 1, 0.2)],
     *[("writing", n, delay) for n in (2, 3) for delay in (0.0, 0.001, 0.003)],
     *[("written", n, delay) for n in (2, 3) for delay in (0.0, 0.001)],
-    *[("stepping", n, delay) for n in (5, 7) for delay in (0.0, 0.002)],
+    *[("stepping", n, delay) for n in (5, 7) for delay in (0.001, 0.002)],
     *[("editing", n, delay) for n in (1, 2) for delay in (0.0, 0.005, 0.01)],
 ]
 
 
 def killed(course: str, folder: pathlib.Path, aim: tuple[str, int, float]) -> dict[str, Any]:
-    """One life that is killed; where that was, and what it left."""
+    """One life that is killed between a place and the next; whether it was, and what it left."""
     place, times, delay = aim
     child = Child(course, folder)
-    while child.places().count(place) < times and child.hear():
-        pass
-    time.sleep(delay)
+    while (is_there := child.hear()) and child.places().count(place) < times:
+        child.go()
+    if is_there and delay:
+        child.go()
+        time.sleep(delay)
     os.kill(child.pid, signal.SIGKILL)
     code, places = child.end(), child.places()
     if code == 1:
@@ -104,7 +119,6 @@ def killed(course: str, folder: pathlib.Path, aim: tuple[str, int, float]) -> di
     resumed = [json.loads(place[8:]) for place in places if place.startswith("resumed ")]
     return {
         "aim": aim,
-        "place": places[-1].split()[0] if places else "before",
         "was_cut": code == -signal.SIGKILL and places[-1:] != ["finished"],
         "resumed": resumed[0] if resumed else None,
         "left_half": any("tmp" in path.name for path in folder.iterdir()),
@@ -113,7 +127,10 @@ def killed(course: str, folder: pathlib.Path, aim: tuple[str, int, float]) -> di
 
 def whole(course: str, folder: pathlib.Path) -> None:
     """One life that nobody kills."""
-    code = Child(course, folder).end()
+    child = Child(course, folder)
+    while child.hear():
+        child.go()
+    code = child.end()
     if code:
         raise RuntimeError(f"a life of {course!r} ended with {code}")
 
