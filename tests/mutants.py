@@ -28,11 +28,10 @@ from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
-from tests.mutants_worker import AGAIN
+from tests.mutants_worker import AGAIN, PACKAGE
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "mutants"
-PACKAGE = "freeze_optax"
 HANGING_S = 150
 """After how long a mutant is killed with its process, where that can't be interrupted."""
 OPERATORS = [
@@ -54,10 +53,9 @@ def mutants(only: str) -> list[dict[str, Any]]:
     for path in sorted(path for path in (ROOT / PACKAGE).glob("*.py") if only in path.name):
         source = path.read_text()
         tree = ast.parse(source)
-        skipped = list(_without_effect(tree))
+        skipped, nodes = list(_without_effect(tree)), list(ast_nodes(get_ast_from_path(path)))
         for name in OPERATORS:
             operator = get_operator(f"core/{name}")()
-            nodes = ast_nodes(get_ast_from_path(path))
             places = [place for node in nodes for place in operator.mutation_positions(node)]
             for occurrence, (start, end) in enumerate(places):
                 if any(first <= start < last for first, last in skipped):

@@ -36,8 +36,7 @@ class Package:
             for x in objects
             if type(x) is types.FunctionType and x.__code__.co_filename.startswith(self._folder)
         ]
-        kind = type(functools.lru_cache(self._found))
-        caches = [x for x in objects if type(x) is kind]
+        caches = [x for x in objects if isinstance(x, functools._lru_cache_wrapper)]
         return functions, [x for x in caches if str(x.__module__).startswith(self._name)]
 
     @contextlib.contextmanager
@@ -90,9 +89,7 @@ def _pairs(
 ) -> Iterator[tuple[types.CodeType, types.CodeType]]:
     """The code of each function with what it becomes."""
     inner = [[x for x in code.co_consts if isinstance(x, types.CodeType)] for code in (old, new)]
-    if len(inner[0]) != len(inner[1]):
-        raise CannotSwapError
-    if old.co_freevars != new.co_freevars:
+    if len(inner[0]) != len(inner[1]) or old.co_freevars != new.co_freevars:
         raise CannotSwapError
     yield old, new
     for pair in zip(*inner, strict=True):

@@ -54,8 +54,8 @@ class Tests:
         """
         lines = self._lines.get(mutant["file"], {})
         names: set[str] = set()
-        for near in mutant["near"]:
-            names = names or {self._names[i] for line in near for i in lines.get(str(line), ())}
+        for block in mutant["near"]:
+            names = names or {self._names[i] for line in block for i in lines.get(str(line), ())}
         stem = mutant["file"].removesuffix(".py").lstrip("_")
         own = f"tests/test_{stem}"
         names = names or {name for name in self._seconds if name.startswith(own)}
@@ -81,12 +81,19 @@ class Worker:
     """A plugin of pytest that in place of the tests runs mutants."""
 
     def __init__(self, build: Path, worker: int, workers: int, count: int):
-        self._build, self._tests = build, Tests(build)
+        self._tests = Tests(build)
         self._drawn = json.loads((build / "mutants.json").read_text())[:count]
         self._numbers = range(worker, len(self._drawn), workers)
         self._results = build / f"results-{worker}.jsonl"
         self._started = build / f"started-{worker}"
         self.status = 0
+
+    def pytest_sessionstart(self) -> None:
+        # Where a test fails, the smallest example of it is of no interest.
+        phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+        suite = hypothesis.settings.get_profile("suite")
+        hypothesis.settings.register_profile("mutants", suite, phases=phases)
+        hypothesis.settings.load_profile("mutants")
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         # Not those that count what is alive: here there is more each time.
@@ -109,13 +116,13 @@ class Worker:
         names = [name for name in self._tests.of(mutant) if name in self._items]
         outcome, killer = self._outcome(mutant, names) if names else ("uncovered", "")
         was_fresh, self._is_fresh = self._is_fresh, False
-        is_clean = not killer or outcome == "cold" or not self._fails(killer)
+        is_clean = True
+        if killer in self._items:
+            self._tests.note(mutant, killer)
+            is_clean = not self._fails(killer)
         if not is_clean:
             print(f"{killer} fails after mutant {number}", file=sys.__stderr__, flush=True)
-        if killer:
-            self._tests.note(mutant, killer)
         if is_clean or was_fresh:
-            outcome = "killed" if outcome == "cold" else outcome
             took = round(time.monotonic() - begin, 2)
             result = {"n": number, "outcome": outcome, "by": killer, "seconds": took}
             with self._results.open("a") as file:
@@ -174,16 +181,12 @@ def _cold(names: list[str]) -> tuple[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, timeout=3 * WALL_S, check=False)
     except subprocess.TimeoutExpired:
-        return "cold", "(too long)"
-    return ("cold", "(in its own process)") if done.returncode else ("survived", "")
+        return "killed", "(too long in its own process)"
+    return ("killed", "(in its own process)") if done.returncode else ("survived", "")
 
 
 def main() -> None:
     build, *numbers = sys.argv[1:]
-    # Where a test fails, the smallest example of it is of no interest.
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None)
-    hypothesis.settings.load_profile("mutants")
     worker = Worker(Path(build), *map(int, numbers))
     # Hypothesis was imported before pytest could rewrite it.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]

@@ -390,31 +390,3 @@ def test_a_declared_field_that_is_static_is_an_error():
 def test_a_declaration_that_is_no_tuple_of_names_is_an_error():
     with pytest.raises(TypeError, match=r"Text\.frozen_fields is 'mask'; it must be a tuple"):
         fo.declared()([Text(1.0)])
-
-
-class Named(typing.NamedTuple):
-    kernel: typing.Any
-    bias: typing.Any = None
-
-
-@jax.tree_util.register_pytree_node_class
-class Slotted:
-    __slots__ = ("bias", "kernel")
-
-    def __init__(self, kernel, bias=None):
-        self.kernel, self.bias = kernel, bias
-
-    def tree_flatten(self):
-        return (self.kernel, self.bias), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
-
-
-@pytest.mark.parametrize("cls", [Named, Slotted])
-def test_a_field_that_is_none_is_known_without_a_dict_of_attributes(cls):
-    tree = {"x": cls(jnp.ones(2))}
-    assert jax.tree.leaves(fo.mask(fo.of_type(cls, fields=("kernel", "bias")), tree)) == [True]
-    with pytest.raises(ValueError, match="no such module has a field 'baes'"):
-        fo.mask(fo.of_type(cls, fields=("baes",)), tree)

@@ -122,6 +122,20 @@ def test_fields_of_a_class_registered_without_keys_go_by_the_name_of_the_attribu
     assert selection(selector, {"a": Keyless(1.0, 2.0), "b": Keyed(3.0, 4.0)}) == ["a/1", "b/bias"]
 
 
+@jax.tree_util.register_pytree_node_class
+class Slotted(Keyless):
+    __slots__ = ("bias", "kernel")
+
+
+@pytest.mark.parametrize("cls", [PairFields, Slotted])
+def test_a_field_that_is_none_is_known_without_a_dict_of_attributes(cls):
+    tree = {"x": cls(jnp.ones(2), None)}
+    assert vars(tree["x"]) == {} if cls is Slotted else not hasattr(tree["x"], "__dict__")
+    assert jax.tree.leaves(fo.mask(fo.of_type(cls, fields=("kernel", "bias")), tree)) == [True]
+    with pytest.raises(ValueError, match="no such module has a field 'baes'"):
+        fo.mask(fo.of_type(cls, fields=("baes",)), tree)
+
+
 class Inner(nnx.Module):
     frozen_fields = ("gain",)
 
