@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import FrozenDict
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 HOLE = optax.MaskedNode()
@@ -42,17 +41,6 @@ COUNTED: list[Callable[[], Any]] = [
     lambda: np.zeros((2, 2), bool),
 ]
 OTHERS: list[Callable[[], Any]] = [lambda: KEY, lambda: "text", lambda: len, object]
-
-
-def examples(count: int) -> settings:
-    """So many examples, the same in each run, however long one takes."""
-    return settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 def leaves(*kinds: list[Callable[[], Any]]) -> st.SearchStrategy[Any]:

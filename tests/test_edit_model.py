@@ -177,7 +177,7 @@ def check_state(state: Any, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=120, deadline=None, database=None)
+@settings(max_examples=120)
 @given(
     shapes=st.dictionaries(st.sampled_from(PATHS), SHAPES, min_size=1, max_size=6),
     frozen=PICK,

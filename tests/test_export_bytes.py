@@ -146,7 +146,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(changes=CHANGES)
 def test_any_damage_to_the_text_is_refused_or_read_as_it_stands(changes):
     whole = case("cohorts")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -20,7 +20,6 @@ from tests.random_trees import (
     KEYS,
     assert_bitwise,
     assert_very_same,
-    examples,
     leaves,
     rebuilt,
     trains,
@@ -146,7 +145,7 @@ def assert_plain(node: Any) -> None:
 
 
 @pytest.mark.parametrize("name", INNERS)
-@examples(6)
+@settings(max_examples=6)
 @given(
     tree=trees(leaves(FLOATS, STILL), HOSTILE, depth=2),
     past=st.lists(EDITS, min_size=2, max_size=5),
@@ -177,7 +176,7 @@ def test_a_state_comes_back_whole_and_its_run_goes_on_bitwise(
 
 
 @pytest.mark.parametrize("name", INNERS)
-@examples(5)
+@settings(max_examples=5)
 @given(tree=trees(leaves(FLOATS), HOSTILE, depth=2), steps=st.integers(0, 3), seed=SEEDS)
 def test_adopt_and_release_are_inverse_where_everything_trains(name, tree, steps, seed):
     assume(list(walk(tree)))  # else freezable would warn

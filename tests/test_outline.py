@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freeze_optax as fo
 
-PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROPERTY = settings(max_examples=60)
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:

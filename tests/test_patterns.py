@@ -260,7 +260,7 @@ globs = st.lists(pieces, min_size=1, max_size=3).map("".join).filter(lambda glob
 components = st.one_of(st.just("**"), st.just("**"), globs)
 
 
-@settings(max_examples=1500, deadline=None, database=None)
+@settings(max_examples=1500)
 @given(
     st.lists(components, min_size=1, max_size=5),
     st.lists(names, min_size=1, max_size=6),
@@ -324,7 +324,7 @@ def test_many_stars_in_a_component_take_no_exponential_time(stars):
     assert not compile_glob("*a" * 61).match(path)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.text("ab*?", max_size=9).filter(lambda glob: "**" not in glob), st.text("ab", max_size=8))
 def test_stars_in_a_component_match_as_fnmatch_has_it(glob, text):
     matched = compile_glob(glob, whole=True).match(text) is not None

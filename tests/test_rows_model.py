@@ -112,7 +112,7 @@ def check_state(state: Any, reference: dict[Any, Row], moments: int) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@settings(max_examples=25)
 @given(frozen=BITS, actions=st.lists(ACTIONS, min_size=4, max_size=14))
 def test_random_edits_and_steps_agree_with_a_reference_for_each_row(name, frozen, actions):
     inner, step, moments, clip = CASES[name]

@@ -8,11 +8,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freeze_optax as fo
-from tests.random_trees import HOLE, assert_equal, examples, is_hole
+from tests.random_trees import HOLE, assert_equal, is_hole
 from tests.slow_specs import OPERATORS, Case, Entries, Found, check, inverted, joined
 
 
@@ -217,7 +217,7 @@ def as_params(node: Any) -> Any:
     return node if parts is None else {key: as_params(value) for key, value in parts} or None
 
 
-RANDOM = examples(150)
+RANDOM = settings(max_examples=150)
 
 
 @RANDOM

@@ -252,7 +252,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@settings(max_examples=150)
 @given(EXPRESSIONS)
 def test_the_algebra_of_selectors_is_that_of_their_vectors(expression):
     selector, columns = expression

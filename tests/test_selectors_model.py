@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -15,7 +15,6 @@ from tests.random_trees import (
     OTHERS,
     TRAINABLE,
     assert_equal,
-    examples,
     frozen,
     is_hole,
     leaves,
@@ -28,7 +27,7 @@ from tests.slow_specs import INDICES, Case, check, layers, path, selectors, spec
 
 TREES = trees(leaves(TRAINABLE, COUNTED, OTHERS, [lambda: HOLE]))
 NUMBERS = trees(leaves(TRAINABLE, COUNTED))
-RANDOM = examples(120)
+RANDOM = settings(max_examples=120)
 
 
 def marked(tree: Any, values: list[Any]) -> Any:

@@ -202,7 +202,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tree=TREES, limit=st.sampled_from([1, 8, 2**30]))
 def test_random_trees_are_read_as_flax_restores_them(tree, limit, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()

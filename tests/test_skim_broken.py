@@ -77,7 +77,7 @@ def test_a_flipped_bit_is_an_error_or_another_file(tmp_path):
     assert peak < 10_000_000
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, 400), st.integers(0, 3), st.binary(max_size=4)), min_size=1
