@@ -98,13 +98,19 @@ def _last(node: ast.stmt) -> int:
 
 
 def _without_effect(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where a change is none: annotations, and `strict` of a zip of what is of one length."""
+    """Where a change is none: for type checkers, or `strict` of a zip of what is of one length."""
     for node in ast.walk(tree):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, ast.keyword) and node.arg == "strict":
             parts.append(node.value)
+        parts += [
+            x
+            for x in getattr(node, "decorator_list", ())
+            if isinstance(x, ast.Name) and x.id == "final"
+        ]
         for part in filter(None, parts):
-            yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
+            at = max(part.col_offset - 1, 0)  # the @ of a decorator
+            yield (part.lineno, at), (part.end_lineno, part.end_col_offset)
 
 
 def _parses(text: str) -> bool:
