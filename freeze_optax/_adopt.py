@@ -7,7 +7,8 @@ import optax
 
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
-from freeze_optax._edit import abstract_init, editable_state, init_leaves, replace_state
+from freeze_optax._edit import abstract_init, init_leaves
+from freeze_optax._holder import editable_state, replace_state
 from freeze_optax._inner import checked
 from freeze_optax._layout import CLOCK, COUNTER, Place, shapes
 from freeze_optax._leaves import HOLE, can_train, kind, replaced, value_of

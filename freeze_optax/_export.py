@@ -10,14 +10,8 @@ import optax
 
 from freeze_optax._copies import leaves_of
 from freeze_optax._cut import Cut
-from freeze_optax._edit import (
-    abstract_init,
-    check_mask,
-    init_leaves,
-    only_state,
-    replace_state,
-    set_frozen,
-)
+from freeze_optax._edit import abstract_init, check_mask, init_leaves, set_frozen
+from freeze_optax._holder import only_state, replace_state
 from freeze_optax._inner import checked
 from freeze_optax._leaves import (
     Leaves,
