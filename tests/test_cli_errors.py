@@ -234,7 +234,7 @@ def test_a_pipe_that_is_closed_is_no_traceback(form, checkpoint):
     command = (sys.executable, "-m", "freeze_optax", "summary", checkpoint, *form)
     done = run(*command, stdout=writes)
     os.close(writes)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_names_are_printed_as_they_are(tmp_path, capsys):

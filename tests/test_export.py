@@ -216,7 +216,7 @@ def test_a_rate_set_by_hand_to_a_python_number_is_edited_and_stored():
 
 
 def test_the_state_of_an_optimizer_that_cannot_be_edited_is_read():
-    tree = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tree = {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.ones(1)}
     tx = fo.freezable(optax.flatten(optax.adam(0.1)), "a")
     tree, state = run(tx, tree, tx.init(tree), 2)
     restored = fo.import_state(tx, tree, fo.export_state(state))

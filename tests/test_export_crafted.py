@@ -166,6 +166,9 @@ def test_rows_that_a_leaf_has_not_are_refused():
         "a negative count": [-8, text],
     }
     parts = {name: [[0, given], *others] for name, given in rows.items()}
+    # Row 3, of the first part, in the place of row 1: as many as before.
+    assert (text, others[0]) == ("17", [0, [8, "40"]])
+    parts["a row of two parts"] = [[0, [8, text]], [0, [8, "10"]], *others[1:]]
     parts["a leaf beyond the last"] = [*whole.about["parts"][:-1], [10**12, None]]
     parts["a leaf before the first"] = [[-1, whole.about["parts"][0][1]], *others]
     texts = [(name, {**whole.about, "parts": given}) for name, given in parts.items()]

@@ -14,7 +14,7 @@ import pytest
 from flax import linen, nnx, struct
 from flax.core import FrozenDict
 
-from freeze_optax._leaves import HOLE, Leaves, can_train, is_hole
+from freeze_optax._leaves import HOLE, Leaves, can_train, is_foreign, is_hole
 
 
 class Pair(typing.NamedTuple):
@@ -260,3 +260,17 @@ def test_a_traced_leaf_can_be_trained_as_its_dtype_says():
         jnp.ones(2), jnp.ones(2, int), jax.random.key(0), 1.0
     )
     assert seen == [True, False, False, True]
+
+
+OURS = ["float16", "float32", "float64", "complex64", "complex128", "int64", "bool"]
+
+
+def test_floats_of_numpy_that_jax_has_not_are_told_by_length_and_byte_order():
+    longer, swapped = [np.longdouble, np.clongdouble], [np.dtype(x).newbyteorder() for x in OURS]
+    assert [dtype for dtype in OURS if is_foreign(np.ones(2, dtype))] == []
+    assert [dtype for dtype in longer if not is_foreign(np.ones(2, dtype))] == []
+    assert [is_foreign(np.ones(2, dtype)) for dtype in swapped] == [True] * 5 + [False] * 2
+    # A number is never in another byte order.
+    numbers = [np.ones(2, dtype)[0] for dtype in (*longer, *OURS, *swapped)]
+    assert [is_foreign(number) for number in numbers] == [True] * 2 + [False] * 14
+    assert not is_foreign(jnp.ones(2))

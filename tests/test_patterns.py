@@ -294,6 +294,7 @@ def test_ancestors_go_from_the_path_up_without_the_root():
     [
         ("encodr", ["x", "encoder", "y"], "nearest: 'encoder'"),
         ("layer_1", ["layer_0", "layer_2"], "nearest: 'layer_2', 'layer_0'"),
+        ("ab", ["ab1", "ab2", "ab3", "ab4"], "nearest: 'ab4', 'ab3', 'ab2'"),
         ("zzz", ["a", "b"], "the tree has 'a', 'b'"),
         ("zzz", list("abcdefg"), "the tree has 'a', 'b', 'c', 'd', 'e' and 2 more"),
         ("zzz", ["a", "a"], "the tree has 'a'"),

@@ -338,10 +338,17 @@ def test_of_type_needs_a_type():
         fo.of_type()
 
 
-@pytest.mark.parametrize("fields", ["bias", ("bias", 1), [None], [("bias",)]])
+@pytest.mark.parametrize("fields", ["bias", ("bias", 1), [None], [("bias",)], None, 3])
 def test_fields_are_strings_in_a_container(fields):
-    with pytest.raises(TypeError, match=r"fields of fo\.of_type are strings, .* not .*(bias|None)"):
+    match = rf"fields of fo\.of_type are strings, .* not {re.escape(repr(fields))}"
+    with pytest.raises(TypeError, match=match):
         fo.of_type(LINEAR, fields=fields)
+
+
+def test_fields_may_come_one_by_one():
+    selector = fo.of_type(LINEAR, fields=iter(["bias"]))
+    assert selection(selector, NET) == selection(fo.of_type(LINEAR, fields=("bias",)), NET)
+    assert selection(selector, NET)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +364,17 @@ def test_modules_are_a_table_of_paths_and_anything_else_is_an_error_at_once(name
     kind = type(table).__name__
     with pytest.raises(TypeError, match=rf"fo\.{name} are a table {{path: module}}, not a {kind};"):
         make(table)
+
+
+def test_modules_of_another_tree_are_an_error_that_shows_paths_of_both():
+    table = {"": NET, "params": NET, **{f"params/{i}": NET.head[0] for i in range(3)}}
+    match = (
+        r"the modules of of_type\(Linear\) are not of this tree: it has nothing at 'params', "
+        r"'params/0', 'params/1' and 1 more, but 'embed/weight', 'embed/mask', 'embed/scale' and "
+        r"15 more; params go without the collection's name: variables\['params'\]"
+    )
+    with pytest.raises(ValueError, match=match):
+        fo.of_type(LINEAR, modules=table)(NET)
 
 
 class Typo(eqx.Module):

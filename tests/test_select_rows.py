@@ -307,6 +307,7 @@ ERRORS = {
     ),
     "both ends": ("embed", slice(-7, 9), r"is of shape \(5, 2\), so -7 is out of range"),
     "int too small": ("embed", [-6], r"'embed' is of shape \(5, 2\), so row -6 is out of range"),
+    "several": ("embed", [4, 7, -9, 1], r"is of shape \(5, 2\), so row 7 is out of range"),
     "stop too large": ("embed", slice(0, 6), r"'embed' is of shape \(5, 2\), so 6 is out of range"),
     "start too small": ("embed", slice(-6, None), r"'embed' is of shape \(5, 2\), so -6 is out of"),
     "too few bools": (

@@ -103,6 +103,9 @@ def test_new_moments_lie_where_their_parameter_lies_and_survivors_are_not_moved(
         assert place(after) == place(without(params, "embed")) == without_maps(expected, "embed")
         for leaf, old in zip(after["head"].values(), before["head"].values(), strict=True):
             assert leaf is old
+    # The counters of the new cohort too: Orbax stores none of one process among several.
+    for leaf in jax.tree.leaves((thawed.ages, optax.tree_utils.tree_get(thawed, "count", ()))):
+        assert leaf.sharding.device_set == set(jax.devices())
 
 
 def without_maps(places: Any, *frozen: str) -> Any:

@@ -76,8 +76,11 @@ def test_sharded_arrays_are_tied_by_the_buffers_of_all_shards(axes):
     sharding = NamedSharding(mesh(), PartitionSpec(*axes))
     array, other = (jax.device_put(np.arange(8.0), sharding) for _ in range(2))
     put = jax.device_put(array, sharding)
+    shards = [shard.data for shard in array.addressable_shards]
+    same = jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+    assert same is not array
     tree = {"a": array, "b": other, "c": array, "d": put, "e": jnp.copy(array), "f": table()}
-    assert fo.tied_paths(tree) == [("a", "c", "d")]
+    assert fo.tied_paths({**tree, "g": same}) == [("a", "c", "d", "g")]
 
 
 def test_arrays_that_have_only_some_shards_in_common_are_not_tied():
