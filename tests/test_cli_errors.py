@@ -67,6 +67,7 @@ WRONG = [
     ),
     (["summary", "*", "--optimizer", "AdamW"], "optax has no optimizer 'AdamW'; nearest: "),
     (["summary", "*", "--optimizer", ""], "optax has no optimizer ''"),
+    (["summary", "*", "--optimizer", "linear_schedule"], "optax has no optimizer 'linear_sche"),
     (["summary", "*", "--optimizer", "os.system"], "optax has no optimizer 'os.system'"),
     (
         ["summary", "*", "--optimizer", "dpsgd"],
@@ -224,6 +225,15 @@ def test_the_command_and_the_module_are_the_same(checkpoint):
     assert (as_module.returncode, as_module.stderr) == (0, "")
     assert as_command.stdout == as_module.stdout
     assert as_module.stdout.endswith("trainable: 396 of 418 parameters (94.74%)\n")
+
+
+def test_no_accelerator_is_started(tmp_path):
+    # Which would take its memory, or wait for whoever has it. Orbax asks for it.
+    save_orbax(tmp_path / "saved")
+    command = (sys.executable, "-m", "freeze_optax", "summary", str(tmp_path / "saved"))
+    given = ("--frozen", "head", "--optimizer", "adam")
+    done = run("env", "JAX_PLATFORMS=none_such", *command, *given, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])

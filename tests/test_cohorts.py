@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -118,6 +119,35 @@ def test_all_cohorts_share_one_trace_of_the_inner_update(is_traced):
     args = params(), in_cohorts(tx), params()
     jax.make_jaxpr(tx.update)(*args) if is_traced else tx.update(*args)
     assert calls == ([True] if is_traced else [False] * LAYERS)
+
+
+@pytest.mark.parametrize("is_traced", [False, True], ids=["eager", "traced"])
+def test_a_counter_may_be_an_array(is_traced):
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"count": jnp.zeros((3, 4), jnp.int32), "sum": zeros}
+
+    def update(grads, state, params=None):
+        total = jax.tree.map(jnp.add, state["sum"], grads)
+        count = state["count"] + jnp.arange(1, 4)[:, None]
+        updates = jax.tree.map(lambda x: x / count[2, 1].astype(x.dtype), total)
+        return updates, {"count": count, "sum": total}
+
+    tree = {name: jnp.ones(2) for name in "abc"}
+    tx = fo.freezable(optax.GradientTransformation(init, update), ("a", "b"))
+    step = jax.jit(tx.update) if is_traced else tx.update
+    state = tx.init(tree)
+    for name in "ab":
+        _, state = step(tree, state, tree)
+        state = fo.thaw(state, tree, name)
+    updates, state = step(tree, state, tree)
+    # The sum of all gradients by three times the steps, and each leaf has its own.
+    assert {name: x.tolist() for name, x in updates.items()} == dict.fromkeys(
+        "abc", [np.float32(1 / 3)] * 2
+    )
+    assert state.inner["count"].tolist() == [[3] * 4, [6] * 4, [9] * 4]
+    (ages,) = state.ages
+    assert ages[:, :, 0].tolist() == [[2, 4, 6], [1, 2, 3]]
 
 
 UNEDITABLE = {

@@ -129,6 +129,29 @@ def test_every_dtype_survives(dtype):
     fo.testing.assert_frozen(state, restored, True)
 
 
+STORED = {
+    "float32": "float32",
+    "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
+    "int2": "int8",
+    "int4": "int8",
+    "uint4": "uint8",
+}
+
+
+@pytest.mark.parametrize(("dtype", "stored"), STORED.items(), ids=STORED)
+def test_dtypes_that_numpy_lacks_are_stored_as_their_bits_and_short_integers_as_numbers(
+    dtype, stored
+):
+    values = jnp.array([0, 1, 1, 0, 1]).astype(dtype)
+    inner = optax.GradientTransformation(lambda params: values, lambda u, s, p=None: (u, s))
+    state = fo.freezable(inner).init({"w": jnp.ones(2)})
+    (array,) = fo.export_state(state)["leaves"].values()
+    assert array.dtype == stored
+    if "int" in dtype:
+        assert array.tolist() == [0, 1, 1, 0, 1]
+
+
 def test_survivors_carry_to_another_frozen_set_and_the_rest_starts_fresh():
     tx = transformation()
     tree, state = trained(tx)

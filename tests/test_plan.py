@@ -12,6 +12,7 @@ import pytest
 
 import freeze_optax as fo
 from freeze_optax._leaves import Leaves
+from freeze_optax._plan import Plan
 
 PARAMS = {"a": jnp.ones(2), "embed": jnp.ones((5, 2)), "z": jnp.ones((7, 2))}
 
@@ -96,6 +97,16 @@ def test_an_unpickled_state_takes_its_transformation_from_a_trace_unless_it_hold
                 fo.thaw(state, PARAMS, "a")
             _, state = tx.update(PARAMS, state, PARAMS)
             assert not any(jax.tree.leaves(fo.mask(fo.thaw(state, PARAMS, "a"), PARAMS)))
+
+
+def test_what_an_unknown_plan_was_asked_is_forgotten_once_it_is_known():
+    state = fo.freezable(optax.adam(0.1), ("a", fo.rows("z", [0]))).init(PARAMS)
+    known, unknown = fo.freeze(state, PARAMS, "embed", keep_state=True).plan, Plan.unknown()
+    assert (unknown.live, unknown.parked, unknown.mask) == ([], frozenset(), ())
+    assert unknown == known
+    assert (unknown.live, unknown.parked, unknown.mask) == (known.live, known.parked, known.mask)
+    assert known.parked
+    assert known.live == [0]
 
 
 def test_a_plan_says_how_many_leaves_are_frozen_in_part_and_parked():

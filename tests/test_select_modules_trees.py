@@ -136,6 +136,22 @@ def test_a_field_that_is_none_is_known_without_a_dict_of_attributes(cls):
         fo.mask(fo.of_type(cls, fields=("baes",)), tree)
 
 
+class Gated(nnx.Module):
+    frozen_fields = ("gate",)
+
+    def __init__(self, has_gate):
+        self.kernel = nnx.Param(jnp.ones(2))
+        if has_gate:
+            self.gate = nnx.Param(jnp.ones(2))
+
+
+def test_a_declared_field_may_be_missing_where_another_module_has_it():
+    models = {"a": Gated(False), "b": Gated(True), "c": Gated(False)}
+    assert selection(fo.declared(), models) == ["b/gate/value"]
+    with pytest.raises(ValueError, match="names 'gate', but no module has it: 'a' has 'kernel'"):
+        fo.declared()({"a": Gated(False)})
+
+
 class Inner(nnx.Module):
     frozen_fields = ("gain",)
 

@@ -293,6 +293,13 @@ def test_a_vector_of_all_or_nothing_in_a_mask_is_a_bool():
     assert _plain(fo.mask(mask, params)) == {"a": True, "b": False, "c": True}
 
 
+def test_negative_rows_count_from_the_end_down_to_the_first():
+    assert _plain(fo.rows("embed", [-5, -1])(_params())) == _plain(
+        fo.rows("embed", [0, 4])(_params())
+    )
+    assert fo.mask(fo.rows("embed", [-5]), _params())["embed"].tolist() == [True] + [False] * 4
+
+
 def test_a_state_is_a_spec_of_its_rows():
     rows = fo.rows("embed", [0, 2])
     state = optax.chain(optax.clip(1.0), fo.freezable(optax.sgd(0.1), rows)).init(_params())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import io
 import json
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from rich.console import Console
 
 import freeze_optax as fo
 from tests.models import Bert, ResNet
@@ -150,6 +152,15 @@ LINES = {
 def test_the_last_line_says_how_many_train(params, line):
     assert all(text.endswith(line) for text in last(fo.summary(params)))
     assert all(text.startswith("trainable: ") for text in last(fo.summary(params)))
+
+
+def test_names_are_broken_before_numbers_in_a_console_of_the_user():
+    summary = fo.summary({"encoder" * 9: jnp.ones((1_000, 1_000))}, False)
+    console = Console(width=40, file=io.StringIO(), color_system=None)
+    console.print(summary)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "encode   trainable    1,000,000   4.0 MB" in lines
 
 
 @EVERY

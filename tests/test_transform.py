@@ -49,8 +49,10 @@ def test_untrainable_leaves_are_frozen_whatever_the_spec_says():
 
 
 def test_it_warns_when_nothing_is_left_to_train():
-    with pytest.warns(UserWarning, match="all 3 leaves are frozen, nothing is left to train"):
+    match = "all 3 leaves are frozen, nothing is left to train"
+    with pytest.warns(UserWarning, match=match) as caught:
         fo.freezable(optax.sgd(0.1), fo.everything).init(params())
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_pattern_that_selects_nothing_is_an_error_at_init():
