@@ -159,6 +159,12 @@ def test_a_broken_checkpoint_of_orbax_is_told_in_one_line_of_ours(tmp_path):
     assert told.count(True) == 10
 
 
+def test_a_file_in_a_folder_is_told_by_its_own_name(tmp_path, capsys):
+    (tmp_path / "model.safetensors").symlink_to("no such file")
+    said = error(capsys, "summary", str(tmp_path))
+    assert said.endswith(f"error: No such file or directory: {tmp_path / 'model.safetensors'}")
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file"
 )

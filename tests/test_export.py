@@ -113,7 +113,7 @@ def test_it_is_a_nested_dict_of_strings_and_plain_arrays():
 @pytest.mark.parametrize(
     "dtype",
     [
-        *("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+        *("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"),
         *("int8", "int4", "uint4", "int2", "bool"),
     ],
 )
@@ -133,6 +133,7 @@ STORED = {
     "float32": "float32",
     "bfloat16": "uint16",
     "float8_e4m3fn": "uint8",
+    "float4_e2m1fn": "uint8",
     "int2": "int8",
     "int4": "int8",
     "uint4": "uint8",

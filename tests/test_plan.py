@@ -109,6 +109,13 @@ def test_what_an_unknown_plan_was_asked_is_forgotten_once_it_is_known():
     assert known.live == [0]
 
 
+def test_a_plan_is_equal_to_itself_and_to_no_other_thing():
+    plan = fo.freezable(optax.adam(0.1), "a").init(PARAMS).plan
+    assert plan == plan
+    assert plan != "a"
+    assert Plan.unknown() != ()
+
+
 def test_a_plan_says_how_many_leaves_are_frozen_in_part_and_parked():
     state = fo.freezable(optax.adam(0.1), "a").init(PARAMS)
     assert repr(state.plan) == "Plan(1 of 3 leaves frozen)"

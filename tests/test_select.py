@@ -198,6 +198,12 @@ def test_layers_sort_every_number_in_a_path_by_value():
     assert selection(fo.layers("stage*")[2], params) == [f"stage10/{j}" for j in range(11)]
 
 
+def test_text_between_numbers_is_in_the_order_of_its_letters():
+    names = ["block_1_aa", "block_1_b", "block_10_aa", "block_10_b", "block_10_ba"]
+    params = {name: jnp.ones(1) for name in names}
+    assert [selection(fo.layers("*")[i], params) for i in range(5)] == [[name] for name in names]
+
+
 @pytest.mark.parametrize("index", [4, -5])
 def test_a_layer_out_of_range_is_an_error_that_names_the_layers(index):
     match = rf"layers\('encoder/layer_\*'\)\[{index}\] is out of range.*4 nodes, 'encoder/layer_0'"

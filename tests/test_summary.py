@@ -350,6 +350,11 @@ def test_the_html_can_be_read_on_black_and_on_white(summary):
         assert (light + 0.05) / 0.05 > 2.5, f"{colour} on black"
 
 
+def test_what_a_notebook_shows_is_not_printed_too(capsys):
+    fo.summary({"a": array(2)})._repr_html_()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_three_statuses_have_a_colour_each():
     text = fo.summary({"a": {"x": array(2), "y": array(2)}}, "a/x")._repr_html_()
     found = dict(re.findall(r"color: (#\w+)[^>]*>(trainable|frozen|partial) *</span>", text))
