@@ -141,6 +141,13 @@ def test_beside_it_a_leaf_is_frozen_parked_and_thawed(name):
         assert fo.set_frozen(state, params, fo.nothing) is state
 
 
+@pytest.mark.parametrize("name", STILL)
+def test_beside_it_rows_are_thawed(name):
+    params, spec = beside(name)
+    state = fo.freezable(BARE, (spec, fo.rows("w", [0]))).init(params)
+    assert fo.mask(fo.thaw(state, params, fo.rows("w", [0])), params) == {"w": False, "x": True}
+
+
 @pytest.mark.parametrize("name", OF_JAX)
 def test_beside_it_a_state_is_exported_and_comes_back(name):
     params, spec = beside(name)

@@ -112,6 +112,16 @@ def test_take_and_put_keep_the_payload_of_every_nan(x, wrap):
         _assert_same_bits(new, np.where(mask[:, None], np.zeros_like(x), x))
 
 
+@COMPILED
+def test_rows_without_elements_are_taken_and_put(wrap):
+    for mask in MASKS.values():
+        rows, x = Rows(mask), jnp.ones((COUNT, 3, 0))
+        values = wrap(lambda x, rows=rows: take(x, rows))(x)
+        assert values.shape == (rows.count, 3, 0)
+        assert wrap(lambda x, v, rows=rows: put(x, rows, v))(x, values).shape == x.shape
+        assert wrap(lambda x, v, rows=rows: whole(x, v, rows))(x, values).shape == x.shape
+
+
 @EVERY_DTYPE
 def test_put_of_numpy_arrays_is_numpy_and_leaves_its_argument_alone(x, y):
     mask = MASKS["every other"]

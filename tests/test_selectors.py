@@ -308,6 +308,14 @@ def test_a_pattern_that_selects_nothing_is_an_error_with_the_nearest_paths(spec)
         fo.mask(spec, PARAMS)
 
 
+def test_a_selector_of_ones_own_says_what_it_selects():
+    class Nameless(fo.Selector):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Nameless()
+
+
 def test_everything_works_on_abstract_trees():
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.float32, PARAMS))
     assert (encoder - "**/bias")(abstract) == flags(False, True, False, False)

@@ -142,6 +142,13 @@ def test_nesting_of_a_hundred_levels_isread(tmp_path):
     assert read(flax.serialization.msgpack_serialize(tree), tmp_path) == expected
 
 
+def test_as_deep_as_a_tree_may_be_is_read_and_no_deeper(tmp_path):
+    name, leaf = b"\x81\xa1a", msgpack.packb(1.5)
+    assert list(read(name * 1_024 + leaf, tmp_path)) == ["/".join("a" * 1_024)]
+    with pytest.raises(ValueError, match="it is nested more than 1,024 deep"):
+        read(name * 1_025 + leaf, tmp_path)
+
+
 NO_SHAPES = {
     "negative": ((-1, -1), b"abcd"),
     "negative and zero": ((-1, 0), b""),
