@@ -131,6 +131,21 @@ def test_a_state_that_no_leaf_has_a_part_in_is_released_as_a_fresh_one():
     fo.testing.assert_frozen(adam().init(tree), fo.release(state, tree), True)
 
 
+def test_clocks_after_statistics_that_are_not_there_are_released():
+    body = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "scale": jnp.ones(3)}
+    tree = {"body": body, "head": jnp.ones(3)}
+    rate = optax.scale_by_schedule(lambda count: 0.1)
+    inner = optax.chain(optax.masked(optax.scale_by_adam(), {"body": False, "head": True}), rate)
+    tx = fo.freezable(inner, "head")
+    state = tx.init(tree)
+    for _ in range(3):
+        _, state = tx.update(tree, state, tree)
+    released = fo.release(state, tree)
+    assert jax.tree.structure(released) == jax.tree.structure(inner.init(tree))
+    assert int(released[1].count) == 3
+    assert int(fo.thaw(state, tree, fo.rows("head", [0])).inner[1].count) == 3
+
+
 def test_release_reaches_into_a_tree():
     tx = optax.chain(optax.clip(1.0), fo.freezable(adam(), "encoder"))
     whole = TrainState.create(apply_fn=None, params=params(), tx=tx)

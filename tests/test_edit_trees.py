@@ -318,6 +318,58 @@ def flattened_by_hand() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def counted_by_hand() -> optax.GradientTransformation:
+    """As many steps as there are leaves, beside a statistic of each."""
+
+    def init(tree):
+        return {"counts": jnp.zeros(len(jax.tree.leaves(tree))), "sum": tree}
+
+    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+
+
+def of_one_leaf() -> optax.GradientTransformation:
+    """A statistic of the first leaf alone."""
+
+    def init(tree):
+        return {"first": {"_": tree["_"]}}
+
+    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+
+
+@pytest.mark.parametrize(
+    ("inner", "match"),
+    [
+        (counted_by_hand, r"'1/counts' has \[\(3,\)\], where all leaves frozen give \[\(0,\)\]"),
+        (of_one_leaf, r"'1/first/_' has \[\(3,\)\], where all leaves frozen give \[\]"),
+    ],
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_counter_or_statistic_that_is_of_some_leaves_alone_is_named(verb, inner, match):
+    tree = {"_": jnp.ones(3), **params()}
+    state = fo.freezable(optax.chain(adam(), inner()), "a").init(tree)
+    with pytest.raises(ValueError, match=match):
+        VERBS[verb](state, tree)
+
+
+def helpless() -> optax.GradientTransformation:
+    """An init that fails on holes, in a function of its own."""
+
+    def init(tree):
+        def shape_of(x):
+            return x.shape
+
+        return jax.tree.map(shape_of, tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+
+
+def test_the_transformation_whose_init_fails_on_holes_is_named_and_no_helper_of_it():
+    tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    state = fo.freezable(helpless()).init(tree)
+    with pytest.raises(ValueError, match="the state of helpless can't be edited"):
+        fo.freeze(state, tree, "a")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_part_of_the_state_that_mixes_leaves_is_named(verb):
     tx = fo.freezable(optax.chain(flattened_by_hand(), adam()), "a")

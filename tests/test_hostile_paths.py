@@ -265,3 +265,20 @@ def test_leaves_at_empty_keys_train_and_come_back():
     assert fo.mask(back, BELOW) == fo.mask(state, BELOW)
     assert fo.assign(BELOW, {"''/''": 7.0, "''/w": 8.0})[""]["w"].tolist() == [8.0, 8.0]
     assert {row.path for row in fo.summary(BELOW, depth=2).rows} == {"''", "''/''", "''/w", "a"}
+
+
+ONE, TWO = FrozenDict({"a": {"b": 1.0}}), FrozenDict({"a": {"b": 1.0}, "a/b": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("mask", "tree"),
+    [
+        ({"a": {"b": True}, "a/b": False}, TWO),
+        ({"a": {"b": True}}, TWO),
+        ({"a": {"b": True}, "a/b": False}, ONE),
+    ],
+    ids=["in both", "in the params", "in the mask"],
+)
+def test_a_mask_of_other_containers_cannot_tell_them_apart(mask, tree):
+    with pytest.raises(ValueError, match="two leaves go by the path 'a/b', so the mask, whose"):
+        fo.mask(mask, tree)

@@ -189,6 +189,20 @@ def test_a_function_of_the_params_gets_all_rows(inner, bare):
     fo.testing.assert_frozen(params, new, frozen)
 
 
+def test_a_function_of_the_params_gets_the_frozen_rows_as_they_are():
+    params, seen = table(), []
+
+    def update(updates, state, params=None, *, value_fn):
+        value_fn(jax.tree.map(lambda x: x + 1, params))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = fo.freezable(inner, SCATTERED)
+    tx.update(params, tx.init(params), params, value_fn=seen.append)
+    expected = {"embed": params["embed"].at[KEPT].add(1), "head": params["head"] + 1}
+    fo.testing.assert_frozen([expected], seen, True)
+
+
 def test_both_copies_of_lookahead_keep_their_frozen_rows():
     inner = optax.lookahead(optax.adam(0.1), 2, 0.5)
 
