@@ -213,6 +213,12 @@ def test_tree_map_params_fits_an_edited_state():
     ages = jax.tree.leaves(pairs[1].ages, is_leaf=lambda x: isinstance(x, tuple) and "counter" in x)
     assert ages == [((2,), "counter")]
 
+    # A name for each of two axes, as an old PartitionSpec was: one thing, though it is a tuple.
+    specs = optax.tree_map_params(
+        tx, lambda leaf: leaf, state, transform_non_params=lambda _: ("data", "model")
+    )
+    assert specs[1].ages == (("data", "model"),)
+
 
 class Backwards(NamedTuple):
     c: jax.Array

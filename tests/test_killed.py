@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 500
-KILLS = {"phases": 50, "by hand": 25, "orbax": 16, "scheduled": 15}
+KILLS = {"phases": 50, "by hand": 18, "orbax": 16, "scheduled": 15}
 
 
 def run(course: str, folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -389,6 +389,15 @@ def test_a_wrong_number_of_rows_is_an_error_naming_the_path(where, rows):
         fo.apply_updates(odd, params, frozen=state)
 
 
+def test_a_number_is_no_gradient_of_rows():
+    params, tx = table(), fo.freezable(optax.adam(0.1), SCATTERED)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"'embed' is of shape \(\)"):
+        tx.update({**params, "embed": jnp.float32(1.0)}, state, params)
+    with pytest.raises(ValueError, match="'embed'"):
+        tx.update(params, state, {**params, "embed": jnp.float32(1.0)})
+
+
 @pytest.mark.parametrize("missing", [None, optax.MaskedNode()], ids=["None", "hole"])
 def test_no_gradient_for_rows_that_train_is_an_error_naming_the_path(missing):
     params, tx = table(), fo.freezable(optax.adam(0.1), SCATTERED)
