@@ -123,3 +123,13 @@ def test_a_plan_says_how_many_leaves_are_frozen_in_part_and_parked():
     assert repr(state.plan) == "Plan(1 of 3 leaves frozen, 1 in part)"
     state = fo.freeze(state, PARAMS, "embed", keep_state=True)
     assert repr(state.plan) == "Plan(2 of 3 leaves frozen, 1 in part, 1 of them parked)"
+
+
+def test_what_is_known_of_rows_that_were_frozen_once_is_forgotten():
+    tree = {"w": jnp.ones((16, 2))}
+    state = fo.freezable(optax.adam(0.1)).init(tree)
+    counts = []
+    for row in range(14):
+        state = fo.set_frozen(state, tree, fo.rows("w", [row]))
+        counts.append(len(state.plan.origin._layouts))
+    assert max(counts) == counts[-1] == counts[-5]
