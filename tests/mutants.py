@@ -52,8 +52,9 @@ def mutants(only: str) -> list[dict[str, Any]]:
     """The mutants of the files whose name has `only` in it, in their drawn order."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(path for path in (ROOT / PACKAGE).glob("*.py") if only in path.name):
-        tree = ast.parse(path.read_text())
-        for name, (first, last), text in [*_operated(path, tree), *_without_calls(path, tree)]:
+        source = path.read_text()
+        tree = ast.parse(source)
+        for name, (first, last), text in [*_operated(path, tree), *_without_calls(source, tree)]:
             near = [list(range(first, last + 1)), *_around(tree, first)]
             mutant = {"file": path.name, "operator": name, "near": near, "text": text}
             found.setdefault((path.name, text), mutant)
@@ -77,13 +78,14 @@ def _operated(path: Path, tree: ast.Module) -> Iterator[tuple[str, tuple[int, in
                 yield name, (start[0], end[0]), text
 
 
-def _without_calls(path: Path, tree: ast.Module) -> Iterator[tuple[str, tuple[int, int], str]]:
+def _without_calls(source: str, tree: ast.Module) -> Iterator[tuple[str, tuple[int, int], str]]:
     """The file without one of the calls that are made for what they do, checks above all."""
+    lines = source.splitlines(keepends=True)
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            lines = path.read_text().splitlines(keepends=True)
-            lines[node.lineno - 1 : _last(node)] = [" " * node.col_offset + "pass\n"]
-            yield "DropCall", (node.lineno, _last(node)), "".join(lines)
+            first, last = node.lineno, _last(node)
+            text = [*lines[: first - 1], " " * node.col_offset, "pass\n", *lines[last:]]
+            yield "DropCall", (first, last), "".join(text)
 
 
 def _around(tree: ast.Module, line: int) -> Iterator[list[int]]:

@@ -324,13 +324,18 @@ def flattened_by_hand() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def with_state(init: Any) -> optax.GradientTransformation:
+    """What keeps a state, and does nothing."""
+    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+
+
 def counted_by_hand() -> optax.GradientTransformation:
     """As many steps as there are leaves, beside a statistic of each."""
 
     def init(tree):
         return {"counts": jnp.zeros(len(jax.tree.leaves(tree))), "sum": tree}
 
-    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+    return with_state(init)
 
 
 def of_one_leaf() -> optax.GradientTransformation:
@@ -339,7 +344,7 @@ def of_one_leaf() -> optax.GradientTransformation:
     def init(tree):
         return {"first": {"_": tree["_"]}}
 
-    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+    return with_state(init)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +371,7 @@ def helpless() -> optax.GradientTransformation:
 
         return jax.tree.map(shape_of, tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
-    return optax.GradientTransformation(init, lambda updates, state, tree=None: (updates, state))
+    return with_state(init)
 
 
 def test_the_transformation_whose_init_fails_on_holes_is_named_and_no_helper_of_it():

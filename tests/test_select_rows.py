@@ -304,7 +304,7 @@ def test_a_state_is_a_spec_of_its_rows():
     rows = fo.rows("embed", [0, 2])
     state = optax.chain(optax.clip(1.0), fo.freezable(optax.sgd(0.1), rows)).init(_params())
     assert _plain(fo.mask(state, _params())) == _plain(rows(_params()))
-    # Nor of the three rows alone that train, which gradients may have.
+    # But of no leaf that has only the rows that train, as a gradient may.
     with pytest.raises(ValueError, match=r"'embed'.*\(3, 2\)"):
         fo.mask(state, {**_params(), "embed": jnp.ones((3, 2))})
 
