@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 500
-KILLS = {"phases": 50, "by hand": 18, "orbax": 16, "scheduled": 15}
+KILLS = {"phases": 50, "by hand": 25, "orbax": 16, "scheduled": 15}
 
 
 def run(course: str, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def check_that_kills_hit(course: str, lives: list[dict[str, Any]]) -> None:
     assert any(life["left_half"] for life in cut), "no checkpoint was cut in the middle"
     steps = [life["resumed"]["step"] for life in lives if life["resumed"]]
     assert steps == sorted(steps)
-    assert len(set(steps)) >= len(lives) / 4
+    assert len(set(steps)) >= len(lives) / 3
     assert len(steps) < len(lives), "no life ended before the first checkpoint"
     assert max(life["resumed"]["cohorts"] for life in lives if life["resumed"]) >= 3
     if COURSES[course].is_edited:
