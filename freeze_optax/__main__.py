@@ -1,5 +1,5 @@
 """So that `python -m freeze_optax` is the command line."""
 
-from freeze_optax._cli import main
+from freeze_optax._files.command_line import main
 
 main()

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from freeze_optax._leaves import Leaves, is_array
-from freeze_optax._modules import Modules
+from freeze_optax._tree.leaves import Leaves, is_array
+from freeze_optax._tree.modules import Modules
 
 try:
     from flax import linen

@@ -18,16 +18,16 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from freeze_optax import _edit
-from freeze_optax._leaves import Leaves, is_variable, text
-from freeze_optax._modules import Entries, Modules, children_of, walk
-from freeze_optax._moves import among, take
-from freeze_optax._patterns import nodes_of
-from freeze_optax._rows import Flag, Rows
-from freeze_optax._selectors import Selector, nothing
-from freeze_optax._specs import Spec, as_selector, resolve, schedules_of
-from freeze_optax._state import states_in
-from freeze_optax._zeros import Zeros
+from freeze_optax._edit import freeze_thaw as _edit
+from freeze_optax._tree.leaves import Leaves, is_variable, text
+from freeze_optax._tree.modules import Entries, Modules, children_of, walk
+from freeze_optax._rows.take_put import among, take
+from freeze_optax._tree.globs import nodes_of
+from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._select.selector import Selector, nothing
+from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
+from freeze_optax._state.freeze_state import states_in
+from freeze_optax._params.zeros import Zeros
 
 try:
     from flax import nnx

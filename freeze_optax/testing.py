@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._leaves import Leaves, is_array, is_hole
-from freeze_optax._moves import put, take
-from freeze_optax._patterns import odd_paths, printable
-from freeze_optax._rows import Flag, Rows
-from freeze_optax._specs import Spec, resolve
+from freeze_optax._tree.leaves import Leaves, is_array, is_hole
+from freeze_optax._rows.take_put import put, take
+from freeze_optax._tree.globs import odd_paths, printable
+from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._select.specs import Spec, resolve
 
 __all__ = ["assert_frozen"]
 

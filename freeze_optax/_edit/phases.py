@@ -1,0 +1,129 @@
+"""What is frozen from each step on, as data."""
+
+import bisect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._rows.rows import Flag
+from freeze_optax._select.specs import Spec, resolve
+
+
+class Phases:
+    """What is frozen from each step on: a plan of gradual unfreezing, as data.
+
+    Because what is frozen at a step depends on nothing but the step, a loop that says
+    `state = fo.set_frozen(state, params, phases.at(step))` can be interrupted and resumed
+    anywhere. Gradual unfreezing is of Howard and Ruder, `Universal Language Model Fine-tuning for
+    Text Classification <https://arxiv.org/abs/1801.06146>`_, 2018.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> phases = fo.Phases({0: "encoder", 500: "encoder/layer_{0..9}", 1000: fo.nothing})
+      >>> phases.at(499)
+      'encoder'
+      >>> phases.at(500)
+      'encoder/layer_{0..9}'
+
+    Args:
+      specs: From each step on, counted from 0, a spec; see `freeze_optax.mask`.
+
+    Attributes:
+      starts: The first step of each phase, in order.
+      specs: The spec of each, in the same order.
+
+    Raises:
+      ValueError: If there is no phase, or one begins before step 0.
+      TypeError: If `specs` is no mapping, or a step no integer.
+    """
+
+    def __init__(self, specs: Mapping[int, Spec]):
+        if not isinstance(specs, Mapping):
+            raise TypeError(
+                "Phases takes a dict of first steps and specs, as {0: 'encoder', 500: fo.nothing}, "
+                f"not a {type(specs).__name__}"
+            )
+        if not specs:
+            raise ValueError(
+                "Phases needs a phase; to freeze nothing write Phases({0: fo.nothing})"
+            )
+        steps = {_as_int(step): spec for step, spec in specs.items()}
+        self.starts: tuple[int, ...] = tuple(sorted(steps))
+        self.specs: tuple[Spec, ...] = tuple(steps[start] for start in self.starts)
+        if self.starts[0] < 0:
+            raise ValueError(f"a phase begins at step {self.starts[0]}; steps count from 0")
+
+    def at(self, step: int) -> Spec:
+        """The spec of the phase that a step is in.
+
+        Examples:
+          >>> import freeze_optax as fo
+          >>> phases = fo.Phases({0: "encoder", 500: fo.nothing})
+          >>> [phases.at(step) for step in (0, 499, 500)]
+          ['encoder', 'encoder', nothing]
+
+        Args:
+          step: The number of steps taken before this one; an integer, or an array that holds
+            one, outside of jit.
+
+        Returns:
+          The spec, as it was given.
+
+        Raises:
+          ValueError: If the step is before the first phase.
+          TypeError: If it is no integer, or traced: under jit use `freeze_optax.scheduled`.
+        """
+        index = bisect.bisect_right(self.starts, _as_int(step)) - 1
+        if index < 0:
+            raise ValueError(
+                f"step {step} is before the first phase, which begins at {self.starts[0]}"
+            )
+        return self.specs[index]
+
+    def validate(self, params: Any) -> None:
+        """Resolves all phases, so that a typo in the last one shows before the first step.
+
+        Examples:
+          >>> import freeze_optax as fo
+          >>> phases = fo.Phases({0: "encoder", 500: "encoder/layer_0"})
+          >>> phases.validate({"encoder": {"layer_1": 1.0}})
+          Traceback (most recent call last):
+          ValueError: in the phase from step 500 on: pattern 'encoder/layer_0' selects no leaf; ...
+
+        Args:
+          params: The params; may be abstract.
+
+        Raises:
+          ValueError: If a spec does not fit the params, naming its phase.
+          IndexError: If one names a layer that is not there (`fo.layers(pattern)[i]`).
+          TypeError: If a mask among them holds anything but bools.
+        """
+        self.resolve(Leaves(params))
+
+    def resolve(self, leaves: Leaves) -> tuple[tuple[Flag, ...], ...]:
+        """The frozen flags of each phase; raises as `validate` does."""
+        flags: list[tuple[Flag, ...]] = []
+        for start, spec in zip(self.starts, self.specs, strict=True):
+            try:
+                flags.append(tuple(resolve(spec, leaves)))
+            except Exception as error:
+                where = f"in the phase from step {start} on"
+                if type(error) in (ValueError, TypeError, IndexError):
+                    raise type(error)(f"{where}: {error}") from error
+                error.add_note(where)  # as jax's errors are not made of a text alone
+                raise
+        return tuple(flags)
+
+    def __repr__(self) -> str:
+        return f"Phases({dict(zip(self.starts, self.specs, strict=True))!r})"
+
+
+def _as_int(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"a step is an integer known outside of jit, not {step!r}; inside a compiled loop "
+            "use fo.scheduled(inner, phases)"
+        ) from None

@@ -1,0 +1,54 @@
+"""The trees that hold a state: what a chain, a `TrainState` or an `nnx.Optimizer` keeps."""
+
+from typing import Any
+
+import jax
+import optax
+
+from freeze_optax._state.freeze_state import FreezeState, states_in
+
+
+def only_state(verb: str, tree: Any) -> FreezeState:
+    """The one `FreezeState` in a tree."""
+    if isinstance(tree, optax.GradientTransformation):
+        raise TypeError(
+            f"{verb} takes an optimizer state, not a transformation; to choose what a new "
+            "state freezes write fo.freezable(inner, frozen), for one that there is fo."
+            + _call(verb, "opt_state")
+        )
+    states = states_in(tree)
+    if not states:
+        raise TypeError(
+            f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
+            f"the order is {_call(verb, 'state')}, and the state one of fo.freezable"
+        )
+    if len(states) > 1:
+        raise ValueError(
+            f"{verb} was given a {type(tree).__name__} with {len(states)} FreezeStates, and can't "
+            "tell which is meant; edit one of them and put it in its place"
+        )
+    return states[0]
+
+
+def _call(verb: str, state: str) -> str:
+    arguments = {"export_state": state, "import_state": "tx, params, exported"}
+    return f"{verb}({arguments.get(verb, f'{state}, params, ...')})"
+
+
+def editable_state(verb: str, tree: Any) -> FreezeState:
+    """The one `FreezeState` in a tree, which must not be of `scheduled`."""
+    state = only_state(verb, tree)
+    if state.plan.schedule:
+        raise ValueError(
+            f"the state of fo.scheduled follows its phases; it can't be edited by {verb}"
+        )
+    return state
+
+
+def replace_state(tree: Any, state: Any) -> Any:
+    """The tree with another thing in the place of its `FreezeState`."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, FreezeState)
+
+    return jax.tree.map(lambda x: state if is_state(x) else x, tree, is_leaf=is_state)

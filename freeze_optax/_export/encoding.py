@@ -1,0 +1,231 @@
+"""What an export holds: arrays of dtypes that every file format knows, and a text about them."""
+
+import json
+import reprlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freeze_optax._tree.leaves import is_array
+
+FORMAT = "freeze_optax state, version 1"
+
+Check = Callable[[Any], bool]
+
+
+def _is(kind: type) -> Check:
+    return lambda x: type(x) is kind  # to isinstance a bool is an int
+
+
+def _list_of(is_item: Check) -> Check:
+    return lambda x: type(x) is list and all(map(is_item, x))
+
+
+def _pair_of(is_first: Check, is_second: Check) -> Check:
+    return lambda x: type(x) is list and len(x) == 2 and is_first(x[0]) and is_second(x[1])
+
+
+def _none_or(check: Check) -> Check:
+    return lambda x: x is None or check(x)
+
+
+_ENTRY: dict[str, Check] = {
+    "path": _is(str),
+    "shape": _list_of(_is(int)),
+    "dtype": _is(str),
+    "key": _none_or(_is(str)),
+}
+
+
+def _is_entry(x: Any) -> bool:
+    return type(x) is dict and all(check(x.get(name)) for name, check in _ENTRY.items())
+
+
+_LISTS: dict[str, tuple[Check, str]] = {
+    "paths": (_is(str), "text"),
+    "frozen": (_is(bool), "true or false"),
+    "cohorts": (_is(int), "a whole number"),
+    "schedule": (_pair_of(_is(int), _list_of(_is(bool))), "a step and a list of true and false"),
+    "parts": (
+        _pair_of(_is(int), _none_or(_pair_of(_is(int), _is(str)))),
+        "the number of a leaf and its rows",
+    ),
+    "leaves": (_is_entry, "a path, a shape and a dtype"),
+}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def pack(about: Mapping[str, Any]) -> np.ndarray:
+    """What is to be said of the arrays, as an array."""
+    text = json.dumps({"format": FORMAT, "sum": _sum(about), **about})
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _sum(about: Mapping[str, Any]) -> int:
+    """A checksum: one digit changed in the rows of a part, say, makes a plan as good as any."""
+    text = json.dumps([about[name] for name in _LISTS], sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+def unpack(exported: Any) -> dict[str, Any]:
+    """What was said of the arrays, each entry of its type and as long as the others.
+
+    Args:
+      exported: The export, or whatever was given for one.
+
+    Raises:
+      ValueError: If it is none, or damaged, naming what is wrong.
+    """
+    about = _text(exported)
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            "this is no export of fo.export_state that this version reads: its format is "
+            f"{_SHORT.repr(about.get('format'))}, not {FORMAT!r}"
+        )
+    for name in _LISTS:
+        _check_list(name, about)
+    _check_lengths(about)
+    if about.get("sum") != _sum(about):
+        raise ValueError(
+            "the export is damaged: what its 'about' says has changed since, as its checksum is "
+            f"{_sum(about)}, not {_SHORT.repr(about.get('sum'))}"
+        )
+    return about
+
+
+def _check_list(name: str, about: dict[str, Any]) -> None:
+    check, what = _LISTS[name]
+    given = about.get(name, ...)
+    if name == "parts" and given is None:
+        return
+    if type(given) is not list:
+        found = "missing" if given is ... else _SHORT.repr(given)
+        raise ValueError(f"the export is damaged: its {name!r} is {found}, not a list")
+    for i, item in enumerate(given):
+        if not check(item):
+            found = _SHORT.repr(item)
+            raise ValueError(f"the export is damaged: its {name!r} has {found} at {i}, not {what}")
+
+
+def _text(exported: Any) -> dict[str, Any]:
+    try:
+        if not isinstance(exported, Mapping):
+            raise TypeError(f"it is a {type(exported).__name__}")
+        text = np.asarray(exported["about"])
+        if text.dtype.kind not in "iu":
+            raise TypeError(f"it is of the dtype {text.dtype}")
+        about = json.loads(text.astype(np.uint8).tobytes())
+        if not isinstance(about, dict):
+            raise TypeError(f"it says {_SHORT.repr(about)}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"this is no export of fo.export_state, or damaged: its 'about' can't be read "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return about
+
+
+def _check_lengths(about: dict[str, Any]) -> None:
+    parts = about["paths" if about["parts"] is None else "parts"]
+    flags = [(name, about[name]) for name in ("frozen", "cohorts")]
+    for name, found in (*flags, *(("schedule", flags) for _, flags in about["schedule"])):
+        if len(found) != len(parts):
+            raise ValueError(
+                f"the export is damaged: its {name!r} is for {len(found):,} parts of leaves, and "
+                f"there are {len(parts):,}"
+            )
+
+
+def noted(leaf: Any) -> dict[str, Any]:
+    """What to note of a leaf, abstract or not: shape, dtype, and of a typed PRNG key which kind."""
+    entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return {**entry, "key": str(_key_impl(leaf))} if _is_key(leaf) else entry
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+    found: list[Any] = []
+    # Of abstract keys jax does not tell it, of traced ones it does.
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
+
+
+def encode(leaf: Any) -> tuple[Any, dict[str, Any]]:
+    """A leaf as an array of a dtype that NumPy knows, and what to note of it.
+
+    Args:
+      leaf: An array or a Python number.
+
+    Returns:
+      The leaf itself where it may be stored as it is, else its bits; and its shape and dtype.
+    """
+    # A Python number, set by hand, gets the dtype that it will have after the next update.
+    array = leaf if is_array(leaf) else jnp.asarray(leaf)
+    entry = noted(array)
+    if _is_key(array):
+        return jax.random.key_data(array), entry
+    stored = _stored_dtype(array.dtype)
+    if stored == array.dtype:
+        return array, entry
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(stored), entry
+    bits = jax.lax.bitcast_convert_type(array, f"uint{jnp.finfo(array.dtype).bits}")
+    return bits.astype(stored), entry
+
+
+def decode(array: Any, leaf: Any, path: str) -> Any:
+    """The leaf again.
+
+    Args:
+      array: The array that was stored, from NumPy or JAX; whatever, for one without elements.
+      leaf: What it has to become, abstract.
+      path: The path of the leaf.
+
+    Returns:
+      The leaf, on no certain device unless it is sharded over several.
+
+    Raises:
+      ValueError: If the array is not that of such a leaf, naming the path.
+    """
+    is_key = _is_key(leaf)
+    kept = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+    shape, stored = kept.shape, _stored_dtype(kept.dtype)
+    if 0 in shape:
+        array = np.zeros(shape, stored)
+    is_from_numpy = isinstance(array, np.ndarray | np.generic)
+    is_one = is_from_numpy or isinstance(array, jax.Array)
+    if not is_one or array.shape != shape or array.dtype != stored:
+        what = f"{array.dtype}{list(array.shape)}" if is_one else type(array).__name__
+        raise ValueError(f"the export is damaged: {path!r} is {what}, not {stored}{list(shape)}")
+    if is_from_numpy or len(array.sharding.device_set) == 1:
+        array = jnp.asarray(np.asarray(array))
+    if is_key:
+        return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
+    return _from_bits(array, leaf.dtype)
+
+
+def _from_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    if array.dtype == dtype:
+        return array
+    if jnp.issubdtype(dtype, jnp.integer):
+        return array.astype(dtype)
+    bits = array.astype(f"uint{jnp.finfo(dtype).bits}")
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def _stored_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype that an array is stored with: its own, or that of its bits."""
+    if dtype.kind in "biufc" and dtype.isbuiltin == 1:
+        return dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        return np.dtype(np.int8 if jnp.issubdtype(dtype, jnp.signedinteger) else np.uint8)
+    return np.dtype(f"uint{max(8, jnp.finfo(dtype).bits)}")

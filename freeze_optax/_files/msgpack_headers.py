@@ -1,0 +1,300 @@
+"""The names, shapes and dtypes in a MessagePack file of Flax, its arrays skipped.
+
+No library reads such a file without the arrays: they all hand over what an extension type holds.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freeze_optax._tree.globs import listed
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+"""The extension types of `flax.serialization`."""
+
+_DEEPEST = 1_024
+"""As deep as the MessagePack libraries go. Key paths as deep as a file can be take its square."""
+
+_LONGEST = 10_000
+"""The most characters of a path."""
+
+_NODE, _FREE, _TIMES, _MOST = 1_000, 100_000_000, 100, 1_000_000_000
+"""Of memory, in bytes: what a node takes beside its path, about; what any file may take; how many
+times its size it may take beyond that; and what no file may take more of."""
+
+MOST_AXES = 64
+"""As many as an array of NumPy may have. The product of a million numbers takes hours."""
+
+_LONGEST_DTYPE = 100
+"""The most characters in the name of a dtype. NumPy makes a record of what has commas in it."""
+
+_CHUNKED = "__msgpack_chunked_array__"
+"""What marks an array that Flax has cut, as MessagePack holds no more than 4 GiB in one piece."""
+
+_WHOLE: dict[int, tuple[str, Any]] = {
+    **{n: ("number", n) for n in range(0x80)},
+    **{0x80 + n: ("map", n) for n in range(0x10)},
+    **{0x90 + n: ("array", n) for n in range(0x10)},
+    **{0xA0 + n: ("str", n) for n in range(0x20)},
+    0xC0: ("number", None),
+    0xC2: ("number", False),
+    0xC3: ("number", True),
+    **{0xD4 + n: ("ext", 2**n) for n in range(5)},
+    **{0xE0 + n: ("number", n - 0x20) for n in range(0x20)},
+}
+"""First bytes that say all: the kind of an item and its value or length."""
+
+_FORMS = {
+    **{0xC4 + n: ("bin", form) for n, form in enumerate(("B", "H", "I"))},
+    **{0xC7 + n: ("ext", form) for n, form in enumerate(("B", "H", "I"))},
+    **{0xCA + n: ("number", form) for n, form in enumerate(("f", "d", *"BHIQ", *"bhiq"))},
+    **{0xD9 + n: ("str", form) for n, form in enumerate(("B", "H", "I"))},
+    **{0xDC + n: ("array", form) for n, form in enumerate(("H", "I"))},
+    **{0xDE + n: ("map", form) for n, form in enumerate(("H", "I"))},
+}
+"""First bytes before a number: the kind, and for `struct` the form of its value or length."""
+
+
+def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
+    """An array that was told of, None for one of text, dates, records or Python objects.
+
+    Raises:
+      ValueError: If the shape is none.
+    """
+    _check_axes(len(shape))
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"it holds an array of the shape {tuple(shape)}")
+    dtype = np.dtype(dtype)
+    # To NumPy a time span is a number, and a bfloat16 none.
+    is_number = jnp.issubdtype(dtype, np.number) and dtype.kind != "m"
+    if not (is_number or dtype == np.bool_):
+        return None
+    return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
+
+
+def _check_axes(count: int) -> None:
+    if count > MOST_AXES:
+        raise ValueError(f"it holds an array of {count:,} axes, over the limit of {MOST_AXES}")
+
+
+class Room:
+    """What memory the names in a file may still take.
+
+    Short files can stand for long paths, as the path of a leaf has in it all the names above.
+
+    Args:
+      size: Of the file, in bytes.
+    """
+
+    def __init__(self, size: int):
+        self._size, self._most = size, min(_FREE + _TIMES * size, _MOST)
+        self._left = self._most
+
+    def take(self, keys: Sequence[str], nodes: int = 1) -> None:
+        """Makes room for a node.
+
+        Args:
+          keys: The components of its path.
+          nodes: How many there are that have no room yet: itself, and maybe some above it.
+
+        Raises:
+          ValueError: If there is none left, or the path goes too far.
+        """
+        if len(keys) > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
+        length = sum(map(len, keys)) + len(keys) - 1
+        if length > _LONGEST:
+            start = "/".join(keys)[:20]
+            raise ValueError(
+                f"the path {start!r}… has {length:,} characters, over the limit of {_LONGEST:,}"
+            )
+        self._left -= nodes * (_NODE + 8 * len(keys) + 2 * length)
+        if self._left < 0:
+            raise ValueError(
+                f"its names would take over {self._most:,} bytes of memory, the limit for "
+                f"{self._size:,} in a file"
+            )
+
+
+class _Reader:
+    """Reads MessagePack, item by item.
+
+    Args:
+      file: Open at the first byte.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
+
+    @property
+    def position(self) -> int:
+        """How many bytes are behind."""
+        return self._file.tell()
+
+    def _left(self, count: int) -> int:
+        # Before memory is taken: a length in a file may be anything.
+        if count > self.size - self.position:
+            raise ValueError(f"it ends after {self.size:,} bytes, in the middle of an item")
+        return count
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(f">{form}", self._file.read(self._left(struct.calcsize(form))))[0]
+
+    def skip(self, count: int) -> None:
+        """Passes over bytes."""
+        self._file.seek(self._left(count), os.SEEK_CUR)
+
+    def text(self, count: int) -> str:
+        """So many bytes as text."""
+        return self._file.read(self._left(count)).decode()
+
+    def next(self) -> tuple[str, Any]:
+        """The next item: a number, bool or None whole, of all else the kind and length."""
+        first = self._number("B")
+        if first in _WHOLE:
+            return _WHOLE[first]
+        if first not in _FORMS:
+            raise ValueError(f"byte {self.position - 1:,} is {first:#x}, which MessagePack has not")
+        kind, form = _FORMS[first]
+        return kind, self._number(form)
+
+    def of_kind(self, kind: str) -> Any:
+        """The next item, which has to be of a kind."""
+        found, value = self.next()
+        if found != kind:
+            raise ValueError(f"byte {self.position:,} has a {found} where a {kind} was expected")
+        return value
+
+    def _dtype(self) -> np.dtype[Any]:
+        count = self.of_kind("str")
+        if count > _LONGEST_DTYPE:
+            raise ValueError(f"it holds an array whose dtype has a name of {count:,} bytes")
+        name = self.text(count)
+        try:
+            return np.dtype(name)
+        except (TypeError, ValueError, SyntaxError) as error:  # a list in it is parsed
+            raise ValueError(f"it holds an array of the dtype {name!r}, none of NumPy") from error
+
+    def extension(self, length: int) -> Any:
+        """What an extension item of Flax stands for, an array without its contents."""
+        code = self._number("b")
+        end = self.position + self._left(length)
+        if code == _COMPLEX:
+            self.skip(length)
+            return 0j
+        if code not in (_ARRAY, _SCALAR):
+            raise ValueError(f"it holds an extension type {code}, which Flax does not write")
+        if self.of_kind("array") != 3:
+            raise ValueError("it holds an array that is not a shape, a dtype and bytes")
+        axes = self.of_kind("array")
+        _check_axes(axes)
+        shape, dtype = [self.of_kind("number") for _ in range(axes)], self._dtype()
+        count, leaf = self.of_kind("bin"), abstract(shape, dtype)
+        if count != math.prod(shape) * dtype.itemsize or self.position + count != end:
+            raise ValueError(f"an array of shape {shape} and dtype {dtype} has {count:,} bytes")
+        self.skip(count)
+        return leaf
+
+
+def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
+    """The leaves in a file that `flax.serialization` wrote, by their keys.
+
+    Args:
+      file: Open at the first byte, and seekable.
+
+    Returns:
+      For each leaf its number, or its shape and dtype; text and None are left out.
+
+    Raises:
+      ValueError: If the file is not of this format, or cut, or its names take too much memory.
+    """
+    reader = _Reader(file)
+    room = Room(reader.size)
+    leaves: dict[tuple[str, ...], Any] = {}
+    kind, value = reader.next()
+    if kind not in ("map", "array", "ext"):
+        raise ValueError("it does not begin with a tree")
+    if kind == "ext":
+        leaves[()] = reader.extension(value)
+    # No recursion: a file may be nested deeper than Python's stack.
+    frames = [] if kind == "ext" else [_Frame((), kind, value, reader)]
+    while frames:
+        frame = frames[-1]
+        if not frame.left:
+            frames.pop()
+            continue
+        keys = frame.next_keys()
+        room.take(keys)
+        kind, value = reader.next()
+        if kind in ("map", "array"):
+            frames.append(_Frame(keys, kind, value, reader))
+        elif kind == "ext":
+            leaves[keys] = reader.extension(value)
+        elif kind == "number":
+            leaves[keys] = value
+        else:
+            reader.skip(value)
+    if reader.position != reader.size:
+        raise ValueError(f"{reader.size - reader.position:,} bytes follow its end")
+    return _whole({keys: leaf for keys, leaf in leaves.items() if leaf is not None})
+
+
+class _Frame:
+    """A map or array that is being read."""
+
+    def __init__(self, keys: tuple[str, ...], kind: str, count: int, reader: _Reader):
+        self._keys, self._is_map, self._count, self._reader = keys, kind == "map", count, reader
+        self._seen, self.left = set[str](), count
+
+    def next_keys(self) -> tuple[str, ...]:
+        """The keys of the next thing in it."""
+        key = self._key() if self._is_map else str(self._count - self.left)
+        self.left -= 1
+        if key in self._seen:
+            raise ValueError(f"it has the key {key!r} twice in one place")
+        self._seen.add(key)
+        return (*self._keys, key)
+
+    def _key(self) -> str:
+        kind, value = self._reader.next()
+        if kind == "number":
+            return str(value)
+        if kind != "str":
+            raise ValueError(f"byte {self._reader.position:,} has a {kind} for a key")
+        return self._reader.text(value)
+
+
+def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """The leaves, with each array that is in chunks as one."""
+    chunked: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
+        keys[:-1]: {"shape": {}, "chunks": {}} for keys in leaves if keys and keys[-1] == _CHUNKED
+    }
+    whole: dict[tuple[str, ...], Any] = {}
+    for keys, leaf in leaves.items():
+        if keys[:-2] in chunked and len(keys) > 1 and keys[-2] in ("shape", "chunks"):
+            chunked[keys[:-2]][keys[-2]][keys[-1]] = leaf
+        elif keys[:-1] not in chunked:
+            whole[keys] = leaf
+    for keys, found in chunked.items():
+        path = "/".join(keys)
+        shape, chunks = (_in_order(found[name], path) for name in ("shape", "chunks"))
+        if not all(isinstance(chunk, jax.ShapeDtypeStruct) for chunk in chunks):
+            raise ValueError(f"the chunks of {path!r} are no arrays")
+        _check_axes(len(shape))
+        if not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
+            raise ValueError(f"the chunks of {path!r} do not make up its shape {shape}")
+        whole[keys] = abstract(shape, chunks[0].dtype)
+    return whole
+
+
+def _in_order(numbered: dict[str, Any], path: str) -> list[Any]:
+    """What Flax has made of a list: a dict with the keys "0", "1" and so on."""
+    if any(str(i) not in numbered for i in range(len(numbered))):
+        raise ValueError(f"the chunks of {path!r} are not numbered: {listed(numbered)}")
+    return [numbered[str(i)] for i in range(len(numbered))]

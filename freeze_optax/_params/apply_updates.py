@@ -1,0 +1,122 @@
+"""Applying updates."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freeze_optax._tree.leaves import Leaves, is_hole
+from freeze_optax._rows.take_put import put, taken
+from freeze_optax._tree.globs import listed, odd_paths
+from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._select.selector import nothing
+from freeze_optax._select.specs import Spec, resolve, schedules_of
+
+
+def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
+    """As `optax.apply_updates`, but a frozen leaf is returned as the very same object.
+
+    So its every bit stays, in eager mode too, where `p + 0` turns -0.0 into 0.0 and flushes
+    subnormal numbers; and in eager mode, or with the params donated to `jax.jit`, its buffer is
+    not copied.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": 1.0, "head": 2.0}
+      >>> new = fo.apply_updates(params, {"encoder": 9.0, "head": 0.5}, frozen="encoder")
+      >>> new["encoder"] is params["encoder"], float(new["head"])
+      (True, 2.5)
+
+    Args:
+      params: A tree.
+      updates: A tree with a leaf, a hole or None for each leaf of `params`; those at frozen ones
+        are not looked at.
+      frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
+        state. Of a leaf that is frozen in part, those rows. Also left is each leaf whose update is
+        None or a hole (`optax.MaskedNode`), and each that cannot be trained.
+
+    Returns:
+      A tree like `params`: at other leaves the sum, in the dtype of the param.
+
+    Raises:
+      ValueError: If the updates or the spec do not fit the params.
+    """
+    leaves = Leaves(params)
+    flags = resolve(frozen, leaves, partitioned=True)
+    steps = _align(leaves, updates)
+    add = _add_unless_zero if schedules_of(frozen) else _add
+    triples = zip(leaves.values, steps, flags, strict=True)
+
+    def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:
+        if frozen is True or update is None or is_hole(update) or is_hole(param):
+            return param
+        if not isinstance(frozen, Rows):
+            return add(param, update)
+        _check_rows(update, frozen, leaves, i)
+        return _add_rows(param, update, ~frozen, add)
+
+    return leaves.rebuild(applied(i, *triple) for i, triple in enumerate(triples))
+
+
+def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
+    if np.ndim(update) and not frozen.fits(update, partitioned=True):
+        raise ValueError(
+            f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf of "
+            f"{leaves.values[i].shape}, of which {~frozen!r} train; give an update of all rows or "
+            "of these"
+        )
+
+
+def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
+    """The param with the update added to the rows that train; either may be of these alone."""
+    own = taken(param, live)
+    new = add(own, taken(update, live) if np.ndim(update) else update)
+    return new if own is param else put(param, live, new)
+
+
+def _add(param: Any, update: Any) -> Any:
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+
+def _add_unless_zero(param: Any, update: Any) -> Any:
+    """The sum, but every bit of `param` where the update is -0.0, as `scheduled` has it.
+
+    What is frozen then shows in the updates alone; and where XLA does not see that they are
+    constant, its addition flushes subnormals on a CPU.
+    """
+    parts = (jnp.real(update), jnp.imag(update)) if jnp.iscomplexobj(update) else (update,)
+    still = functools.reduce(operator.and_, map(_is_negative_zero, parts))
+    return jnp.where(still, jnp.asarray(param), _add(param, update))
+
+
+def _is_negative_zero(x: Any) -> jax.Array:
+    # `signbit` is for 16 bits and more. Of the small formats those without -0.0 have neither
+    # subnormal numbers that an addition would flush nor NaNs that it would change.
+    x = jnp.asarray(x)
+    x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 16 else x
+    return (x == 0) & jnp.signbit(x)
+
+
+def _align(leaves: Leaves, updates: Any) -> list[Any]:
+    own = Leaves(updates)
+    if own.treedef == leaves.treedef:
+        return own.values
+    try:
+        values = leaves.treedef.flatten_up_to(updates)
+    except (ValueError, TypeError):
+        raise ValueError(
+            "the updates are of other params: "
+            + odd_paths(own.paths, leaves.paths, "in the updates", "in the params")
+        ) from None
+    nodes = [
+        path
+        for path, u in zip(leaves.paths, values, strict=True)
+        if not (u is None or is_hole(u) or jax.tree_util.all_leaves([u]))
+    ]
+    if nodes:
+        raise ValueError(f"the updates have nodes where the params have leaves: {listed(nodes)}")
+    return values

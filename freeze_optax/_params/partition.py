@@ -1,0 +1,192 @@
+"""A tree in two: what trains and the rest, each with holes where the other has leaves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from freeze_optax._rows.parts import Parts, is_whole, join
+from freeze_optax._tree.leaves import HOLE, Leaves, is_hole, is_variable
+from freeze_optax._rows.take_put import put, take, take_exactly
+from freeze_optax._tree.globs import listed, odd_paths, some
+from freeze_optax._rows.rows import Flag, Rows, invert
+from freeze_optax._select.specs import Spec, as_selector, resolve
+
+
+def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
+    """Splits `tree` into its trainable leaves and the rest; `merge` is the inverse.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> trainable, rest = fo.partition({"encoder": 1.0, "head": 2.0}, "encoder")
+      >>> trainable
+      {'encoder': MaskedNode(), 'head': 2.0}
+      >>> rest
+      {'encoder': 1.0, 'head': MaskedNode()}
+      >>> fo.merge(trainable, rest)
+      {'encoder': 1.0, 'head': 2.0}
+
+    Args:
+      tree: Any pytree.
+      frozen: What belongs to the rest: any spec, see `freeze_optax.mask`. Leaves that cannot be
+        trained belong there too.
+
+    Returns:
+      Two trees of the structure of `tree`, with `optax.MaskedNode()`, a node without leaves,
+      wherever the other one has the leaf. The leaves are the very objects. Of a leaf that is
+      frozen in part the trainable tree has the array of the rows that train; the rest keeps the
+      other rows, in a node that knows which they are.
+
+    Raises:
+      ValueError: If the spec does not fit the tree; IndexError and TypeError as `mask`.
+    """
+    leaves = Leaves(tree)
+    flags = resolve(frozen, leaves)
+    return split(leaves, flags)
+
+
+def split(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
+    """`partition`, with the flags at hand."""
+    pairs = list(zip(leaves.values, frozen, strict=True))
+    trainable = leaves.rebuild(_selected(leaf, invert(flag)) for leaf, flag in pairs)
+    rest = leaves.rebuild(
+        Parts([take_exactly(leaf, f)], (f,)) if isinstance(f, Rows) else _selected(leaf, f)
+        for leaf, f in pairs
+    )
+    return trainable, rest
+
+
+def _selected(leaf: Any, flag: Flag) -> Any:
+    if isinstance(flag, Rows):
+        return take(leaf, flag)
+    return leaf if flag else HOLE
+
+
+def merge(trainable: Any, rest: Any) -> Any:
+    """Puts together what `partition` has split.
+
+    Examples:
+      >>> import jax
+      >>> import freeze_optax as fo
+      >>> trainable, rest = fo.partition({"encoder": 1.0, "head": 2.0}, "encoder")
+      >>> fo.merge(jax.tree.map(lambda x: x + 1, trainable), rest)
+      {'encoder': 1.0, 'head': 3.0}
+
+    Args:
+      trainable: A tree with holes (`optax.MaskedNode`).
+      rest: A tree of the same structure with leaves in these holes and holes elsewhere.
+
+    Returns:
+      The tree with all leaves, the very objects. Where both have a hole, it stays one.
+
+    Raises:
+      ValueError: If the structures differ, both trees have a leaf at one path, or rows of a leaf
+        that is frozen in part are not those that the rest lacks.
+    """
+    left, right = Leaves(trainable, stop=is_whole), Leaves(rest, stop=is_whole)
+    if any(map(_is_part, left.values)):
+        exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
+        raise ValueError(
+            f"at {listed(exchanged)} `trainable` holds the rows that are frozen; the order is "
+            "fo.merge(trainable, rest)"
+        )
+    if left.treedef != right.treedef:
+        raise ValueError(
+            "the two parts are of different trees: "
+            + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
+        )
+    pairs = list(zip(left.values, right.values, strict=True))
+    # Paths are text that costs time to make, and this runs in each trace of a loss.
+    both = [i for i, (a, b) in enumerate(pairs) if not (is_hole(a) or is_hole(b) or _is_part(b))]
+    if both:
+        raise ValueError(
+            f"both parts have a leaf at {listed(left.paths[i] for i in both)}; each leaf belongs "
+            "to one of them, with optax.MaskedNode() in the other, as fo.partition gives them"
+        )
+    odd = [
+        f"{left.paths[i]!r} {problem}"
+        for i, (a, b) in enumerate(pairs)
+        if _is_part(b) and (problem := _misfit(a, b))
+    ]
+    if odd:
+        raise ValueError(f"the rows of the two parts are not of one leaf: {some(odd)}")
+    return left.rebuild(_merged(a, b) for a, b in pairs)
+
+
+def _is_part(x: Any) -> bool:
+    return isinstance(x, Parts)
+
+
+def _misfit(left: Any, right: Parts) -> str:
+    """What is wrong with rows that train for the rest of their leaf; empty if nothing is."""
+    (rows,), (still,) = right.rows, right.values
+    expected = (len(rows.mask) - rows.count, *still.shape[1:])
+    if is_hole(left):
+        return f"is a hole in `trainable`, where `rest` lacks rows of shape {expected}"
+    if np.shape(left) != expected:
+        return f"is of shape {np.shape(left)}, where `rest` lacks rows of shape {expected}"
+    mine, other = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, still))
+    return "" if mine == other else f"is {mine} in `trainable` and {other} in `rest`"
+
+
+def _merged(left: Any, right: Any) -> Any:
+    if isinstance(right, Parts):
+        (rows,) = right.rows
+        return join(Parts((*right.values, left), (rows, ~rows)))
+    return right if is_hole(left) else left
+
+
+def hold(new: Any, old: Any, where: Spec) -> Any:
+    """`new` with the selected leaves of `old`: keeps what no optimizer owns.
+
+    BatchNorm statistics change in the forward pass, not through gradients, so freezing them is a
+    choice of its own: hold them. Here the spec counts as it is written; an integer counter that
+    is not selected moves on.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> old = {"bn_0": {"mean": 0.0, "steps": 1}, "bn_1": {"mean": 0.0, "steps": 1}}
+      >>> new = {"bn_0": {"mean": 0.5, "steps": 2}, "bn_1": {"mean": 0.7, "steps": 2}}
+      >>> fo.hold(new, old, "bn_0/mean")
+      {'bn_0': {'mean': 0.0, 'steps': 2}, 'bn_1': {'mean': 0.7, 'steps': 2}}
+
+    Args:
+      new: A tree.
+      old: A tree of the same structure.
+      where: The leaves to take from `old`: any spec, see `freeze_optax.mask`.
+
+    Returns:
+      A tree of the structure of `new`; the leaves are the very objects.
+
+    Raises:
+      ValueError: If the trees differ in structure, or the spec does not fit them; or if a selected
+        NNX Variable is in both trees, so that nothing of what it was is left.
+    """
+    after, before = Leaves(new), Leaves(old)
+    if after.treedef != before.treedef:
+        raise ValueError(
+            "`new` and `old` are different trees: "
+            + odd_paths(after.paths, before.paths, "in `new`", "in `old`")
+        )
+    held = as_selector(where).flags(after)
+    _check_copied(new, old, after.fill(held))
+    triples = zip(after.values, before.values, held, strict=True)
+    return after.rebuild(_held(n, o, flag) for n, o, flag in triples)
+
+
+def _held(new: Any, old: Any, flag: Flag) -> Any:
+    if isinstance(flag, Rows):
+        return put(new, flag, take_exactly(old, flag))
+    return old if flag else new
+
+
+def _check_copied(new: Any, old: Any, held: Any) -> None:
+    # `nnx.state` gives the model's own Variables, which go on changing with it.
+    trees = [Leaves(tree, stop=is_variable).values for tree in (new, old, held)]
+    triples = zip(*trees, strict=True)
+    if any(a is b and is_variable(a) and any(jax.tree.leaves(flag)) for a, b, flag in triples):
+        raise ValueError(
+            "`new` and `old` hold the very same Variables, so what they were is gone; keep a copy "
+            "before they change: old = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))"
+        )

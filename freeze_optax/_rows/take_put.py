@@ -1,0 +1,171 @@
+"""Taking rows out of arrays and putting them into others, bit for bit."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from freeze_optax._rows.rows import Rows
+
+
+def take(x: Any, rows: Rows) -> Any:
+    """The rows of an array; abstract arrays too."""
+    if isinstance(x, np.ndarray):
+        return x[rows.mask]
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(functools.partial(_taken, rows), x)
+    return _taken(rows, x)
+
+
+def taken(x: Any, rows: Rows) -> Any:
+    """The rows of an array that has all rows, or these alone."""
+    return x if x.shape[0] == rows.count else take(x, rows)
+
+
+def take_exactly(x: Any, rows: Rows) -> Any:
+    """The rows of an array, bit for bit, as frozen rows have to be."""
+    return x[rows.mask] if isinstance(x, np.ndarray) else _moved(functools.partial(_taken, rows), x)
+
+
+def _taken(rows: Rows, x: Any) -> Any:
+    if rows.runs:
+        return _concatenated([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
+    return x.at[rows.indices].get(
+        indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+    )
+
+
+def put(x: Any, rows: Rows, values: Any) -> Any:
+    """The array with other rows; in place where XLA may. A NumPy array stays one."""
+    if isinstance(x, np.ndarray) and not isinstance(values, Tracer):
+        new = x.copy()
+        new[rows.mask] = values
+        return new
+
+    return _moved(functools.partial(_changed, rows), x, values)
+
+
+def _changed(rows: Rows, x: Any, values: Any) -> Any:
+    if not rows.runs:
+        return x.at[rows.indices].set(
+            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+    for first, piece in _pieces(rows.runs, values):
+        x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, 0)
+    return x
+
+
+def join(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
+    """All the rows of several arrays, in the order that they have in the leaf.
+
+    Args:
+      rows: Which rows of the leaf each array has; no row is in two.
+      arrays: Arrays of these rows.
+    """
+    if len(arrays) == 1:
+        return arrays[0]
+    order = np.argsort(np.concatenate([one.indices for one in rows]))
+    if any(isinstance(x, np.ndarray) for x in arrays) and not _any(Tracer, arrays):
+        (dtype,) = {x.dtype for x in arrays if isinstance(x, np.ndarray)}
+        return np.concatenate([np.asarray(x, dtype) for x in arrays])[order]
+
+    def joined(*arrays: Any) -> Any:
+        if not all(one.runs for one in rows):
+            return jnp.concatenate(arrays)[order]
+        pairs = zip(rows, arrays, strict=True)
+        pieces = [piece for one, x in pairs for piece in _pieces(one.runs or [], x)]
+        return _concatenated([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+
+    return _moved(joined, *arrays)
+
+
+def among(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
+    """Rows in their places among others that are all `fill`.
+
+    Concatenated where they are a few runs, as XLA takes a slice of that back out for nothing.
+    """
+    other = complex(fill, fill) if jnp.iscomplexobj(values) else fill
+
+    def filled(count: int) -> jax.Array:
+        return jnp.full((count, *values.shape[1:]), other, values.dtype)
+
+    if not rows.runs:
+        return put(filled(len(rows.mask)), rows, values)
+    pieces: list[jax.Array] = []
+    end = 0
+    for first, piece in _pieces(rows.runs, values):
+        pieces += [filled(first - end), piece]
+        end = first + piece.shape[0]
+    return _concatenated([*pieces, filled(len(rows.mask) - end)])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def whole(x: Any, part: Any, rows: Rows) -> Any:
+    """An array in which `part`, the rows as they are in it, can be differentiated.
+
+    `put(x, rows, part)` would have the same value and derivatives, but copy the whole array.
+
+    Args:
+      x: The array.
+      part: Its rows, `take(x, rows)`.
+      rows: Which they are.
+    """
+    del part, rows
+    return x
+
+
+@whole.defjvp
+def _whole_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+    # Of a tangent the very bits don't matter, but it has to be transposed.
+    return whole(*primals, rows), _changed(rows, *tangents)
+
+
+def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
+    """The rows of each run, with where it begins."""
+    if len(runs) == 1:
+        yield runs[0][0], values
+        return
+    start = 0
+    for first, stop in runs:
+        yield first, jax.lax.slice_in_dim(values, start, start + stop - first)
+        start += stop - first
+
+
+def _concatenated(pieces: list[Any]) -> Any:
+    present = [piece for piece in pieces if piece.shape[0]]
+    return present[0] if len(present) == 1 else jnp.concatenate(present)
+
+
+def _any(kind: type, arrays: Sequence[Any]) -> bool:
+    return any(isinstance(x, kind) for x in arrays)
+
+
+def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
+    if _any(jax.ShapeDtypeStruct, arrays):
+        return jax.eval_shape(move, *arrays)
+    arrays = tuple(map(jnp.asarray, arrays))
+    dtype = arrays[0].dtype
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
+    if not is_narrow or any(x.dtype != dtype for x in arrays):
+        return move(*arrays)
+    # On a CPU XLA widens these formats, even to copy them, and a NaN then loses its payload.
+    as_bits = functools.partial(_moved_as_bits, move)
+    return jax.lax.platform_dependent(*arrays, cpu=as_bits, default=move)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _moved_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+    dtype = arrays[0].dtype
+    unsigned = f"uint{jnp.finfo(dtype).bits}"
+    moved = move(*(jax.lax.bitcast_convert_type(x, unsigned) for x in arrays))
+    return jax.lax.bitcast_convert_type(moved, dtype)
+
+
+@_moved_as_bits.defjvp
+def _moved_as_bits_jvp(move: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    # To move rows is linear, but to read bits as an integer has no derivative.
+    return _moved_as_bits(move, *primals), move(*tangents)

@@ -1,0 +1,340 @@
+"""The selectors that ask for the module around a leaf."""
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, final
+
+import jax
+import numpy as np
+
+from freeze_optax._tree.leaves import Leaves, is_array, text
+from freeze_optax._tree.modules import Modules, children_of, is_module, walk
+from freeze_optax._tree.globs import listed, nearest, nodes_of
+from freeze_optax._select.selector import Selector
+
+Table = Mapping[str, Any] | None
+
+
+class _Found:
+    """The modules of a tree, and which of their fields it has."""
+
+    def __init__(self, table: Table, leaves: Leaves, name: str):
+        table = leaves.modules if table is None else table
+        self._leaves, self._name, self._table = leaves, name, table
+        self._aliases = table.aliases if isinstance(table, Modules) else None
+        self._paths = nodes_of(path for path, _ in leaves.names(self._aliases))
+        if table is None:
+            self.nodes = list(walk(leaves.tree))
+        else:
+            self.nodes = [*table.items(), *(table.more if isinstance(table, Modules) else ())]
+            self._check_table()
+
+    def _check_table(self) -> None:
+        below = [path for path, _ in self.nodes if path]
+        if below and not any(path in self._paths for path in below):
+            raise ValueError(
+                f"the modules of {self._name} are not of this tree: it has nothing at "
+                f"{listed(below, 3)}, but {listed(self._leaves.paths, 3)}; params go without the "
+                "collection's name: variables['params']"
+            )
+
+    @property
+    def modules(self) -> list[tuple[str, Any]]:
+        """The paths and modules, without mere containers."""
+        modules = [(path, node) for path, node in self.nodes if is_module(node)]
+        if not modules:
+            raise ValueError(
+                f"{self._name} looks for modules, but the tree, a "
+                f"{type(self._leaves.tree).__name__}, holds none; where params are kept apart from "
+                "them, pass modules=linen.modules(module, *args) or modules=nnx.modules(model), "
+                "both of freeze_optax"
+            )
+        return modules
+
+    def field(self, path: str, module: Any, name: str) -> str | None:
+        """The path of a module's direct field, be it None or empty; None if it has no such.
+
+        A static one, a number of features say, is none that holds leaves.
+        """
+        own = join(path, name)
+        if own in self._paths and "/" not in name:
+            return own
+        if name not in _attributes(module):
+            return None
+        # Of a class that is registered without keys, only the value tells which child it is.
+        value = getattr(module, name)
+        below = [] if self._table is not None else children_of(module) or []
+        same = [text(keys) for keys, child in below if child is value and child is not None]
+        if same:
+            return join(path, same[0])
+        return None if self._is_static(value) else own
+
+    def _is_static(self, value: Any) -> bool:
+        """Whether a value that is nowhere in the tree is more than nothing: None, or empty."""
+        inside = jax.tree.leaves(value)
+        # A module in a table may have arrays that are no params: the statistics of BatchNorm.
+        return bool(inside) and (self._table is None or not any(map(is_array, inside)))
+
+    def has_instead(self, path: str, module: Any, missing: str) -> str:
+        """A clause for an error: the fields that a module has in place of one it has not."""
+        start = len(path) + 1 if path else 0
+        below = [p[start:] for p in self._paths if p.startswith(path and path + "/")]
+        names = dict.fromkeys(name for name in below if name and "/" not in name)
+        static = f", and its {missing!r} is static" if missing in _attributes(module) else ""
+        return f"has {listed(names) or 'no leaves'}{static}"
+
+    def below(self, nodes: Iterable[str]) -> list[bool]:
+        """For each leaf, whether it is at or below one of the nodes."""
+        return self._leaves.below(set(nodes), self._aliases)
+
+
+def _attributes(module: Any) -> Container[str]:
+    """The names of what an instance holds; methods and properties are none of it."""
+    slots = getattr(type(module), "_fields", ()) or getattr(type(module), "__slots__", ())
+    return {*getattr(module, "__dict__", ()), *slots}
+
+
+def join(path: str, field: str) -> str:
+    """The path of a field."""
+    return f"{path}/{field}" if path else field
+
+
+def _checked_table(modules: Any, name: str) -> Table:
+    if modules is None or (
+        isinstance(modules, Mapping) and all(isinstance(k, str) for k in modules)
+    ):
+        return modules
+    raise TypeError(
+        f"the modules of fo.{name} are a table {{path: module}}, not a {type(modules).__name__}; "
+        "freeze_optax.nnx.modules(model) and freeze_optax.linen.modules(module, *args) give one"
+    )
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple | list | set | frozenset) and all(isinstance(n, str) for n in x)
+
+
+@final
+class _OfType(Selector):
+    def __init__(self, types: tuple[type, ...], fields: tuple[str, ...], modules: Table):
+        self._types, self._fields, self._modules = types, fields, modules
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        found = _Found(self._modules, leaves, repr(self))
+        of_type = [(path, node) for path, node in found.nodes if isinstance(node, self._types)]
+        for cls in self._types:
+            if not any(isinstance(node, cls) for _, node in of_type):
+                present = dict.fromkeys(type(node).__name__ for _, node in found.modules)
+                raise ValueError(
+                    f"{self!r}: no module is a {cls.__name__}; {nearest(cls.__name__, present)}"
+                )
+        for field in self._fields:
+            if not any(found.field(path, node, field) for path, node in of_type):
+                path, node = of_type[0]
+                raise ValueError(
+                    f"{self!r}: no such module has a field {field!r}; {path!r}, a "
+                    f"{type(node).__name__}, {found.has_instead(path, node, field)}"
+                )
+        nodes = [path for path, _ in of_type]
+        if self._fields:
+            pairs = itertools.product(of_type, self._fields)
+            named = [found.field(path, node, name) for (path, node), name in pairs]
+            nodes = [path for path in named if path is not None]
+        flags = found.below(nodes)
+        if not any(flags):
+            raise ValueError(f"{self!r} selects no leaf: the tree has none at {listed(nodes)}")
+        return flags
+
+    def __repr__(self) -> str:
+        fields = f", fields={self._fields!r}" if self._fields else ""
+        return f"of_type({', '.join(cls.__name__ for cls in self._types)}{fields})"
+
+
+def of_type(
+    *types: type, fields: Iterable[str] = (), modules: Mapping[str, Any] | None = None
+) -> Selector:
+    """Selects the leaves under each module that is an instance of one of the types.
+
+    Nested modules count as well. Types are read from the tree itself where it holds its modules
+    (Equinox, NNX modules, any class that is registered as a pytree), or else from a table.
+
+    Examples:
+      >>> import jax
+      >>> import equinox as eqx
+      >>> import freeze_optax as fo
+      >>> model = eqx.nn.MLP(2, 2, width_size=2, depth=1, key=jax.random.key(0))
+      >>> biases = fo.mask(fo.of_type(eqx.nn.Linear, fields=("bias",)), model)
+      >>> biases.layers[0].weight, biases.layers[0].bias
+      (False, True)
+
+    Args:
+      *types: Classes; instances of their subclasses count.
+      fields: Only these direct fields of the modules, `("kernel",)` say; all of them if empty.
+      modules: A table of modules by path, for params that are kept apart from their modules, as
+        `freeze_optax.linen.modules` and `freeze_optax.nnx.modules` give.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if no module is of one of the types,
+      none of these has one of the fields (a static one does not count), they have no leaf, or the
+      table is of other params.
+
+    Raises:
+      TypeError: If there is no type or something is not a class, if a field is not a string, or
+        `modules` is no table.
+    """
+    odd = [x for x in types if not isinstance(x, type)]
+    if odd or not types:
+        what = f"but got {odd[0]!r}" if odd else "and got none"
+        raise TypeError(f"fo.of_type takes classes, one argument each, {what}")
+    names = fields if isinstance(fields, str) or not isinstance(fields, Iterable) else tuple(fields)
+    if not _is_names(names):
+        raise TypeError(f"the fields of fo.of_type are strings, ('kernel',) say, not {fields!r}")
+    return _OfType(types, tuple(names), _checked_table(modules, "of_type"))
+
+
+@final
+class _ByModule(Selector):
+    def __init__(self, function: Callable[[Any, str], Any], modules: Table):
+        self._function, self._modules = function, modules
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        found = _Found(self._modules, leaves, repr(self))
+        nodes = [node for path, module in found.modules for node in self._ask(found, path, module)]
+        return found.below(nodes)
+
+    def _ask(self, found: _Found, path: str, module: Any) -> list[str]:
+        answer = self._function(module, path)
+        if isinstance(answer, bool | np.bool_):
+            return [path] if answer else []
+        if not _is_names(answer):
+            raise TypeError(
+                f"the function of {self!r} gave {answer!r} at {path!r}, a {type(module).__name__}; "
+                "it must give True, False or a tuple of names of fields, ('kernel',) say"
+            )
+        fields = {name: found.field(path, module, name) for name in answer}
+        for name, field in fields.items():
+            if field is None:
+                raise ValueError(
+                    f"the function of {self!r} named the field {name!r} at {path!r}, but this "
+                    f"{type(module).__name__} {found.has_instead(path, module, name)}"
+                )
+        return [field for field in fields.values() if field is not None]
+
+    def __repr__(self) -> str:
+        return f"by_module({getattr(self._function, '__qualname__', self._function)})"
+
+
+def by_module(
+    fn: Callable[[Any, str], bool | Iterable[str]], modules: Mapping[str, Any] | None = None
+) -> Selector:
+    """Selects what `fn(module, path)` says of each module: all of it, nothing, or some fields.
+
+    As `trainable` of Optimisers.jl (https://github.com/FluxML/Optimisers.jl/issues/43) asked for,
+    but outside the model, and for what is frozen.
+
+    Examples:
+      >>> import jax
+      >>> import equinox as eqx
+      >>> import freeze_optax as fo
+      >>> model = eqx.nn.MLP(2, 2, width_size=2, depth=1, key=jax.random.key(0))
+      >>> def frozen(module, path):
+      ...     return ("weight",) if isinstance(module, eqx.nn.Linear) else False
+      >>> mask = fo.mask(fo.by_module(frozen), model)
+      >>> mask.layers[0].weight, mask.layers[0].bias
+      (True, False)
+
+    Args:
+      fn: Given a module and its path (`""` for the root), True for its whole subtree, False for
+        nothing by itself (the modules in it are asked as well), or the names of direct fields.
+        Dicts, lists, tuples and other mere containers are not asked.
+      modules: A table of modules by path, as for `freeze_optax.of_type`.
+
+    Returns:
+      The selector. Applied to a tree, it raises TypeError, naming the path, for any other answer,
+      and ValueError if a module has no such field or a static one, if the tree holds no module, or
+      the table is of other params. That a field is None (no bias) or empty, or that no leaf is
+      selected, is no error.
+
+    Raises:
+      TypeError: If `fn` is no function, or `modules` no table.
+    """
+    if not callable(fn):
+        raise TypeError(f"fo.by_module takes a function of a module and its path, not {fn!r}")
+    return _ByModule(fn, _checked_table(modules, "by_module"))
+
+
+@final
+class _Declared(Selector):
+    def __init__(self, modules: Table):
+        self._modules = modules
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        found = _Found(self._modules, leaves, repr(self))
+        nodes: list[str] = []
+        missing: dict[tuple[type, str], tuple[str, Any]] = {}
+        present = set[tuple[type, str]]()
+        for path, module in found.modules:
+            for cls, field in _declared_by(type(module)):
+                node = found.field(path, module, field)
+                if node is None:
+                    missing.setdefault((cls, field), (path, module))
+                else:
+                    present.add((cls, field))
+                    nodes.append(node)
+        # One without it may be right (a mask is optional), but none with it is a slip.
+        for (cls, field), (path, module) in missing.items():
+            if (cls, field) not in present:
+                raise ValueError(
+                    f"{cls.__name__}.frozen_fields names {field!r}, but no module has it: {path!r} "
+                    f"{found.has_instead(path, module, field)}"
+                )
+        return found.below(nodes)
+
+    def __repr__(self) -> str:
+        return "declared()"
+
+
+def _declared_by(cls: type) -> list[tuple[type, str]]:
+    """The fields that a class and those above it declare, each with the class that does."""
+    declared: list[tuple[type, str]] = []
+    for base in cls.__mro__:
+        fields = vars(base).get("frozen_fields", ())
+        if not _is_names(fields):
+            raise TypeError(
+                f"{base.__name__}.frozen_fields is {fields!r}; it must be a tuple of names of "
+                "fields, ('mask',) say"
+            )
+        declared += [(base, field) for field in fields]
+    return declared
+
+
+def declared(modules: Mapping[str, Any] | None = None) -> Selector:
+    """Selects the fields that a module's own class declares as never trained.
+
+    A class declares them in `frozen_fields`; a subclass has those of its bases too, and may add
+    others. The counterpart of `trainable` in Flux and Optimisers.jl.
+
+    Examples:
+      >>> import equinox as eqx
+      >>> import jax.numpy as jnp
+      >>> import freeze_optax as fo
+      >>> class Masked(eqx.Module):
+      ...     weight: jnp.ndarray
+      ...     mask: jnp.ndarray
+      ...     frozen_fields = ("mask",)
+      >>> fo.mask(fo.declared(), Masked(jnp.ones(2), jnp.ones(2)))
+      Masked(weight=False, mask=True)
+
+    Args:
+      modules: A table of modules by path, as for `freeze_optax.of_type`.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if no module has a field that its
+      class declares (a static one does not count), if the tree holds no module, or the table is of
+      other params, and TypeError if `frozen_fields` is no tuple of strings. That a field is None
+      or empty, or that no class declares any, is no error.
+
+    Raises:
+      TypeError: If `modules` is no table.
+    """
+    return _Declared(_checked_table(modules, "declared"))

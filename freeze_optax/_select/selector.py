@@ -1,0 +1,244 @@
+"""Selectors and their algebra."""
+
+import abc
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from freeze_optax._tree.leaves import Leaves, can_train, is_placeholder
+from freeze_optax._tree.globs import compile_glob, nearest, nodes_of
+from freeze_optax._rows.rows import Flag, Rows, both, either, invert, minus, public
+
+
+class Selector(abc.ABC):
+    """Marks leaves of a tree: called on one, it gives the mask, `True` where selected.
+
+    Selectors compose: `a | b`, `a & b`, `a - b`, `~a`; a string on either side is a
+    `freeze_optax.path`. As functions from a tree to a mask of Python bools, they go wherever
+    optax takes such a function.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"encoder": {"kernel": 1.0, "bias": 2.0}, "head": {"bias": 3.0}}
+      >>> (fo.path("encoder") - fo.path("**/bias"))(params)
+      {'encoder': {'bias': False, 'kernel': True}, 'head': {'bias': False}}
+      >>> decay = optax.add_decayed_weights(1e-2, mask=~fo.path("**/bias"))
+    """
+
+    @abc.abstractmethod
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        """For each leaf, whether it is selected, or which of its rows; whatever its dtype."""
+
+    def __call__(self, tree: Any) -> Any:
+        """The raw mask: the structure of `tree`, a Python bool at each leaf.
+
+        Examples:
+          >>> import freeze_optax as fo
+          >>> fo.path("encoder")({"encoder": 1.0, "steps": 3})
+          {'encoder': True, 'steps': False}
+
+        Args:
+          tree: Any tree; its leaves may be abstract.
+
+        Returns:
+          The mask; where only some rows of a leaf are selected, a NumPy vector of bools. Unlike
+          that of `freeze_optax.mask` it says nothing of leaves that cannot be trained.
+
+        Raises:
+          ValueError: If a pattern selects nothing, or a mask or state does not fit the tree.
+          IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+          TypeError: If a mask or predicate gives anything but bools.
+        """
+        if is_placeholder(tree):
+            return tree
+        leaves = Leaves(tree)
+        return leaves.fill(map(public, self.flags(leaves)))
+
+    def labels(self, tree: Any) -> Any:
+        """`"frozen"` or `"trainable"` at each leaf: a label function for `optax.partition`.
+
+        A leaf that cannot be trained (an integer, a PRNG key) is `"frozen"` in any case. One that
+        is frozen in part (`freeze_optax.rows`) has no label, and is an error.
+
+        Examples:
+          >>> import optax
+          >>> import freeze_optax as fo
+          >>> params = {"encoder": 1.0, "head": 2.0, "steps": 3}
+          >>> fo.path("encoder").labels(params)
+          {'encoder': 'frozen', 'head': 'trainable', 'steps': 'frozen'}
+          >>> tx = optax.partition(
+          ...     {"trainable": optax.adam(1e-3), "frozen": optax.set_to_zero()},
+          ...     fo.path("encoder").labels,
+          ... )
+        """
+        if is_placeholder(tree):
+            return tree
+        leaves = Leaves(tree)
+        frozen = settled(self.flags(leaves), leaves)
+        for path, flag in zip(leaves.paths, frozen, strict=True):
+            if isinstance(flag, Rows):
+                raise ValueError(
+                    f"{path!r} is frozen in part ({flag!r}), but a label is for a whole leaf; "
+                    "freeze_optax.freezable takes such a spec"
+                )
+        return leaves.fill("frozen" if flag else "trainable" for flag in frozen)
+
+    def __or__(self, other: "Selector | str") -> "Selector":
+        return _combine("|", either, self, other)
+
+    def __ror__(self, other: str) -> "Selector":
+        return _combine("|", either, other, self)
+
+    def __and__(self, other: "Selector | str") -> "Selector":
+        return _combine("&", both, self, other)
+
+    def __rand__(self, other: str) -> "Selector":
+        return _combine("&", both, other, self)
+
+    def __sub__(self, other: "Selector | str") -> "Selector":
+        return _combine("-", minus, self, other)
+
+    def __rsub__(self, other: str) -> "Selector":
+        return _combine("-", minus, other, self)
+
+    def __invert__(self) -> "Selector":
+        return _Not(self)
+
+
+def _combine(symbol: str, function: Callable[[Flag, Flag], Flag], left: Any, right: Any) -> Any:
+    if not all(isinstance(side, Selector | str) for side in (left, right)):
+        return NotImplemented
+    left, right = (Path((side,)) if isinstance(side, str) else side for side in (left, right))
+    return _Combined(symbol, function, left, right)
+
+
+@final
+class _Combined(Selector):
+    def __init__(
+        self,
+        symbol: str,
+        function: Callable[[Flag, Flag], Flag],
+        left: Selector,
+        right: Selector,
+    ):
+        self._symbol, self._function, self._left, self._right = symbol, function, left, right
+
+    def flags(self, leaves: Leaves) -> list[Flag]:
+        first, others = self._chain()
+        flags = list(first.flags(leaves))
+        for other in others:
+            flags = list(map(other._function, flags, other._right.flags(leaves)))
+        return flags
+
+    def _chain(self) -> tuple[Selector, list["_Combined"]]:
+        """What the chain on the left begins with, and what is combined with it, one by one."""
+        # Chains of thousands, as a loop of `|=` makes them, go beyond what may be called in turn.
+        chain: list[_Combined] = [self]
+        while isinstance(chain[-1]._left, _Combined):
+            chain.append(chain[-1]._left)
+        return chain[-1]._left, chain[::-1]
+
+    def __repr__(self) -> str:
+        first, others = self._chain()
+        text = "(" * len(others) + repr(first)
+        return text + "".join(f" {other._symbol} {other._right!r})" for other in others)
+
+
+@final
+class _Not(Selector):
+    def __init__(self, inner: Selector):
+        self._inner = inner
+
+    def flags(self, leaves: Leaves) -> list[Flag]:
+        return list(map(invert, self._inner.flags(leaves)))
+
+    def __repr__(self) -> str:
+        return f"~{self._inner!r}"
+
+
+@final
+class _All(Selector):
+    """`freeze_optax.everything`, which selects all leaves, or `freeze_optax.nothing`, none.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> (fo.everything - "head")({"encoder": 1.0, "head": 2.0})
+      {'encoder': True, 'head': False}
+      >>> fo.nothing({"encoder": 1.0, "head": 2.0})
+      {'encoder': False, 'head': False}
+    """
+
+    def __init__(self, selected: bool):
+        self._selected = selected
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return [self._selected] * len(leaves.values)
+
+    def __repr__(self) -> str:
+        return "everything" if self._selected else "nothing"
+
+
+everything = _All(True)
+nothing = _All(False)
+
+
+@final
+class Path(Selector):
+    """Leaves at or below the nodes that globs name."""
+
+    def __init__(self, patterns: tuple[str, ...]):
+        self._patterns = patterns
+        self._regexes = [compile_glob(pattern) for pattern in patterns]
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        selected = [False] * len(leaves.paths)
+        for pattern, regex in zip(self._patterns, self._regexes, strict=True):
+            mark(selected, regex.match, leaves, "pattern", pattern)
+        return selected
+
+    def __repr__(self) -> str:
+        return f"path({', '.join(map(repr, self._patterns))})"
+
+
+def mark(
+    selected: list[bool],
+    match: Callable[[str], re.Match[str] | None],
+    leaves: Leaves,
+    kind: str,
+    pattern: str,
+) -> None:
+    """Sets the flags of the paths that match; that none does is an error."""
+    hits = [i for path, i in leaves.names() if match(path)]
+    if not hits:
+        # A regex has to match a leaf, a glob may name a node above it.
+        paths = [path for path, _ in leaves.names()]
+        nodes = paths if kind == "regex" else nodes_of(paths)
+        raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
+    for i in hits:
+        selected[i] = True
+
+
+def settled(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+    """What is frozen: what is selected, and every leaf that cannot be trained.
+
+    Args:
+      raw: What is selected of each leaf.
+      leaves: The leaves of the params.
+      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+
+    Raises:
+      ValueError: If the rows are of a leaf of another length.
+    """
+    pairs = zip(raw, leaves.values, strict=True)
+    flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
+    # Paths are text that costs time to make, and this runs in each eager step.
+    for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
+        if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
+            raise ValueError(
+                f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
+                f"{np.shape(leaf)}"
+            )
+    return flags

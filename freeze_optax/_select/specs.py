@@ -1,0 +1,247 @@
+"""Everything that may be written in place of a selector."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, final
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from freeze_optax._tree.leaves import Leaves, ancestors, check_unique, is_hole
+from freeze_optax._tree.globs import listed, nodes_of
+from freeze_optax._state.plan import Plan
+from freeze_optax._rows.rows import Flag, flag_of, union
+from freeze_optax._select.selector import Path, Selector, everything, nothing, settled
+from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
+
+Spec: TypeAlias = Any
+"""Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
+
+
+@final
+class _Union(Selector):
+    def __init__(self, specs: Sequence[Any]):
+        self._parts = [as_selector(spec) for spec in specs]
+
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        columns = [part.flags(leaves) for part in self._parts]
+        return [union(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
+
+    def __repr__(self) -> str:
+        return repr(self._parts)
+
+
+@final
+class _Planned(Selector):
+    """What is frozen in an optimizer state."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        return self._plan.flags(leaves, "tree")
+
+    def __repr__(self) -> str:
+        return repr(self._plan)
+
+
+@final
+class _Mask(Selector):
+    def __init__(self, mask: Any):
+        self._mask = mask
+
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        mask = self._mask
+        if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
+            return _Union(mask).flags(leaves)
+        pairs = zip(spread(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
+        return [is_hole(leaf) or _as_flag(*given, path, leaf) for given, path, leaf in pairs]
+
+    def __repr__(self) -> str:
+        return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
+
+
+@final
+class _Function(Selector):
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function = function
+
+    def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        return as_mask(self._function(leaves.tree)).flags(leaves)
+
+    def __repr__(self) -> str:
+        return getattr(self._function, "__qualname__", repr(self._function))
+
+
+def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
+    """For each leaf, the leaf of `tree` at its path or above it, with that one's path.
+
+    Args:
+      tree: A tree like the params, or a prefix of them; by key path, so that the containers
+        may be others.
+      leaves: The leaves of the params.
+      what: What to call the tree in an error.
+
+    Returns:
+      A pair of path and leaf of `tree` for each of the leaves.
+
+    Raises:
+      ValueError: If a leaf of either tree has no counterpart, naming these.
+    """
+    own = Leaves(tree)
+    if own.treedef == leaves.treedef:
+        return list(zip(own.paths, own.values, strict=True))
+    below = _below(own, leaves)
+    if below is not None:
+        return below
+    table = dict(zip(own.paths, own.values, strict=True))
+    check_unique(own.paths, what)
+    check_unique([path for path in leaves.paths if path in table], what)
+    above = [
+        next((node for node in (*ancestors(path), "") if node in table), None)
+        for path in leaves.paths
+    ]
+    missing = [path for path, node in zip(leaves.paths, above, strict=True) if node is None]
+    unused = sorted(set(own.paths).difference(node for node in above if node is not None))
+    if unused:  # To name a node without leaves is no mistake.
+        leafless = _leafless(leaves.tree)
+        unused = [path for path in unused if path not in leafless]
+    if missing or unused:
+        parts = [f"nothing for {listed(missing)} of the tree"] if missing else []
+        parts += [f"{listed(unused)}, which the tree has not"] if unused else []
+        has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in own.values)
+        hint = "" if has_bools or what != "mask" else "; it holds no bools, and no FreezeState"
+        hint = "; to freeze nothing write fo.nothing" if tree is None else hint
+        raise ValueError(f"the {what} does not fit the tree: it has {', and '.join(parts)}{hint}")
+    return [(node, table[node]) for node in above if node is not None]
+
+
+def _below(own: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
+    """Each leaf of a prefix for the leaves below it; None if it is none of these containers."""
+    try:
+        subtrees = own.treedef.flatten_up_to(leaves.tree)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    given = zip(own.paths, own.values, subtrees, strict=True)
+    pairs = [(path, value) for path, value, tree in given for _ in Leaves(tree).values]
+    return pairs if len(pairs) == len(leaves.values) else None
+
+
+def _leafless(tree: Any) -> frozenset[str]:
+    """The paths of all nodes without leaves, those within others too."""
+    outer = set(Leaves(tree, stop=lambda x: not jax.tree.leaves(x, is_leaf=is_hole)).paths)
+    inner = Leaves(tree, stop=lambda x: jax.tree.structure(x).num_nodes == 1).paths
+    return frozenset(node for node in nodes_of(inner) if outer.intersection(ancestors(node)))
+
+
+def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape) < 2 and getattr(value, "dtype", None) == np.bool_:
+        if isinstance(value, Tracer):
+            raise TypeError(
+                f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
+                "make the mask of Python bools"
+            )
+        if not shape and isinstance(value, np.ndarray | jax.Array):
+            return bool(value)
+        own = getattr(leaf, "shape", ())
+        if own and isinstance(value, np.ndarray | jax.Array):
+            if shape != own[:1]:
+                raise ValueError(
+                    f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf "
+                    f"{leaf_path!r} is of shape {own}"
+                )
+            return flag_of(np.asarray(value))
+    kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
+    hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
+    if not path and not isinstance(value, str):
+        hint = "; a spec is a path glob, a selector, a mask, an optimizer state, or a list of these"
+    raise TypeError(f"the mask at {path!r} is {kind}, not a bool{hint}")
+
+
+def is_function(x: Any) -> bool:
+    """Whether to call `x`: a callable pytree, as an Equinox module is, is a tree of flags."""
+    return callable(x) and jax.tree_util.all_leaves([x])
+
+
+def as_selector(spec: Spec) -> Selector:
+    """The selector that a spec stands for.
+
+    Args:
+      spec: Any of the forms of the contract.
+
+    Returns:
+      A selector. Masks and states are checked against the tree when it is applied.
+
+    Raises:
+      ValueError: If a tree holds more than one `FreezeState`.
+      TypeError: If it is a transformation.
+    """
+    if isinstance(spec, Selector):
+        return spec
+    if isinstance(spec, str):
+        return Path((spec,))
+    if isinstance(spec, FreezeState):
+        return _Planned(spec.plan)
+    if isinstance(spec, optax.GradientTransformation):
+        raise TypeError(
+            "a transformation is no spec; what is frozen is in the state that its init gives"
+        )
+    if type(spec) in (list, tuple) and (
+        not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
+    ):
+        return _Union(spec)
+    return _Function(spec) if is_function(spec) else _of_tree(spec)
+
+
+def planned(spec: Spec) -> FreezeState | None:
+    """The optimizer state that a spec is, or holds as the one thing that it says; None if none."""
+    while type(spec) is list and len(spec) == 1:
+        (spec,) = spec
+    selector = as_selector(spec)
+    return states_in(spec)[0] if isinstance(selector, _Planned) else None
+
+
+def _of_tree(tree: Any) -> Selector:
+    states = states_in(tree)
+    if not states:
+        return as_mask(tree)
+    if type(tree) is list or (type(tree) is tuple and any(map(_holds_bools, tree))):
+        return _Union(tree)
+    if len(states) > 1:
+        raise ValueError(
+            f"a {type(tree).__name__} with {len(states)} FreezeStates does not say which to "
+            "follow; pass one of them, or a list of them for their union"
+        )
+    return _Planned(states[0].plan)
+
+
+def _holds_bools(tree: Any) -> bool:
+    # So it is a mask beside the state: no optimizer keeps Python bools.
+    return any(isinstance(leaf, bool) for leaf in jax.tree.leaves(tree))
+
+
+def schedules_of(spec: Spec) -> list[ScheduledState]:
+    """The states of `scheduled` in a spec; a selector may be anything, and so holds none."""
+    return [] if isinstance(spec, Selector | str) else schedules_in(spec)
+
+
+def as_mask(spec: Any) -> Selector:
+    """The selector of a bool or a tree of bools."""
+    if isinstance(spec, bool | np.bool_):
+        return everything if spec else nothing
+    return _Mask(spec)
+
+
+def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+    """What is frozen: what the spec selects, and every leaf that cannot be trained.
+
+    Args:
+      spec: Any spec.
+      leaves: The leaves of the params.
+      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+    """
+    return settled(as_selector(spec).flags(leaves), leaves, partitioned)

@@ -1,0 +1,358 @@
+"""What was resolved against the params: static metadata of the optimizer state."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from freeze_optax._tree.lookahead import copies_of, leaves_of, like, on_each
+from freeze_optax._rows.parts import Cut
+from freeze_optax._state.layout import Layout
+from freeze_optax._tree.leaves import HOLE, Leaves, check_unique, is_hole, skeleton
+from freeze_optax._tree.globs import listed, odd_paths
+from freeze_optax._rows.rows import Flag
+from freeze_optax._state.tracers import holds_tracers
+
+T = TypeVar("T")
+
+_MOST_KEPT = 8
+"""How many layouts an origin remembers, and how many structures."""
+
+DROPPED = -1
+"""The cohort of a leaf that keeps no optimizer state."""
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_hole)
+
+
+def _reordered(paths: Sequence[str], values: Sequence[T], wanted: Sequence[str]) -> list[T]:
+    by_path = dict(zip(paths, values, strict=True))
+    return [by_path[path] for path in wanted]
+
+
+class Origin:
+    """What the plans of one optimizer state share, from `init` through all edits; not compared.
+
+    Attributes:
+      inner: The wrapped transformation, for edits, which are given nothing but the state. Under
+        `optax.inject_hyperparams` each trace makes another one, which holds tracers, so
+        `update` passes on the one that `init` was given. None after unpickling.
+      treedefs: The structures that params and gradients are known to have.
+    """
+
+    def __init__(self, inner: Any, params: Any, leaves: Leaves):
+        self.inner: optax.GradientTransformationExtraArgs | None = inner
+        self._params = leaves.treedef if params is leaves.tree else _structure(params)
+        self._count = len(leaves.values)
+        self.treedefs: list[Any] = [leaves.treedef]
+        self._layouts: dict[Cut | None, Layout] = {}
+
+    @functools.cached_property
+    def skeleton(self) -> Any:
+        """The params as `init` was given them, with a hole for each leaf; for edits only."""
+        treedef = self._params
+        return skeleton(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """Makes the inner state for params with holes."""
+        if self.inner is None:
+            raise ValueError(
+                "this state was unpickled, without its transformation, which pickle refuses; it "
+                "can be edited after an update (outside of jit, if optax.inject_hyperparams makes "
+                "the freezable), or stored with fo.export_state instead"
+            )
+        return self.inner.init
+
+    def layout(self, cut: Cut | None) -> Layout:
+        """The layout of the inner state; made when an edit or a second cohort first needs it."""
+        if cut not in self._layouts:
+            init = self.init
+            if len(leaves_of(self.skeleton).values) != self._count:
+                raise ValueError(
+                    "the state of params with a tree in an NNX Variable can't be edited, nor "
+                    "follow phases; make a Variable of each array"
+                )
+            self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
+            # Rows may be drawn anew at each edit, and their layouts never be asked for again.
+            for old in list(self._layouts)[:-_MOST_KEPT]:
+                del self._layouts[old]
+        return self._layouts[cut]
+
+    def _cut_skeleton(self, cut: Cut | None) -> Any:
+        if cut is None:
+            return self.skeleton
+        holes = cut.restore([HOLE] * len(cut.parts))
+        return on_each(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
+
+    def note(self, treedef: Any) -> None:
+        """Remembers another container for the same paths, as a FrozenDict or an `nnx.State` is.
+
+        So a training loop compares texts once. Some only: where a static field of the params
+        changes at each step, so does the structure.
+        """
+        treedefs = [*self.treedefs, treedef]
+        del treedefs[1 : 1 - _MOST_KEPT]
+        self.treedefs = treedefs  # at once, as another thread may be going through them
+
+    def renew(self, inner: Any, params: Any, leaves: Leaves) -> None:
+        """Takes what unpickling has lost from the transformation that updates the state.
+
+        Args:
+          inner: The transformation; one that holds tracers is not kept.
+          params: The params, or the gradients, which `leaves` are of.
+          leaves: Those of the first copy.
+        """
+        if self.inner is None and not holds_tracers(inner):
+            self.inner, self._count = inner, len(leaves.values)
+            self._params = leaves.treedef if params is leaves.tree else _structure(params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Transformations are made of closures, which pickle refuses.
+        lost: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
+        return {**lost, "_layouts": {}, "_count": 0}
+
+
+class Plan:
+    """Which leaves are frozen, settled once at `init` or by an edit, then static.
+
+    It is part of the state's tree structure, so `jax.jit` retraces exactly when it changes:
+    plans are equal when their paths, frozen flags, cohorts, cut and schedule are.
+
+    Attributes:
+      paths: The key path of each leaf of the params.
+      frozen: For each part of a leaf, whether it is frozen. A part is the leaf, unless it is cut.
+      cohorts: For each part, the index of the cohort whose counters it uses, or `DROPPED`. A
+        frozen part that has a cohort is parked: its state waits, untouched.
+      schedule: With `scheduled`, pairs of a first step and the frozen flags from it on.
+      cut: The parts, if a leaf is frozen by rows.
+      origin: What is shared with other plans, and not compared.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        frozen: tuple[bool, ...],
+        cohorts: tuple[int, ...],
+        origin: Origin | None,
+        schedule: tuple[tuple[int, tuple[bool, ...]], ...] = (),
+        cut: Cut | None = None,
+    ):
+        self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
+        self.cut, self._origin = cut, origin
+        self._hash: int | None = None
+        # Whether a tree structure that holds it is of tree_map_params' making.
+        self.is_mapped = origin is None
+
+    @classmethod
+    def unknown(cls) -> "Plan":
+        """A plan that becomes the first other one it is compared with.
+
+        `optax.tree_map_params` builds its result with the tree structure of `init`'s answer to
+        a placeholder, which says nothing of the params. Comparing the two structures is the
+        only moment at which that answer meets the real plan, so it takes it over there.
+        """
+        return cls((), (), (), None)
+
+    @classmethod
+    def of(cls, paths: tuple[str, ...], flags: Sequence[Flag], origin: Origin) -> "Plan":
+        """The plan of a new state, with one cohort."""
+        cut = Cut.of(flags)
+        frozen = tuple(flag is True for flag in flags)
+        cohorts = tuple(DROPPED if flag else 0 for flag in frozen)
+        return cls(paths, frozen, cohorts, origin, cut=cut)
+
+    def settled(self) -> "Plan":
+        """The same plan, and not of `optax.tree_map_params`."""
+        return Plan(self.paths, self.frozen, self.cohorts, self.origin, self.schedule, self.cut)
+
+    def edited(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
+        """Another plan for the same parts and transformation."""
+        return Plan(self.paths, frozen, cohorts, self.origin, cut=self.cut)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the inner state."""
+        return self.origin.layout(self.cut)
+
+    @functools.cached_property
+    def mask(self) -> tuple[Flag, ...]:
+        """What is frozen, for each leaf."""
+        return self.mask_of(self.frozen)
+
+    def mask_of(self, frozen: tuple[bool, ...]) -> tuple[Flag, ...]:
+        """What is frozen of each leaf when these parts are."""
+        return frozen if self.cut is None else self.cut.mask(frozen)
+
+    @property
+    def is_unknown(self) -> bool:
+        return self._origin is None
+
+    @property
+    def origin(self) -> Origin:
+        if self._origin is None:
+            raise ValueError(
+                "this FreezeState has no plan; states are made by freezable(...).init(params)"
+            )
+        return self._origin
+
+    @functools.cached_property
+    def live(self) -> list[int]:
+        """The cohorts that train, in order."""
+        pairs = zip(self.cohorts, self.frozen, strict=True)
+        return sorted({cohort for cohort, frozen in pairs if not frozen})
+
+    @functools.cached_property
+    def parked(self) -> frozenset[int]:
+        """The indices of the parts that are frozen but keep their state."""
+        pairs = enumerate(zip(self.cohorts, self.frozen, strict=True))
+        return frozenset(i for i, (cohort, frozen) in pairs if frozen and cohort != DROPPED)
+
+    def _become(self, other: "Plan") -> None:
+        self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
+        self.schedule, self.cut, self._origin = other.schedule, other.cut, other._origin
+        for cached in ("live", "parked", "mask"):
+            self.__dict__.pop(cached, None)
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.frozen, self.cohorts, self.schedule, self.cut, self.paths)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Plan):
+            return NotImplemented
+        if self.is_unknown or other.is_unknown:
+            unknown, known = (self, other) if self.is_unknown else (other, self)
+            unknown._become(known)
+            return True
+        return hash(self) == hash(other) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        if self.is_unknown:
+            return 0
+        # Kept: jit hashes the structure of its arguments at every call.
+        if self._hash is None:
+            self._hash = hash(self._key())
+        return self._hash
+
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hash": None}  # Python's hashes are of one process only.
+
+    def __repr__(self) -> str:
+        parked = f", {len(self.parked)} of them parked" if self.parked else ""
+        cut = sum(not isinstance(flag, bool) for flag in self.mask)
+        in_part = f", {cut} in part" if cut else ""
+        whole = sum(flag is True for flag in self.mask)
+        return f"Plan({whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
+
+    def live_part(self, leaves: Leaves, numbers: bool = False) -> Any:
+        """The tree without what is frozen; its leaves are in the plan's order."""
+        return self.part(leaves, self.frozen, numbers)
+
+    def live_params(self, params: Any, leaves: Leaves) -> Any:
+        """The params, in each of their copies, without what is frozen.
+
+        Args:
+          params: The params.
+          leaves: Those of the first copy, which the caller has already.
+        """
+        copies = (leaves, *map(Leaves, copies_of(params)[1:]))
+        return like(params, [self.live_part(copy) for copy in copies])
+
+    def part(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
+        """The tree with holes for some parts; its leaves are in the plan's order."""
+        if self.cut is None:
+            return leaves.without(without)
+        return self.cut.split(leaves, without, numbers)
+
+    def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
+        """What is frozen, in the order of `leaves`, which must be of the same params.
+
+        Args:
+          leaves: The leaves of params, gradients, or another tree like them.
+          role: What to call the tree in an error.
+
+        Returns:
+          One flag for each leaf.
+
+        Raises:
+          ValueError: If the paths differ, naming those that do.
+        """
+        return tuple(self.in_order_of(leaves, self.mask, role))
+
+    def in_order_of(self, leaves: Leaves, values: Sequence[T], role: str) -> Sequence[T]:
+        """Values for the plan's leaves, in the order of `leaves`; as `flags` otherwise."""
+        if self.knows(leaves):
+            return values
+        if isinstance(leaves.tree, optax.LookaheadParams):
+            copies = [self.in_order_of(Leaves(copy), values, role) for copy in leaves.tree]
+            return (*copies[0], *copies[1])
+        check_unique(self.paths, role)
+        if leaves.paths == self.paths:
+            self.origin.note(leaves.treedef)
+            return values
+        if sorted(leaves.paths) == sorted(self.paths):
+            return _reordered(self.paths, values, leaves.paths)
+        raise ValueError(
+            f"the {role} and the optimizer state are of different params: "
+            + odd_paths(leaves.paths, self.paths, f"in the {role}", "in the state")
+        )
+
+    def in_own_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
+        """Values for `leaves`, which are of the same params, in the order of the plan."""
+        if self.knows(leaves):
+            return list(values)
+        check_unique(self.paths, "params")
+        return _reordered(leaves.paths, values, self.paths)
+
+    def knows(self, leaves: Leaves) -> bool:
+        """Whether a tree has a structure that is known to be that of the params."""
+        return leaves.treedef in self.origin.treedefs
+
+    def fit(self, tree: Any, role: str) -> Leaves:
+        """The leaves of `tree` in the plan's order, `None` where a leaf is left out.
+
+        Args:
+          tree: Gradients, params, or another tree like them; a leaf may be a hole or None.
+          role: What to call the tree in an error.
+
+        Returns:
+          As many leaves as the plan has.
+
+        Raises:
+          ValueError: If the tree is of other params, naming the odd paths.
+        """
+        leaves = Leaves(tree)
+        if self.knows(leaves):
+            return leaves
+        with_none = self._fit_none(tree)
+        if with_none is not None:
+            return with_none
+        if tuple(self.in_order_of(leaves, self.paths, role)) != self.paths:
+            raise ValueError(
+                f"the {role} has the leaves of the optimizer state in another order: {role} has "
+                f"{listed(leaves.paths)}, the state {listed(self.paths)}"
+            )
+        return leaves
+
+    def _fit_none(self, tree: Any) -> Leaves | None:
+        # jax takes None for a node without leaves, so a gradient with None at a leaf has
+        # another structure; one of the known structures tells where the leaves are.
+        for treedef in self.origin.treedefs:
+            try:
+                values = treedef.flatten_up_to(tree)
+            except (ValueError, TypeError, AttributeError):
+                continue
+            if all(x is None or is_hole(x) or jax.tree_util.all_leaves([x]) for x in values):
+                return Leaves.of(tree, values, treedef, self.paths)
+        # An unpickled state knows no structure yet.
+        leaves = Leaves(tree, stop=lambda x: x is None or is_hole(x))
+        has_none = any(x is None for x in leaves.values)
+        return leaves if has_none and leaves.paths == self.paths else None
