@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import Leaves, is_array
+from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.modules import Modules
 
 try:

@@ -19,15 +19,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from freeze_optax._edit import freeze_thaw as _edit
-from freeze_optax._tree.leaves import Leaves, is_variable, text
-from freeze_optax._tree.modules import Entries, Modules, children_of, walk
-from freeze_optax._rows.take_put import among, take
-from freeze_optax._tree.globs import nodes_of
+from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.take_put import among, take
 from freeze_optax._select.selector import Selector, nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
 from freeze_optax._state.freeze_state import states_in
-from freeze_optax._params.zeros import Zeros
+from freeze_optax._tree.key_paths import nodes_of, text
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.modules import Entries, Modules, children_of, walk
+from freeze_optax._tree.variables import is_variable
 
 try:
     from flax import nnx

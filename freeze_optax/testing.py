@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.leaves import Leaves, is_array, is_hole
-from freeze_optax._rows.take_put import put, take
-from freeze_optax._tree.globs import odd_paths, printable
 from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.take_put import put, take
 from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import odd_paths, printable
 
 __all__ = ["assert_frozen"]
 

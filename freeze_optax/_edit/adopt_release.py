@@ -5,19 +5,21 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._rows.parts import Cut
-from freeze_optax._edit.freeze_thaw import abstract_init, init_leaves
+from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import editable_state, replace_state
-from freeze_optax._transform.inner import checked
-from freeze_optax._state.layout import CLOCK, COUNTER, Place, shapes
-from freeze_optax._tree.leaves import HOLE, can_train, kind, replaced, value_of
-from freeze_optax._rows.take_put import put
-from freeze_optax._tree.globs import some
-from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._rows.parts import Cut
 from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.take_put import put
 from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.layout import CLOCK, COUNTER, Place, shapes
+from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.freezable import ignoring_specs
+from freeze_optax._transform.inner import checked
+from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.kinds import can_train, kind
+from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.messages import some
+from freeze_optax._tree.variables import replaced, value_of
 
 
 def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> FreezeState:

@@ -1,33 +1,19 @@
 """Freezing and thawing mid-training."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-from jax.core import Tracer
-
-from freeze_optax._transform.cohorts import cohort_counters, stack
-from freeze_optax._tree.lookahead import copies_of, leaves_of, like
-from freeze_optax._edit.state_holders import editable_state, replace_state
-from freeze_optax._tree.leaves import (
-    HOLE,
-    Leaves,
-    can_train,
-    is_foreign,
-    kind,
-    replaced,
-    value_of,
-)
-from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._edit.fresh_state import abstract_init, init_leaves
+from freeze_optax._edit.moved_state import move
 from freeze_optax._edit.recut import recut
+from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._rows.rows import Flag, either, minus
 from freeze_optax._select.specs import Spec, as_selector, resolve
-from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
-
-_FRESH = 1 << 30
-"""Where the counters of newly made state come from: after all cohorts there are."""
+from freeze_optax._tree.kinds import can_train
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import leaves_of
 
 
 def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> Any:
@@ -171,102 +157,9 @@ def _edit(
     return replace_state(tree, move(recut_state, params, frozen, keep_state))
 
 
-def move(
-    state: FreezeState, params: Any, frozen: tuple[bool, ...], keep_state: bool
-) -> FreezeState:
-    """The state with other parts frozen."""
-    plan = state.plan
-    layout = plan.layout
-    places = layout.places(state.inner)
-    changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
-    groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
-    order = {group: i for i, group in enumerate(sorted({g for g in groups if g is not None}))}
-    cohorts = tuple(DROPPED if group is None else order[group] for group in groups)
-
-    renewed = [cohort == DROPPED and not now for cohort, _, now in changes]
-    fresh = places
-    if any(renewed) or not order:
-        fresh = layout.places(init_leaves(plan, params, renewed))
-
-    def next_at(place: int, owner: int) -> Any:
-        if owner < 0:
-            return places[place]
-        if cohorts[owner] == DROPPED:
-            return replaced(places[place], HOLE)
-        return replaced(places[place], fresh[place]) if renewed[owner] else places[place]
-
-    moved = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
-    counters = dict(enumerate(cohort_counters(state, places)))
-    counters[_FRESH] = [fresh[place] for place in layout.counters]
-    first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
-    for place, counter in zip(layout.counters, first, strict=True):
-        moved[place] = replaced(places[place], _beside(counter, places[place]))
-    ages = stack([[value_of(counter) for counter in row] for row in others])
-    pairs = zip(layout.counters, ages, strict=False)
-    ages = tuple(replaced(places[place], _beside(age, places[place])) for place, age in pairs)
-    return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
-
-
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:
     """Raises where leaves that share a buffer, or are of one of the groups, would part."""
     by_path = dict(zip(plan.paths, mask, strict=True))
     check_ties(leaves, plan.in_order_of(leaves, mask, "params"))
     for group in groups:
         check_group([(path, by_path[path]) for path in group], TIED)
-
-
-def _group(
-    cohort: int, was_frozen: bool, is_frozen: bool, keep_state: bool, counted: bool
-) -> tuple[int, bool] | None:
-    """Whose counters a leaf will have, and whether they stand still; None for no state.
-
-    A leaf keeps the counters of the cohort that it was in, which splits where only a part of it
-    is parked or goes on.
-    """
-    if is_frozen and (cohort == DROPPED or not (was_frozen or keep_state)):
-        return None
-    if not counted:  # then cohorts have nothing to keep apart
-        return (0, False)
-    return (_FRESH if cohort == DROPPED else cohort, is_frozen)
-
-
-def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
-    """The inner state as `init` makes it for the wanted parts alone, in its own containers."""
-    copies = copies_of(params)
-    rebuilt: list[Any] = []
-    for i, containers in enumerate(copies_of(plan.origin.skeleton)):
-        given = Leaves(copies[min(i, len(copies) - 1)])
-        leaves = Leaves(containers)
-        leaves.values = plan.in_own_order(given, given.values)
-        rebuilt.append(plan.part(leaves, [not flag for flag in wanted]))
-    return plan.origin.init(like(plan.origin.skeleton, rebuilt))
-
-
-def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
-    """The state that `init` would make, as shapes, with its plans."""
-    leaves = Leaves(params)
-    known = jax.Array | jax.ShapeDtypeStruct
-    traced = [
-        isinstance(x, known) or (kind(x) != "other" and not is_foreign(x)) for x in leaves.values
-    ]
-
-    def of_arrays(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        both = zip(leaves.values, traced, strict=True)
-        return init(leaves.rebuild(next(given) if flag else x for x, flag in both))
-
-    with warnings.catch_warnings():  # of nothing left to train, which is not settled here
-        warnings.simplefilter("ignore")
-        return jax.eval_shape(
-            of_arrays, [x for x, f in zip(leaves.values, traced, strict=True) if f]
-        )
-
-
-def _beside(new: Any, old: Any) -> Any:
-    """A counter on all the devices of another; Orbax stores none of one process among several."""
-    new, old = value_of(new), value_of(old)
-    if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
-        return new
-    if len(old.sharding.device_set) == 1:
-        return new
-    return jax.device_put(new, old.sharding)

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 
 from freeze_optax._rows.parts import Cut
-from freeze_optax._state.layout import Place, shapes
-from freeze_optax._tree.leaves import HOLE, replaced, value_of
-from freeze_optax._rows.take_put import take
-from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._rows.rows import Flag, Rows, both, either, flag_of, invert, minus
+from freeze_optax._rows.take_put import take
 from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.layout import Place, shapes
+from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.variables import replaced, value_of
 
 
 def recut(

@@ -7,17 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from freeze_optax._transform.cohorts import cohort_counters, stack
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._rows.parts import Cut, Part
 from freeze_optax._edit.freeze_thaw import check_mask
-from freeze_optax._transform.inner import checked
-from freeze_optax._tree.leaves import Leaves, is_hole, is_placeholder
 from freeze_optax._edit.phases import Phases
-from freeze_optax._state.plan import DROPPED, Origin, Plan
+from freeze_optax._rows.parts import Cut, Part
 from freeze_optax._rows.rows import Flag, Rows, flag_of, vector
+from freeze_optax._state.context import Origin
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
+from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._transform.cohorts import cohort_counters, stack
 from freeze_optax._transform.freezable import freezable
+from freeze_optax._transform.inner import checked
+from freeze_optax._tree.holes import is_hole, is_placeholder
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import leaves_of
 
 
 def scheduled(

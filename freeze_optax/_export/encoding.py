@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.leaves import is_array
+from freeze_optax._tree.kinds import is_array
 
 FORMAT = "freeze_optax state, version 1"
 

@@ -18,10 +18,11 @@ import optax.contrib
 from rich.console import Console
 
 from freeze_optax._files.checkpoint_headers import read_headers
-from freeze_optax._tree.globs import nearest, nodes_of, printable
+from freeze_optax._report.summary import summary
 from freeze_optax._select.by_path import path
 from freeze_optax._select.selector import nothing
-from freeze_optax._report.summary import summary
+from freeze_optax._tree.key_paths import nodes_of
+from freeze_optax._tree.messages import nearest, printable
 
 _DESCRIPTION = """\
 Shows which parameters of a checkpoint a set of patterns freezes, and what optimizer state that

@@ -6,30 +6,17 @@ No library reads such a file without the arrays: they all hand over what an exte
 import math
 import os
 import struct
-from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.globs import listed
+from freeze_optax._files.abstract_arrays import abstract, check_axes
+from freeze_optax._files.name_budget import NameBudget
+from freeze_optax._tree.messages import listed
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """The extension types of `flax.serialization`."""
-
-_DEEPEST = 1_024
-"""As deep as the MessagePack libraries go. Key paths as deep as a file can be take its square."""
-
-_LONGEST = 10_000
-"""The most characters of a path."""
-
-_NODE, _FREE, _TIMES, _MOST = 1_000, 100_000_000, 100, 1_000_000_000
-"""Of memory, in bytes: what a node takes beside its path, about; what any file may take; how many
-times its size it may take beyond that; and what no file may take more of."""
-
-MOST_AXES = 64
-"""As many as an array of NumPy may have. The product of a million numbers takes hours."""
 
 _LONGEST_DTYPE = 100
 """The most characters in the name of a dtype. NumPy makes a record of what has commas in it."""
@@ -59,67 +46,6 @@ _FORMS = {
     **{0xDE + n: ("map", form) for n, form in enumerate(("H", "I"))},
 }
 """First bytes before a number: the kind, and for `struct` the form of its value or length."""
-
-
-def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
-    """An array that was told of, None for one of text, dates, records or Python objects.
-
-    Raises:
-      ValueError: If the shape is none.
-    """
-    _check_axes(len(shape))
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"it holds an array of the shape {tuple(shape)}")
-    dtype = np.dtype(dtype)
-    # To NumPy a time span is a number, and a bfloat16 none.
-    is_number = jnp.issubdtype(dtype, np.number) and dtype.kind != "m"
-    if not (is_number or dtype == np.bool_):
-        return None
-    return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
-
-
-def _check_axes(count: int) -> None:
-    if count > MOST_AXES:
-        raise ValueError(f"it holds an array of {count:,} axes, over the limit of {MOST_AXES}")
-
-
-class Room:
-    """What memory the names in a file may still take.
-
-    Short files can stand for long paths, as the path of a leaf has in it all the names above.
-
-    Args:
-      size: Of the file, in bytes.
-    """
-
-    def __init__(self, size: int):
-        self._size, self._most = size, min(_FREE + _TIMES * size, _MOST)
-        self._left = self._most
-
-    def take(self, keys: Sequence[str], nodes: int = 1) -> None:
-        """Makes room for a node.
-
-        Args:
-          keys: The components of its path.
-          nodes: How many there are that have no room yet: itself, and maybe some above it.
-
-        Raises:
-          ValueError: If there is none left, or the path goes too far.
-        """
-        if len(keys) > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
-        length = sum(map(len, keys)) + len(keys) - 1
-        if length > _LONGEST:
-            start = "/".join(keys)[:20]
-            raise ValueError(
-                f"the path {start!r}… has {length:,} characters, over the limit of {_LONGEST:,}"
-            )
-        self._left -= nodes * (_NODE + 8 * len(keys) + 2 * length)
-        if self._left < 0:
-            raise ValueError(
-                f"its names would take over {self._most:,} bytes of memory, the limit for "
-                f"{self._size:,} in a file"
-            )
 
 
 class _Reader:
@@ -193,7 +119,7 @@ class _Reader:
         if self.of_kind("array") != 3:
             raise ValueError("it holds an array that is not a shape, a dtype and bytes")
         axes = self.of_kind("array")
-        _check_axes(axes)
+        check_axes(axes)
         shape, dtype = [self.of_kind("number") for _ in range(axes)], self._dtype()
         count, leaf = self.of_kind("bin"), abstract(shape, dtype)
         if count != math.prod(shape) * dtype.itemsize or self.position + count != end:
@@ -202,7 +128,7 @@ class _Reader:
         return leaf
 
 
-def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
+def read_msgpack_headers(file: BinaryIO) -> dict[tuple[str, ...], Any]:
     """The leaves in a file that `flax.serialization` wrote, by their keys.
 
     Args:
@@ -215,7 +141,7 @@ def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
       ValueError: If the file is not of this format, or cut, or its names take too much memory.
     """
     reader = _Reader(file)
-    room = Room(reader.size)
+    budget = NameBudget(reader.size)
     leaves: dict[tuple[str, ...], Any] = {}
     kind, value = reader.next()
     if kind not in ("map", "array", "ext"):
@@ -230,7 +156,7 @@ def skim(file: BinaryIO) -> dict[tuple[str, ...], Any]:
             frames.pop()
             continue
         keys = frame.next_keys()
-        room.take(keys)
+        budget.take(keys)
         kind, value = reader.next()
         if kind in ("map", "array"):
             frames.append(_Frame(keys, kind, value, reader))
@@ -286,7 +212,7 @@ def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         shape, chunks = (_in_order(found[name], path) for name in ("shape", "chunks"))
         if not all(isinstance(chunk, jax.ShapeDtypeStruct) for chunk in chunks):
             raise ValueError(f"the chunks of {path!r} are no arrays")
-        _check_axes(len(shape))
+        check_axes(len(shape))
         if not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {path!r} do not make up its shape {shape}")
         whole[keys] = abstract(shape, chunks[0].dtype)

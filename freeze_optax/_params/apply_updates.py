@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.leaves import Leaves, is_hole
-from freeze_optax._rows.take_put import put, taken
-from freeze_optax._tree.globs import listed, odd_paths
 from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.take_put import put, taken
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve, schedules_of
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed, odd_paths
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:

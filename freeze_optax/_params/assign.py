@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import Leaves, is_array
-from freeze_optax._tree.globs import listed, nearest
+from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed, nearest
 
 
 def assign(params: Any, values: Mapping[str, Any]) -> Any:

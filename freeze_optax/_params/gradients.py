@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
-from freeze_optax._tree.leaves import HOLE, Leaves
-from freeze_optax._rows.take_put import among, take, whole
-from freeze_optax._rows.rows import Flag, Rows, either
-from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
 from freeze_optax._params.zeros import Zeros
+from freeze_optax._rows.rows import Flag, Rows, either
+from freeze_optax._rows.take_put import among, take, whole
+from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
+from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.leaves import Leaves
 
 
 def value_and_grad(

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.leaves import Leaves, can_train
 from freeze_optax._rows.rows import vector
 from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._tree.kinds import can_train
+from freeze_optax._tree.leaves import Leaves
 
 
 def scan(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import can_train, is_array, is_foreign, kind
+from freeze_optax._tree.kinds import can_train, is_array, is_foreign, kind
 
 
 class Zeros:

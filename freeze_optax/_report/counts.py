@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from freeze_optax._tree.leaves import is_array, kind
 from freeze_optax._rows.rows import Flag
+from freeze_optax._tree.kinds import is_array, kind
 
 Status: TypeAlias = Literal["trainable", "frozen", "partial"]
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from freeze_optax._tree.globs import MOST_ALTERNATIVES, MOST_DIGITS, expand_braces, natural
 from freeze_optax._report.counts import Tally
+from freeze_optax._tree.globs import MOST_ALTERNATIVES, MOST_DIGITS, expand_braces
+from freeze_optax._tree.key_paths import natural
 
 _NUMBERED = re.compile(rf"(.*?)(\d{{1,{MOST_DIGITS}}})(\D*)", re.DOTALL)
 _SPECIAL = re.compile(r"[*?\[\]{}]")

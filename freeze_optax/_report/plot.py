@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from freeze_optax._report.outline import Line, Node, lines, walk
 from freeze_optax._report.counts import Status
+from freeze_optax._report.outline import Line, Node, lines, walk
 
 # Blue and orange, for those who tell few colours apart; partial nodes stay in the background.
 _COLOURS: dict[Status, str] = {"trainable": "#f0a04b", "frozen": "#8fb3d9", "partial": "#e4e4e4"}

@@ -5,17 +5,17 @@ from typing import Any, NamedTuple, final
 
 import optax
 
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._edit.freeze_thaw import abstract_init
-from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.globs import odd_paths
-from freeze_optax._state.plan import DROPPED
+from freeze_optax._edit.fresh_state import abstract_init
+from freeze_optax._report.counts import total_bytes
 from freeze_optax._rows.rows import Flag
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, planned, schedules_of
 from freeze_optax._state.freeze_state import FreezeState, schedules_in, states_in
-from freeze_optax._report.counts import total_bytes
+from freeze_optax._state.plan import DROPPED
 from freeze_optax._transform.freezable import freezable, ignoring_specs
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.messages import odd_paths
 
 
 class Memory(NamedTuple):

@@ -15,17 +15,18 @@ from rich.table import Table
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._tree.leaves import Leaves, is_array
-from freeze_optax._report.state_bytes import Memory, memories
+from freeze_optax._report.counts import Counts, Status, Tally
 from freeze_optax._report.outline import Entry, Line, Node, lines, outline
-from freeze_optax._tree.globs import printable
 from freeze_optax._report.plot import draw
+from freeze_optax._report.state_bytes import Memory, memories
 from freeze_optax._rows.rows import Flag
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve
-from freeze_optax._report.counts import Counts, Status, Tally
 from freeze_optax._state.shared_buffers import aliases, check_ties
+from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.messages import printable
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 

@@ -9,8 +9,11 @@ import numpy as np
 import optax
 
 from freeze_optax._rows import take_put as moves
-from freeze_optax._tree.leaves import HOLE, Leaves, Transparent, is_hole, is_variable, value_of
 from freeze_optax._rows.rows import Flag, Rows, flag_of, invert, union
+from freeze_optax._tree.holes import HOLE, is_hole
+from freeze_optax._tree.key_paths import Transparent
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.variables import is_variable, value_of
 
 Part = tuple[int, Rows | None]
 """The index of a leaf, and the rows of it, None for all."""

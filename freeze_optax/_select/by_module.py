@@ -1,117 +1,15 @@
 """The selectors that ask for the module around a leaf."""
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
-import jax
 import numpy as np
 
-from freeze_optax._tree.leaves import Leaves, is_array, text
-from freeze_optax._tree.modules import Modules, children_of, is_module, walk
-from freeze_optax._tree.globs import listed, nearest, nodes_of
+from freeze_optax._select.found_modules import FoundModules, Table, check_table, is_names
 from freeze_optax._select.selector import Selector
-
-Table = Mapping[str, Any] | None
-
-
-class _Found:
-    """The modules of a tree, and which of their fields it has."""
-
-    def __init__(self, table: Table, leaves: Leaves, name: str):
-        table = leaves.modules if table is None else table
-        self._leaves, self._name, self._table = leaves, name, table
-        self._aliases = table.aliases if isinstance(table, Modules) else None
-        self._paths = nodes_of(path for path, _ in leaves.names(self._aliases))
-        if table is None:
-            self.nodes = list(walk(leaves.tree))
-        else:
-            self.nodes = [*table.items(), *(table.more if isinstance(table, Modules) else ())]
-            self._check_table()
-
-    def _check_table(self) -> None:
-        below = [path for path, _ in self.nodes if path]
-        if below and not any(path in self._paths for path in below):
-            raise ValueError(
-                f"the modules of {self._name} are not of this tree: it has nothing at "
-                f"{listed(below, 3)}, but {listed(self._leaves.paths, 3)}; params go without the "
-                "collection's name: variables['params']"
-            )
-
-    @property
-    def modules(self) -> list[tuple[str, Any]]:
-        """The paths and modules, without mere containers."""
-        modules = [(path, node) for path, node in self.nodes if is_module(node)]
-        if not modules:
-            raise ValueError(
-                f"{self._name} looks for modules, but the tree, a "
-                f"{type(self._leaves.tree).__name__}, holds none; where params are kept apart from "
-                "them, pass modules=linen.modules(module, *args) or modules=nnx.modules(model), "
-                "both of freeze_optax"
-            )
-        return modules
-
-    def field(self, path: str, module: Any, name: str) -> str | None:
-        """The path of a module's direct field, be it None or empty; None if it has no such.
-
-        A static one, a number of features say, is none that holds leaves.
-        """
-        own = join(path, name)
-        if own in self._paths and "/" not in name:
-            return own
-        if name not in _attributes(module):
-            return None
-        # Of a class that is registered without keys, only the value tells which child it is.
-        value = getattr(module, name)
-        below = [] if self._table is not None else children_of(module) or []
-        same = [text(keys) for keys, child in below if child is value and child is not None]
-        if same:
-            return join(path, same[0])
-        return None if self._is_static(value) else own
-
-    def _is_static(self, value: Any) -> bool:
-        """Whether a value that is nowhere in the tree is more than nothing: None, or empty."""
-        inside = jax.tree.leaves(value)
-        # A module in a table may have arrays that are no params: the statistics of BatchNorm.
-        return bool(inside) and (self._table is None or not any(map(is_array, inside)))
-
-    def has_instead(self, path: str, module: Any, missing: str) -> str:
-        """A clause for an error: the fields that a module has in place of one it has not."""
-        start = len(path) + 1 if path else 0
-        below = [p[start:] for p in self._paths if p.startswith(path and path + "/")]
-        names = dict.fromkeys(name for name in below if name and "/" not in name)
-        static = f", and its {missing!r} is static" if missing in _attributes(module) else ""
-        return f"has {listed(names) or 'no leaves'}{static}"
-
-    def below(self, nodes: Iterable[str]) -> list[bool]:
-        """For each leaf, whether it is at or below one of the nodes."""
-        return self._leaves.below(set(nodes), self._aliases)
-
-
-def _attributes(module: Any) -> Container[str]:
-    """The names of what an instance holds; methods and properties are none of it."""
-    slots = getattr(type(module), "_fields", ()) or getattr(type(module), "__slots__", ())
-    return {*getattr(module, "__dict__", ()), *slots}
-
-
-def join(path: str, field: str) -> str:
-    """The path of a field."""
-    return f"{path}/{field}" if path else field
-
-
-def _checked_table(modules: Any, name: str) -> Table:
-    if modules is None or (
-        isinstance(modules, Mapping) and all(isinstance(k, str) for k in modules)
-    ):
-        return modules
-    raise TypeError(
-        f"the modules of fo.{name} are a table {{path: module}}, not a {type(modules).__name__}; "
-        "freeze_optax.nnx.modules(model) and freeze_optax.linen.modules(module, *args) give one"
-    )
-
-
-def _is_names(x: Any) -> bool:
-    return isinstance(x, tuple | list | set | frozenset) and all(isinstance(n, str) for n in x)
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed, nearest
 
 
 @final
@@ -120,7 +18,7 @@ class _OfType(Selector):
         self._types, self._fields, self._modules = types, fields, modules
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        found = _Found(self._modules, leaves, repr(self))
+        found = FoundModules(self._modules, leaves, repr(self))
         of_type = [(path, node) for path, node in found.nodes if isinstance(node, self._types)]
         for cls in self._types:
             if not any(isinstance(node, cls) for _, node in of_type):
@@ -187,9 +85,9 @@ def of_type(
         what = f"but got {odd[0]!r}" if odd else "and got none"
         raise TypeError(f"fo.of_type takes classes, one argument each, {what}")
     names = fields if isinstance(fields, str) or not isinstance(fields, Iterable) else tuple(fields)
-    if not _is_names(names):
+    if not is_names(names):
         raise TypeError(f"the fields of fo.of_type are strings, ('kernel',) say, not {fields!r}")
-    return _OfType(types, tuple(names), _checked_table(modules, "of_type"))
+    return _OfType(types, tuple(names), check_table(modules, "of_type"))
 
 
 @final
@@ -198,15 +96,15 @@ class _ByModule(Selector):
         self._function, self._modules = function, modules
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        found = _Found(self._modules, leaves, repr(self))
+        found = FoundModules(self._modules, leaves, repr(self))
         nodes = [node for path, module in found.modules for node in self._ask(found, path, module)]
         return found.below(nodes)
 
-    def _ask(self, found: _Found, path: str, module: Any) -> list[str]:
+    def _ask(self, found: FoundModules, path: str, module: Any) -> list[str]:
         answer = self._function(module, path)
         if isinstance(answer, bool | np.bool_):
             return [path] if answer else []
-        if not _is_names(answer):
+        if not is_names(answer):
             raise TypeError(
                 f"the function of {self!r} gave {answer!r} at {path!r}, a {type(module).__name__}; "
                 "it must give True, False or a tuple of names of fields, ('kernel',) say"
@@ -260,7 +158,7 @@ def by_module(
     """
     if not callable(fn):
         raise TypeError(f"fo.by_module takes a function of a module and its path, not {fn!r}")
-    return _ByModule(fn, _checked_table(modules, "by_module"))
+    return _ByModule(fn, check_table(modules, "by_module"))
 
 
 @final
@@ -269,7 +167,7 @@ class _Declared(Selector):
         self._modules = modules
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        found = _Found(self._modules, leaves, repr(self))
+        found = FoundModules(self._modules, leaves, repr(self))
         nodes: list[str] = []
         missing: dict[tuple[type, str], tuple[str, Any]] = {}
         present = set[tuple[type, str]]()
@@ -299,7 +197,7 @@ def _declared_by(cls: type) -> list[tuple[type, str]]:
     declared: list[tuple[type, str]] = []
     for base in cls.__mro__:
         fields = vars(base).get("frozen_fields", ())
-        if not _is_names(fields):
+        if not is_names(fields):
             raise TypeError(
                 f"{base.__name__}.frozen_fields is {fields!r}; it must be a tuple of names of "
                 "fields, ('mask',) say"
@@ -337,4 +235,4 @@ def declared(modules: Mapping[str, Any] | None = None) -> Selector:
     Raises:
       TypeError: If `modules` is no table.
     """
-    return _Declared(_checked_table(modules, "declared"))
+    return _Declared(check_table(modules, "declared"))

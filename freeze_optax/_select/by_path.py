@@ -2,15 +2,16 @@
 
 import operator
 import re
-from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
-import numpy as np
-
-from freeze_optax._tree.leaves import Leaves, is_array, is_hole, kind
-from freeze_optax._tree.globs import compile_glob, listed, natural, nearest, nodes_of
 from freeze_optax._select.selector import Path, Selector, mark
-from freeze_optax._select.specs import is_function, spread
+from freeze_optax._select.slices import checked_slice, ends_of
+from freeze_optax._tree.globs import compile_glob
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.key_paths import natural, nodes_of
+from freeze_optax._tree.kinds import kind
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed, nearest
 
 
 def path(*patterns: str) -> Selector:
@@ -39,10 +40,10 @@ def path(*patterns: str) -> Selector:
       ValueError: If there is no pattern, or one is malformed.
       TypeError: If a pattern is not a string.
     """
-    return Path(_checked(patterns, "path"))
+    return Path(check_patterns(patterns, "path"))
 
 
-def _checked(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
+def check_patterns(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
     if not patterns:
         raise ValueError(f"fo.{name}() needs a pattern; to select no leaf write fo.nothing")
     for pattern in patterns:
@@ -88,24 +89,7 @@ def regex(*patterns: str) -> Selector:
       TypeError: If a pattern is not a string.
       re.error: If one is malformed.
     """
-    return _Regex(_checked(patterns, "regex"))
-
-
-def checked_slice(index: slice, what: str) -> slice:
-    """The slice, if its ends are ints; `what` begins the error if they are not."""
-    ends = (index.start, index.stop, index.step)
-    try:
-        checked = slice(*(None if end is None else operator.index(end) for end in ends))
-    except TypeError:
-        raise TypeError(f"{what} a slice of ints, not {index!r}") from None
-    if checked.step == 0:
-        raise ValueError(f"{what} {index!r}, but a slice step cannot be zero")
-    return checked
-
-
-def ends_of(index: slice) -> list[int | None]:
-    """The ends of a slice, with the step if it has one."""
-    return [index.start, index.stop] + ([] if index.step is None else [index.step])
+    return _Regex(check_patterns(patterns, "regex"))
 
 
 @final
@@ -210,104 +194,4 @@ def layers(pattern: str) -> Layers:
       ValueError: If the pattern is malformed.
       TypeError: If it is not a string.
     """
-    return Layers(_checked((pattern,), "layers")[0])
-
-
-@final
-class _Labelled(Selector):
-    def __init__(self, labels: Any, names: tuple[Any, ...]):
-        self._labels, self._names = labels, names
-
-    def flags(self, leaves: Leaves) -> list[bool]:
-        labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
-        pairs = spread(labels, leaves, "label tree")
-        for path, label in pairs:
-            if is_array(label):
-                raise TypeError(f"the label at {path!r} is an array, not a name or another key")
-        given = [label for _, label in pairs]
-        present = dict.fromkeys(str(label) for label in given if not is_hole(label))
-        has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
-        for name in self._names:
-            if name not in given and not has_hidden:
-                raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
-        return [label in self._names for label in given]
-
-    def __repr__(self) -> str:
-        return f"labelled({', '.join(map(repr, self._names))})"
-
-
-def labelled(labels: Any, *names: Any) -> Selector:
-    """Selects the leaves to which optax-style labels give one of the names.
-
-    So label trees and label functions written for `optax.partition` (`multi_transform`) go on
-    serving.
-
-    Examples:
-      >>> import jax
-      >>> import freeze_optax as fo
-      >>> params = {"body": {"w": 1.0}, "head": {"w": 2.0}}
-      >>> fo.labelled({"body": "cold", "head": "hot"}, "cold")(params)
-      {'body': {'w': True}, 'head': {'w': False}}
-
-    Args:
-      labels: A tree of labels, like the params or a prefix of them (matched by key path), or
-        a function that gives one for the params.
-      *names: The labels to select.
-
-    Returns:
-      The selector. Applied to a tree, it raises ValueError if the labels do not fit it or no
-      leaf has one of the names.
-
-    Raises:
-      ValueError: If there is no name.
-    """
-    if not names:
-        raise ValueError("fo.labelled needs the labels to select: fo.labelled(labels, 'frozen')")
-    return _Labelled(labels, names)
-
-
-@final
-class _Where(Selector):
-    def __init__(self, predicate: Callable[[str, Any], bool]):
-        self._predicate = predicate
-
-    def flags(self, leaves: Leaves) -> list[bool]:
-        return [self._ask(p, x) for p, x in zip(leaves.paths, leaves.values, strict=True)]
-
-    def _ask(self, path: str, leaf: Any) -> bool:
-        if is_hole(leaf):
-            return False
-        answer = self._predicate(path, leaf)
-        if not isinstance(answer, bool | np.bool_):
-            raise TypeError(
-                f"the predicate of {self!r} gave {answer!r} at {path!r}; it must give True or False"
-            )
-        return bool(answer)
-
-    def __repr__(self) -> str:
-        return f"where({getattr(self._predicate, '__qualname__', self._predicate)})"
-
-
-def where(predicate: Callable[[str, Any], bool]) -> Selector:
-    """Selects the leaves for which `predicate(path, leaf)` is True.
-
-    Examples:
-      >>> import freeze_optax as fo
-      >>> import jax.numpy as jnp
-      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-      >>> fo.where(lambda path, leaf: leaf.ndim > 1)(params)
-      {'bias': False, 'kernel': True}
-
-    Args:
-      predicate: Given the path text and the leaf (under jit a tracer, on an abstract tree a
-        `jax.ShapeDtypeStruct`), a bool. It is not asked about holes.
-
-    Returns:
-      The selector. Applied to a tree, it raises TypeError, naming the path, where the answer
-      is not a bool. That no leaf is selected is no error.
-    """
-    if not callable(predicate):
-        raise TypeError(
-            f"fo.where takes a function of path and leaf, not {predicate!r}; a glob goes to fo.path"
-        )
-    return _Where(predicate)
+    return Layers(check_patterns((pattern,), "layers")[0])

@@ -6,11 +6,13 @@ from typing import Any, final
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import Leaves, can_train, is_array, is_hole
 from freeze_optax._rows.rows import Flag, both, flag_of
-from freeze_optax._select.by_path import checked_slice, ends_of
 from freeze_optax._select.selector import Selector
+from freeze_optax._select.slices import checked_slice, ends_of
 from freeze_optax._select.specs import Spec, as_selector
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.kinds import can_train, is_array
+from freeze_optax._tree.leaves import Leaves
 
 
 @final

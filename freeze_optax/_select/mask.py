@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from freeze_optax._tree.leaves import Leaves
 from freeze_optax._rows.rows import public
 from freeze_optax._select.specs import Spec, as_selector, resolve
+from freeze_optax._tree.leaves import Leaves
 
 
 def mask(spec: Spec, tree: Any) -> Any:

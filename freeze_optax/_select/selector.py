@@ -7,9 +7,13 @@ from typing import Any, final
 
 import numpy as np
 
-from freeze_optax._tree.leaves import Leaves, can_train, is_placeholder
-from freeze_optax._tree.globs import compile_glob, nearest, nodes_of
 from freeze_optax._rows.rows import Flag, Rows, both, either, invert, minus, public
+from freeze_optax._tree.globs import compile_glob
+from freeze_optax._tree.holes import is_placeholder
+from freeze_optax._tree.key_paths import nodes_of
+from freeze_optax._tree.kinds import can_train
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import nearest
 
 
 class Selector(abc.ABC):
@@ -182,7 +186,31 @@ class _All(Selector):
 
 
 everything = _All(True)
+
 nothing = _All(False)
+
+
+def settled(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+    """What is frozen: what is selected, and every leaf that cannot be trained.
+
+    Args:
+      raw: What is selected of each leaf.
+      leaves: The leaves of the params.
+      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+
+    Raises:
+      ValueError: If the rows are of a leaf of another length.
+    """
+    pairs = zip(raw, leaves.values, strict=True)
+    flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
+    # Paths are text that costs time to make, and this runs in each eager step.
+    for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
+        if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
+            raise ValueError(
+                f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
+                f"{np.shape(leaf)}"
+            )
+    return flags
 
 
 @final
@@ -219,26 +247,3 @@ def mark(
         raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
     for i in hits:
         selected[i] = True
-
-
-def settled(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
-    """What is frozen: what is selected, and every leaf that cannot be trained.
-
-    Args:
-      raw: What is selected of each leaf.
-      leaves: The leaves of the params.
-      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
-
-    Raises:
-      ValueError: If the rows are of a leaf of another length.
-    """
-    pairs = zip(raw, leaves.values, strict=True)
-    flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
-    # Paths are text that costs time to make, and this runs in each eager step.
-    for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
-        if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
-            raise ValueError(
-                f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
-                f"{np.shape(leaf)}"
-            )
-    return flags

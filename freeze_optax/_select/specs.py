@@ -8,12 +8,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import Leaves, ancestors, check_unique, is_hole
-from freeze_optax._tree.globs import listed, nodes_of
-from freeze_optax._state.plan import Plan
 from freeze_optax._rows.rows import Flag, flag_of, union
 from freeze_optax._select.selector import Path, Selector, everything, nothing, settled
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
+from freeze_optax._state.plan import Plan
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.key_paths import ancestors, check_unique, nodes_of
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed
 
 Spec: TypeAlias = Any
 """Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""

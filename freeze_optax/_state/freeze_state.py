@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.globs import listed
-from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._rows.rows import Flag
+from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed
 
 _T = TypeVar("_T")
 

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from freeze_optax._tree.lookahead import copies_of
-from freeze_optax._tree.leaves import HOLE, Leaves, is_hole
-from freeze_optax._tree.globs import odd_paths, some
 from freeze_optax._state.shared_buffers import noted_ties
+from freeze_optax._tree.holes import HOLE, is_hole
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import copies_of
+from freeze_optax._tree.messages import odd_paths, some
 
 COUNTER = -1
 CLOCK = -2

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.globs import listed
 from freeze_optax._rows.rows import Flag
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import listed
 
 Group = tuple[str, ...]
 

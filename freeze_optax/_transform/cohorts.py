@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from freeze_optax._state.layout import COUNTER
-from freeze_optax._tree.leaves import HOLE, Leaves, replaced
 from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.layout import COUNTER
+from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.variables import replaced
 
 Run = Callable[[Any], tuple[Any, Any]]
 """Updates all live leaves from an inner state: gives the updates and the next inner state."""

@@ -10,21 +10,23 @@ import jax
 import numpy as np
 import optax
 
-from freeze_optax._transform.cohorts import update_cohorts
-from freeze_optax._tree.lookahead import copies_of, leaves_of, like
+from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.parts import fill, is_whole, join
-from freeze_optax._transform.extra_arguments import adapted
-from freeze_optax._transform.inner import checked
-from freeze_optax._tree.leaves import HOLE, Leaves, is_hole, is_placeholder
-from freeze_optax._rows.take_put import among
-from freeze_optax._tree.globs import listed
-from freeze_optax._state.plan import Origin, Plan
 from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.take_put import among
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve
+from freeze_optax._state.context import Origin
 from freeze_optax._state.freeze_state import AnyAges, FreezeState
+from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
-from freeze_optax._params.zeros import Zeros
+from freeze_optax._transform.cohorts import update_cohorts
+from freeze_optax._transform.extra_arguments import adapted
+from freeze_optax._transform.inner import checked
+from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import copies_of, leaves_of, like
+from freeze_optax._tree.messages import listed
 
 
 def freezable(

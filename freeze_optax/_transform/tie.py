@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._tree.lookahead import copies_of, on_each
 from freeze_optax._rows.parts import is_whole
+from freeze_optax._state.shared_buffers import TIED, Group, check_group, note_ties
 from freeze_optax._transform.extra_arguments import adapted
 from freeze_optax._transform.inner import checked
-from freeze_optax._tree.leaves import HOLE, Leaves, is_hole, is_placeholder
-from freeze_optax._tree.globs import listed, nearest
-from freeze_optax._state.shared_buffers import TIED, Group, check_group, note_ties
+from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import copies_of, on_each
+from freeze_optax._tree.messages import listed, nearest
 
 
 def tie(

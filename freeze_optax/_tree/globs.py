@@ -1,16 +1,13 @@
 """Glob patterns over key paths, and what to suggest when one matches nothing."""
 
-import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from freeze_optax._tree.leaves import ancestors
+from collections.abc import Iterator
 
 MOST_ALTERNATIVES = 10_000
-_MOST_CANDIDATES = 20_000
+
 MOST_DIGITS = 100
+
 _MOST_NESTED = 200
 
 
@@ -194,57 +191,3 @@ def compile_glob(pattern: str, *, whole: bool = False) -> re.Pattern[str]:
         return re.compile(f"(?:{text})", re.DOTALL)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r}: {error.msg}") from error
-
-
-def nodes_of(paths: Iterable[str]) -> dict[str, None]:
-    """All nodes, each once, in order: the paths themselves and those above them."""
-    return dict.fromkeys(node for path in paths for node in (path, *ancestors(path)))
-
-
-def nearest(text: str, paths: Iterable[str], count: int = 3) -> str:
-    """A clause for an error: the paths most like `text`."""
-    candidates = list(itertools.islice(dict.fromkeys(paths), _MOST_CANDIDATES))
-    if not candidates:
-        return "the tree has no leaves"
-    close = difflib.get_close_matches(text, candidates, n=count, cutoff=0.5)
-    if close:
-        return "nearest: " + ", ".join(map(repr, close))
-    return "the tree has " + listed(candidates)
-
-
-def natural(text: str) -> tuple[Any, ...]:
-    """A key that sorts `layer_2` before `layer_10`."""
-    # Splitting on a group alternates text and digits, so equal positions compare. Not by `int`,
-    # which refuses more than 4,300 digits.
-    pieces = enumerate(re.split(r"([0-9]+)", text))
-    return tuple((len(s.lstrip("0")), s.lstrip("0")) if i % 2 else s for i, s in pieces)
-
-
-def printable(text: str) -> str:
-    """A text without the characters that move the cursor of a terminal, or do worse."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """A few of the names, quoted, and how many more there are."""
-    names = list(names)
-    shown = ", ".join(map(repr, names[:most]))
-    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def some(clauses: list[str], most: int = 3) -> str:
-    """A few of the clauses, and how many more there are."""
-    more = [f"and {len(clauses) - most:,} more"] if len(clauses) > most else []
-    return "; ".join([*clauses[:most], *more])
-
-
-def odd_paths(
-    ours: tuple[str, ...], theirs: tuple[str, ...], our_name: str, their_name: str
-) -> str:
-    """A clause for an error: the paths that only one of two trees has."""
-    mine, others = set(ours), set(theirs)
-    left = [path for path in ours if path not in others]
-    right = [path for path in theirs if path not in mine]
-    parts = [f"only {our_name}: {listed(left)}"] if left else []
-    parts += [f"only {their_name}: {listed(right)}"] if right else []
-    return "; ".join(parts) or "the same paths, in other containers or another order"

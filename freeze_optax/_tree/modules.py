@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from freeze_optax._tree.leaves import is_hole, is_variable, text
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.key_paths import text
+from freeze_optax._tree.variables import is_variable
 
 Entries = tuple[Any, ...]
 Children = Callable[[Any], list[tuple[Entries, Any]] | None]

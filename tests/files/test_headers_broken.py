@@ -14,7 +14,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_optax._files.checkpoint_headers import _check_claim, read_headers
+from freeze_optax._files.checkpoint_headers import read_headers
+from freeze_optax._files.npz_headers import _check_claim
 from tests.support.checkpoints import (
     F4,
     FEW,
@@ -232,7 +233,7 @@ def test_names_up_to_the_limits_are_read(tmp_path):
 
 
 def test_nodes_that_leaves_share_take_room_once(tmp_path):
-    # Each with room of its own for all above it, these would take more than there is.
+    # Each with budget of its own for all above it, these would take more than there is.
     above = "a/" * 500
     names = [f"{above}{i}" for i in range(500)]
     for data in _named(names):

@@ -14,8 +14,8 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
-from freeze_optax._rows.rows import Rows
 from freeze_optax._report.counts import Tally, elements, nbytes, total_bytes
+from freeze_optax._rows.rows import Rows
 from tests.support.nnx_models import Net, params_of
 
 

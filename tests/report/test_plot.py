@@ -11,9 +11,9 @@ import matplotlib as mpl
 import pytest
 
 import freeze_optax as fo
+from freeze_optax._report.counts import Tally
 from freeze_optax._report.outline import Line, Node
 from freeze_optax._report.plot import _label
-from freeze_optax._report.counts import Tally
 
 mpl.use("Agg")
 

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from freeze_optax._rows.parts import Cut, Parts, fill, is_whole, join
-from freeze_optax._tree.leaves import Leaves
 from freeze_optax._rows.rows import Rows
+from freeze_optax._tree.leaves import Leaves
 
 HOLE = optax.MaskedNode()
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from freeze_optax._rows import rows as _rows
-from freeze_optax._rows.take_put import among, put, take, take_exactly, whole
 from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.take_put import among, put, take, take_exactly, whole
 
 COUNT = 20
 

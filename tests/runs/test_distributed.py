@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.support import by_hand
-from tests.support import distributed_worker
+from tests.support import by_hand, distributed_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 

@@ -13,9 +13,9 @@ from flax import nnx
 
 import freeze_optax as fo
 from freeze_optax import nnx as fnnx
-from tests.support.nnx_models import params_of, plain
 from tests.edit.test_model import CASES, Reference, draw_grads, flat, nested
 from tests.runs.test_soak import objects
+from tests.support.nnx_models import params_of, plain
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -13,7 +13,7 @@ from flax import linen, nnx, struct
 from flax.core import FrozenDict
 
 import freeze_optax as fo
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 
 
 def selection(selector, tree):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import freeze_optax as fo
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 
 PARAMS = {
     "embed": 0.5,

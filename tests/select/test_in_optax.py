@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 
 encoder, biases = fo.path("encoder"), fo.path("**/bias")
 

@@ -13,7 +13,7 @@ from flax.core import FrozenDict
 
 import freeze_optax as fo
 from freeze_optax._select import selector as _selectors
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 
 MIXED = {
     "body": {"count": jnp.zeros((), jnp.int32), "w": jnp.ones(2)},

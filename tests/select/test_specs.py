@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
 import freeze_optax as fo
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 
 PARAMS = {
     "encoder": {"bias": 1.0, "kernel": 2.0},

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import freeze_optax as fo
-from freeze_optax._tree.leaves import Leaves
 from freeze_optax._state.plan import Plan
+from freeze_optax._tree.leaves import Leaves
 
 PARAMS = {"a": jnp.ones(2), "embed": jnp.ones((5, 2)), "z": jnp.ones((7, 2))}
 

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from freeze_optax._files.command_line import main
 from freeze_optax._files.checkpoint_headers import read_headers
+from freeze_optax._files.command_line import main
 
 F4 = jnp.float32
 W = jax.ShapeDtypeStruct((2, 3), F4)

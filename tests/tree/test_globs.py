@@ -6,15 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_optax._tree.globs import (
-    ancestors,
-    compile_glob,
-    expand_braces,
-    listed,
-    nearest,
-    printable,
-    some,
-)
+from freeze_optax._tree.globs import compile_glob, expand_braces
+from freeze_optax._tree.key_paths import ancestors
+from freeze_optax._tree.messages import listed, nearest, printable, some
 
 ENCODER = [
     "encoder/layer_0/kernel",

@@ -14,7 +14,9 @@ import pytest
 from flax import linen, nnx, struct
 from flax.core import FrozenDict
 
-from freeze_optax._tree.leaves import HOLE, Leaves, can_train, is_foreign, is_hole
+from freeze_optax._tree.holes import HOLE, is_hole
+from freeze_optax._tree.kinds import can_train, is_foreign
+from freeze_optax._tree.leaves import Leaves
 
 
 class Pair(typing.NamedTuple):

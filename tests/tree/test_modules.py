@@ -13,7 +13,7 @@ import pytest
 from flax import nnx, struct
 from flax.core import FrozenDict
 
-from freeze_optax._tree.leaves import HOLE
+from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.modules import Modules, children_of, is_module, walk
 
 

@@ -8,79 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._rows.parts import Cut
-from freeze_optax._edit.freeze_thaw import abstract_init, check_mask, init_leaves, set_frozen
+from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
+from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
-from freeze_optax._transform.inner import checked
-from freeze_optax._tree.leaves import (
-    Leaves,
-    can_train,
-    is_array,
-    is_hole,
-    is_variable,
-    replaced,
-    value_of,
-)
-from freeze_optax._tree.globs import odd_paths, some
-from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._export.encoding import decode, noted, unpack
+from freeze_optax._rows.parts import Cut
 from freeze_optax._rows.rows import Rows, flag_of
 from freeze_optax._select.specs import Spec
 from freeze_optax._state.freeze_state import FreezeState
-from freeze_optax._export.encoding import decode, encode, noted, pack, unpack
+from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._state.shared_buffers import noted_ties
 from freeze_optax._transform.freezable import ignoring_specs
-
-
-def export_state(state: Any) -> dict[str, Any]:
-    """Gives a state as a nested dict of string keys and arrays, for any checkpointer.
-
-    There is no custom node in it and no hole, and no array without elements. Names that a file
-    format might not like (keys with slashes, dots or quotes) stand in an array of their own.
-    Typed PRNG keys go as their key data, and dtypes that NumPy lacks as their bits.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import freeze_optax as fo
-      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
-      >>> tx = fo.freezable(optax.sgd(0.1, momentum=0.9), "encoder")
-      >>> exported = fo.export_state(tx.init(params))
-      >>> exported["leaves"]
-      {'000000': Array([0., 0.], dtype=float32)}
-      >>> state = fo.import_state(tx, params, exported)
-
-    Args:
-      state: A `FreezeState`, or any tree that holds exactly one: the state of an `optax.chain`, or
-        of `scheduled`.
-
-    Returns:
-      `{"about": uint8 array, "leaves": {number: array}}`. Arrays that are stored as they are are
-      the very ones, sharded as they are.
-
-    Raises:
-      TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several.
-    """
-    plan = only_state("export_state", state).plan
-    entries, arrays = list[dict[str, Any]](), dict[str, Any]()
-    leaves = Leaves(state)
-    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
-        if is_hole(leaf):
-            continue
-        array, entry = encode(leaf)
-        if array.size:  # Orbax stores no array without elements
-            arrays[f"{len(entries):06d}"] = array
-        entries.append({"path": path, **entry})
-    about = {
-        "paths": plan.paths,
-        "frozen": plan.frozen,
-        "cohorts": plan.cohorts,
-        "schedule": plan.schedule,
-        "parts": plan.cut and [(leaf, _encoded(rows)) for leaf, rows in plan.cut.parts],
-        "leaves": entries,
-    }
-    return {"about": pack(about), "leaves": arrays}
+from freeze_optax._transform.inner import checked
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.kinds import can_train, is_array
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.messages import odd_paths, some
+from freeze_optax._tree.variables import is_variable, replaced, value_of
 
 
 def import_state(
@@ -182,11 +127,7 @@ def _note(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
 
 
-def _encoded(rows: Rows | None) -> Any:
-    return rows and [len(rows.mask), np.packbits(rows.mask).tobytes().hex()]
-
-
-def _decoded(rows: Any) -> Rows | None:
+def _decoded_rows(rows: Any) -> Rows | None:
     if rows is None:
         return None
     count, bits = rows
@@ -208,7 +149,7 @@ def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
         raise ValueError("its parts are whole leaves")
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
-    cut = Cut((leaf, _decoded(rows)) for leaf, rows in parts)
+    cut = Cut((leaf, _decoded_rows(rows)) for leaf, rows in parts)
     for leaf, own in zip(leaves, cut.by_leaf, strict=True):
         masks = [rows.mask for i in own if (rows := cut.parts[i][1])]
         shape = getattr(leaf, "shape", ())[:1]

@@ -1,0 +1,113 @@
+"""The selectors that ask for the label of a leaf, or for the leaf itself."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+
+from freeze_optax._select.selector import Selector
+from freeze_optax._select.specs import is_function, spread
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import nearest
+
+
+@final
+class _Labelled(Selector):
+    def __init__(self, labels: Any, names: tuple[Any, ...]):
+        self._labels, self._names = labels, names
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
+        pairs = spread(labels, leaves, "label tree")
+        for path, label in pairs:
+            if is_array(label):
+                raise TypeError(f"the label at {path!r} is an array, not a name or another key")
+        given = [label for _, label in pairs]
+        present = dict.fromkeys(str(label) for label in given if not is_hole(label))
+        has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
+        for name in self._names:
+            if name not in given and not has_hidden:
+                raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
+        return [label in self._names for label in given]
+
+    def __repr__(self) -> str:
+        return f"labelled({', '.join(map(repr, self._names))})"
+
+
+def labelled(labels: Any, *names: Any) -> Selector:
+    """Selects the leaves to which optax-style labels give one of the names.
+
+    So label trees and label functions written for `optax.partition` (`multi_transform`) go on
+    serving.
+
+    Examples:
+      >>> import jax
+      >>> import freeze_optax as fo
+      >>> params = {"body": {"w": 1.0}, "head": {"w": 2.0}}
+      >>> fo.labelled({"body": "cold", "head": "hot"}, "cold")(params)
+      {'body': {'w': True}, 'head': {'w': False}}
+
+    Args:
+      labels: A tree of labels, like the params or a prefix of them (matched by key path), or
+        a function that gives one for the params.
+      *names: The labels to select.
+
+    Returns:
+      The selector. Applied to a tree, it raises ValueError if the labels do not fit it or no
+      leaf has one of the names.
+
+    Raises:
+      ValueError: If there is no name.
+    """
+    if not names:
+        raise ValueError("fo.labelled needs the labels to select: fo.labelled(labels, 'frozen')")
+    return _Labelled(labels, names)
+
+
+@final
+class _Where(Selector):
+    def __init__(self, predicate: Callable[[str, Any], bool]):
+        self._predicate = predicate
+
+    def flags(self, leaves: Leaves) -> list[bool]:
+        return [self._ask(p, x) for p, x in zip(leaves.paths, leaves.values, strict=True)]
+
+    def _ask(self, path: str, leaf: Any) -> bool:
+        if is_hole(leaf):
+            return False
+        answer = self._predicate(path, leaf)
+        if not isinstance(answer, bool | np.bool_):
+            raise TypeError(
+                f"the predicate of {self!r} gave {answer!r} at {path!r}; it must give True or False"
+            )
+        return bool(answer)
+
+    def __repr__(self) -> str:
+        return f"where({getattr(self._predicate, '__qualname__', self._predicate)})"
+
+
+def where(predicate: Callable[[str, Any], bool]) -> Selector:
+    """Selects the leaves for which `predicate(path, leaf)` is True.
+
+    Examples:
+      >>> import freeze_optax as fo
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> fo.where(lambda path, leaf: leaf.ndim > 1)(params)
+      {'bias': False, 'kernel': True}
+
+    Args:
+      predicate: Given the path text and the leaf (under jit a tracer, on an abstract tree a
+        `jax.ShapeDtypeStruct`), a bool. It is not asked about holes.
+
+    Returns:
+      The selector. Applied to a tree, it raises TypeError, naming the path, where the answer
+      is not a bool. That no leaf is selected is no error.
+    """
+    if not callable(predicate):
+        raise TypeError(
+            f"fo.where takes a function of path and leaf, not {predicate!r}; a glob goes to fo.path"
+        )
+    return _Where(predicate)

@@ -1,0 +1,49 @@
+"""Kinds of leaf: which are arrays, which hold numbers, and which of them can be trained."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.cache
+def _kind(dtype: Any) -> str:
+    # A format of exponents alone, for the scales of block formats: its smallest number is
+    # not 0, so it has neither a zero gradient nor an update that changes nothing.
+    if dtype == jnp.float8_e8m0fnu:
+        return "other"
+    if isinstance(dtype, np.dtype) and dtype.kind == "m":  # a duration, an integer to NumPy
+        return "other"
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return "inexact"
+    exact = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return "exact" if exact else "other"
+
+
+def kind(leaf: Any) -> str:
+    """`"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`, Python numbers too."""
+    if is_array(leaf):
+        return _kind(leaf.dtype)
+    if isinstance(leaf, float | complex):
+        return "inexact"
+    return "exact" if isinstance(leaf, int) else "other"
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether `leaf` has a shape and a dtype, as arrays do; abstract and NumPy ones too."""
+    # Classes such as jnp.float32 have such attributes as well.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def is_foreign(leaf: Any) -> bool:
+    """Whether `leaf` is a float of NumPy that jax has not: longer, or in another byte order."""
+    dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else None
+    if dtype is None or dtype.kind not in "fc":
+        return False
+    return not dtype.isnative or dtype.itemsize > (8 if dtype.kind == "f" else 16)
+
+
+def can_train(leaf: Any) -> bool:
+    """Whether a gradient step can move `leaf`: a float or complex array, or Python number."""
+    return kind(leaf) == "inexact"
