@@ -1,5 +1,6 @@
 """Parameter freezing for JAX: one spec for gradients, updates, optimizer state and decay."""
 
+from freeze_optax import _former_names
 from freeze_optax import testing as testing
 from freeze_optax._edit.adopt_release import adopt as adopt
 from freeze_optax._edit.adopt_release import release as release
@@ -40,3 +41,5 @@ from freeze_optax._transform.freezable import freezable as freezable
 from freeze_optax._transform.tie import tie as tie
 
 __version__ = "0.1.0"
+
+_former_names.keep_former_names(__name__)

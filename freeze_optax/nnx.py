@@ -21,13 +21,13 @@ from typing import Any, final
 from freeze_optax._edit import freeze_thaw as _edit
 from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import among, take
+from freeze_optax._rows.take_put import scatter_rows, take_rows
 from freeze_optax._select.selector import Selector, nothing
-from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
+from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_in_spec
 from freeze_optax._state.freeze_state import states_in
-from freeze_optax._tree.key_paths import nodes_of, text
+from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.modules import Entries, Modules, children_of, walk
+from freeze_optax._tree.modules import KeyPath, Modules, children_of, walk_nodes
 from freeze_optax._tree.variables import is_variable
 
 try:
@@ -73,7 +73,7 @@ def modules(module: nnx.Module, /) -> Modules:
         raise TypeError(f"an NNX module is needed here, not a {type(module).__name__}")
     found: dict[str, nnx.Module] = {}
     paths: dict[int, list[str]] = {}
-    for path, node in walk(module, _children):
+    for path, node in walk_nodes(module, _children):
         if isinstance(node, nnx.Module):
             found[path] = node
         elif is_variable(node):
@@ -81,14 +81,14 @@ def modules(module: nnx.Module, /) -> Modules:
     shared = [group for group in paths.values() if len(group) > 1]
     aliases: dict[str, str] = {}
     if shared:
-        own = {text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
+        own = {path_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
         for group in shared:
             kept = [path for path in group if path in own]
             aliases.update((path, kept[0]) for path in group if kept and path not in kept)
     return Modules(found, aliases)
 
 
-def _children(node: Any) -> list[tuple[Entries, Any]] | None:
+def _children(node: Any) -> list[tuple[KeyPath, Any]] | None:
     # With `pytree=False` a class is a leaf to jax; its attributes are what its graph has.
     below = children_of(node)
     if below is None and isinstance(node, nnx.Pytree):
@@ -116,9 +116,9 @@ class _OnModel(Selector):
 class _Variables:
     """An NNX filter of the variables at some paths."""
 
-    paths: frozenset[Entries]
+    paths: frozenset[KeyPath]
 
-    def __call__(self, path: Entries, value: Any) -> bool:
+    def __call__(self, path: KeyPath, value: Any) -> bool:
         del value
         return tuple(path) in self.paths
 
@@ -133,13 +133,13 @@ def _trainable(leaves: Leaves, frozen: Sequence[Flag]) -> _Variables:
     parts = [path for path, inside in flags.items() if any(inside) and not all(inside)]
     if parts:
         raise ValueError(
-            f"NNX takes a Variable as a whole, but of {text(parts[0])!r} only some leaves are "
+            f"NNX takes a Variable as a whole, but of {path_text(parts[0])!r} only some leaves are "
             "frozen; freeze all of them or none, or make a Variable of each"
         )
     return _Variables(frozenset(path for path, inside in flags.items() if not any(inside)))
 
 
-def wrt(model: nnx.Module, where: Spec) -> Callable[[Entries, Any], bool]:
+def wrt(model: nnx.Module, where: Spec) -> Callable[[KeyPath, Any], bool]:
     """An NNX filter of the `nnx.Param`s of a model that are trainable: all but the selected ones.
 
     For `nnx.Optimizer(wrt=…)` with a plain optax transformation, and `nnx.DiffState(0, …)`. Such
@@ -219,7 +219,7 @@ def value_and_grad(
       IndexError: When called, if the spec is one of the layers, by an index that is out of range.
       TypeError: When called, if the first argument is no NNX module.
     """
-    if schedules_of(frozen):
+    if schedules_in_spec(frozen):
         raise ValueError(
             "with the state of fo.scheduled, what is frozen changes while the program runs; "
             "differentiate an nnx.State with fo.value_and_grad, which switches"
@@ -246,7 +246,7 @@ def _filter_of(frozen: Spec) -> Any:
     if len(states) != 1:
         return nnx.Param
     nodes = nodes_of(states[0].plan.paths)  # for a Variable that holds a tree
-    return lambda path, _: text(path) in nodes
+    return lambda path, _: path_text(path) in nodes
 
 
 def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], moved: Any) -> Any:
@@ -258,14 +258,14 @@ def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], moved: Any) -> Any:
         )
     )
     return whole.rebuild(
-        among(take(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
+        scatter_rows(take_rows(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
         for x, flag in zip(whole.values, frozen, strict=True)
     )
 
 
 def _zeros_like(variable: Any, zeros: Zeros) -> Any:
     inside = Leaves(variable)
-    return inside.fill(map(zeros.gradient, inside.values))
+    return inside.fill_leaves(map(zeros.gradient, inside.values))
 
 
 def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callable[..., Any]:

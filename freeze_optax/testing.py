@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put, take
+from freeze_optax._rows.take_put import put_rows, take_rows
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import odd_paths, printable
+from freeze_optax._tree.messages import path_differences, printable
 
 __all__ = ["assert_frozen"]
 
@@ -50,7 +50,7 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
     old, new = Leaves(before), Leaves(after)
     flags = resolve(frozen, old)
     if old.paths != new.paths:
-        odd = odd_paths(old.paths, new.paths, "before", "after")
+        odd = path_differences(old.paths, new.paths, "before", "after")
         raise AssertionError(f"the trees have different leaves; {odd}")
     rows = zip(old.paths, old.values, new.values, flags, strict=True)
     changes = [(path, _change_of(a, b, flag)) for path, a, b, flag in rows if flag]
@@ -65,7 +65,7 @@ def _change_of(old: Any, new: Any, frozen: Flag) -> str | None:
         return _change(old, new)
     if (getattr(new, "shape", None), getattr(new, "dtype", None)) != (old.shape, old.dtype):
         return _change(old, new)
-    return _change(old, put(new, ~frozen, take(old, ~frozen)))
+    return _change(old, put_rows(new, ~frozen, take_rows(old, ~frozen)))
 
 
 def _change(old: Any, new: Any) -> str | None:

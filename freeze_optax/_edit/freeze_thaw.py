@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
-from freeze_optax._edit.moved_state import move
-from freeze_optax._edit.recut import recut
+from freeze_optax._edit.repartition import repartition_state
 from freeze_optax._edit.state_holders import editable_state, replace_state
-from freeze_optax._rows.rows import Flag, either, minus
+from freeze_optax._edit.transition import apply_transition
+from freeze_optax._rows.rows import Flag, flag_minus, flag_or
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.lookahead import param_leaves
 
 
 def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> Any:
@@ -52,7 +52,7 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
         selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
-        return list(map(either, plan.mask, selected))
+        return list(map(flag_or, plan.mask, selected))
 
     return _edit("freeze", state, params, target, keep_state)
 
@@ -95,7 +95,7 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
         selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
         trainable = plan.in_own_order(leaves, [can_train(leaf) for leaf in leaves.values])
         rows = zip(plan.mask, selected, trainable, strict=True)
-        return [minus(frozen, a) if b else frozen for frozen, a, b in rows]
+        return [flag_minus(frozen, a) if b else frozen for frozen, a, b in rows]
 
     return _edit("thaw", state, params, target, keep_state=False)
 
@@ -143,7 +143,7 @@ def _edit(
     keep_state: bool,
 ) -> Any:
     state = editable_state(verb, tree)
-    leaves = leaves_of(params)
+    leaves = param_leaves(params)
     state.plan.flags(leaves, "params")
     mask = tuple(target(state.plan, leaves))
     if mask == state.plan.mask:
@@ -153,8 +153,8 @@ def _edit(
     def abstract(plan: Plan, wanted: list[bool]) -> Any:
         return abstract_init(lambda params: init_leaves(plan, params, wanted), params)
 
-    recut_state, frozen = recut(state, mask, keep_state, abstract)
-    return replace_state(tree, move(recut_state, params, frozen, keep_state))
+    recut_state, frozen = repartition_state(state, mask, keep_state, abstract)
+    return replace_state(tree, apply_transition(recut_state, params, frozen, keep_state))
 
 
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:

@@ -7,21 +7,21 @@ from typing import Any
 import jax
 
 from freeze_optax._state.plan import Plan
-from freeze_optax._tree.kinds import is_foreign, kind
+from freeze_optax._tree.kinds import is_numpy_only, number_kind
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import copies_of, like
+from freeze_optax._tree.lookahead import param_copies, rewrap_copies
 
 
 def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
     """The inner state as `init` makes it for the wanted parts alone, in its own containers."""
-    copies = copies_of(params)
+    copies = param_copies(params)
     rebuilt: list[Any] = []
-    for i, containers in enumerate(copies_of(plan.origin.skeleton)):
+    for i, containers in enumerate(param_copies(plan.context.skeleton)):
         given = Leaves(copies[min(i, len(copies) - 1)])
         leaves = Leaves(containers)
         leaves.values = plan.in_own_order(given, given.values)
-        rebuilt.append(plan.part(leaves, [not flag for flag in wanted]))
-    return plan.origin.init(like(plan.origin.skeleton, rebuilt))
+        rebuilt.append(plan.drop_parts(leaves, [not flag for flag in wanted]))
+    return plan.context.init(rewrap_copies(plan.context.skeleton, rebuilt))
 
 
 def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
@@ -29,7 +29,8 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
     leaves = Leaves(params)
     known = jax.Array | jax.ShapeDtypeStruct
     traced = [
-        isinstance(x, known) or (kind(x) != "other" and not is_foreign(x)) for x in leaves.values
+        isinstance(x, known) or (number_kind(x) != "other" and not is_numpy_only(x))
+        for x in leaves.values
     ]
 
     def of_arrays(arrays: list[Any]) -> Any:

@@ -9,17 +9,17 @@ import optax
 
 from freeze_optax._edit.freeze_thaw import check_mask
 from freeze_optax._edit.phases import Phases
-from freeze_optax._rows.parts import Cut, Part
-from freeze_optax._rows.rows import Flag, Rows, flag_of, vector
-from freeze_optax._state.context import Origin
+from freeze_optax._rows.parts import Part, PartTable
+from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_vector
+from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
 from freeze_optax._state.plan import DROPPED, Plan
-from freeze_optax._transform.cohorts import cohort_counters, stack
+from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._transform.freezable import freezable
-from freeze_optax._transform.inner import checked
+from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.lookahead import param_leaves
 
 
 def scheduled(
@@ -73,22 +73,22 @@ def scheduled(
             "fo.scheduled(inner, fo.Phases({0: frozen, 500: fo.nothing}))"
         )
     phases.at(0)
-    inner = checked("scheduled", inner)
+    inner = as_transformation("scheduled", inner)
     tx: Any = freezable(inner)
 
     def init_fn(params: optax.Params) -> Any:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return ScheduledState(step, tx.init(params))
-        leaves = leaves_of(params)
+        leaves = param_leaves(params)
         flags = phases.resolve(leaves)
-        plan = _plan(leaves, flags, phases, Origin(inner, params, leaves))
+        plan = _plan(leaves, flags, phases, PlanContext(inner, params, leaves))
         for mask in flags:
             check_mask(plan, leaves, mask, plan.layout.ties)
-        inner_state = inner.init(plan.live_params(params, leaves))
+        inner_state = inner.init(plan.drop_frozen_params(params, leaves))
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.layout.places(inner_state))
-        ages = stack([first] * max(plan.cohorts, default=0))
+        ages = stack_ages([first] * max(plan.cohorts, default=0))
         return ScheduledState(step, FreezeState(inner_state, ages, plan))
 
     def update_fn(
@@ -103,7 +103,7 @@ def scheduled(
         plan = whole.plan
 
         def branch(frozen: tuple[bool, ...]) -> Any:
-            now = plan.edited(frozen, plan.cohorts)
+            now = plan.with_frozen(frozen, plan.cohorts)
 
             def update(_: None) -> Any:
                 state = FreezeState(whole.inner, whole.ages, now)
@@ -122,7 +122,7 @@ def scheduled(
 
 
 def _plan(
-    leaves: Leaves, flags: tuple[tuple[Flag, ...], ...], phases: Phases, origin: Origin
+    leaves: Leaves, flags: tuple[tuple[Flag, ...], ...], phases: Phases, context: PlanContext
 ) -> Plan:
     """A cohort for each set of leaves, or rows, that are always frozen and thawed together."""
     parts: list[Part] = []
@@ -133,13 +133,13 @@ def _plan(
             patterns.append(pattern)
     never = tuple(map(all, patterns))
     kept = dict.fromkeys(p for p, dropped in zip(patterns, never, strict=True) if not dropped)
-    cut = Cut(parts) if any(rows for _, rows in parts) else None
+    table = PartTable(parts) if any(rows for _, rows in parts) else None
     # Without counters there is nothing for cohorts to keep apart.
-    order = {p: i if origin.layout(cut).counters else 0 for i, p in enumerate(kept)}
+    order = {p: i if context.layout(table).counters else 0 for i, p in enumerate(kept)}
     cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
     frozen = [tuple(pattern[i] for pattern in patterns) for i in range(len(phases.starts))]
     schedule = tuple(zip(phases.starts, frozen, strict=True))
-    return Plan(leaves.paths, never, cohorts, origin, schedule, cut)
+    return Plan(leaves.paths, never, cohorts, context, schedule, table)
 
 
 def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ...]]]:
@@ -147,9 +147,9 @@ def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ..
     count = next((len(flag.mask) for flag in flags if isinstance(flag, Rows)), None)
     if count is None:
         return [(None, tuple(flag is True for flag in flags))]
-    table = np.stack([vector(flag, count) for flag in flags], axis=1)
+    table = np.stack([flag_vector(flag, count) for flag in flags], axis=1)
     patterns = dict.fromkeys(map(tuple, table.tolist()))
-    parts = [(flag_of((table == pattern).all(axis=1)), pattern) for pattern in patterns]
+    parts = [(flag_from_vector((table == pattern).all(axis=1)), pattern) for pattern in patterns]
     return [
         (rows, pattern) for rows, pattern in parts if isinstance(rows, Rows) and not all(pattern)
     ]

@@ -14,13 +14,13 @@ def only_state(verb: str, tree: Any) -> FreezeState:
         raise TypeError(
             f"{verb} takes an optimizer state, not a transformation; to choose what a new "
             "state freezes write fo.freezable(inner, frozen), for one that there is fo."
-            + _call(verb, "opt_state")
+            + _example_call(verb, "opt_state")
         )
     states = states_in(tree)
     if not states:
         raise TypeError(
             f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
-            f"the order is {_call(verb, 'state')}, and the state one of fo.freezable"
+            f"the order is {_example_call(verb, 'state')}, and the state one of fo.freezable"
         )
     if len(states) > 1:
         raise ValueError(
@@ -30,7 +30,7 @@ def only_state(verb: str, tree: Any) -> FreezeState:
     return states[0]
 
 
-def _call(verb: str, state: str) -> str:
+def _example_call(verb: str, state: str) -> str:
     arguments = {"export_state": state, "import_state": "tx, params, exported"}
     return f"{verb}({arguments.get(verb, f'{state}, params, ...')})"
 

@@ -61,7 +61,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
-def pack(about: Mapping[str, Any]) -> np.ndarray:
+def pack_text(about: Mapping[str, Any]) -> np.ndarray:
     """What is to be said of the arrays, as an array."""
     text = json.dumps({"format": FORMAT, "sum": _sum(about), **about})
     return np.frombuffer(text.encode(), np.uint8)
@@ -73,7 +73,7 @@ def _sum(about: Mapping[str, Any]) -> int:
     return zlib.crc32(text.encode())
 
 
-def unpack(exported: Any) -> dict[str, Any]:
+def unpack_text(exported: Any) -> dict[str, Any]:
     """What was said of the arrays, each entry of its type and as long as the others.
 
     Args:
@@ -142,7 +142,7 @@ def _check_lengths(about: dict[str, Any]) -> None:
             )
 
 
-def noted(leaf: Any) -> dict[str, Any]:
+def describe_leaf(leaf: Any) -> dict[str, Any]:
     """What to note of a leaf, abstract or not: shape, dtype, and of a typed PRNG key which kind."""
     entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     return {**entry, "key": str(_key_impl(leaf))} if _is_key(leaf) else entry
@@ -159,7 +159,7 @@ def _key_impl(leaf: Any) -> Any:
     return found[0]
 
 
-def encode(leaf: Any) -> tuple[Any, dict[str, Any]]:
+def encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any]]:
     """A leaf as an array of a dtype that NumPy knows, and what to note of it.
 
     Args:
@@ -170,7 +170,7 @@ def encode(leaf: Any) -> tuple[Any, dict[str, Any]]:
     """
     # A Python number, set by hand, gets the dtype that it will have after the next update.
     array = leaf if is_array(leaf) else jnp.asarray(leaf)
-    entry = noted(array)
+    entry = describe_leaf(array)
     if _is_key(array):
         return jax.random.key_data(array), entry
     stored = _stored_dtype(array.dtype)
@@ -182,7 +182,7 @@ def encode(leaf: Any) -> tuple[Any, dict[str, Any]]:
     return bits.astype(stored), entry
 
 
-def decode(array: Any, leaf: Any, path: str) -> Any:
+def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
     """The leaf again.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from freeze_optax._edit.state_holders import only_state
-from freeze_optax._export.encoding import encode, pack
+from freeze_optax._export.encoding import encode_leaf, pack_text
 from freeze_optax._rows.rows import Rows
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
@@ -47,7 +47,7 @@ def export_state(state: Any) -> dict[str, Any]:
     for path, leaf in zip(leaves.paths, leaves.values, strict=True):
         if is_hole(leaf):
             continue
-        array, entry = encode(leaf)
+        array, entry = encode_leaf(leaf)
         if array.size:  # Orbax stores no array without elements
             arrays[f"{len(entries):06d}"] = array
         entries.append({"path": path, **entry})
@@ -56,10 +56,11 @@ def export_state(state: Any) -> dict[str, Any]:
         "frozen": plan.frozen,
         "cohorts": plan.cohorts,
         "schedule": plan.schedule,
-        "parts": plan.cut and [(leaf, encoded_rows(rows)) for leaf, rows in plan.cut.parts],
+        "parts": plan.part_table
+        and [(leaf, encoded_rows(rows)) for leaf, rows in plan.part_table.parts],
         "leaves": entries,
     }
-    return {"about": pack(about), "leaves": arrays}
+    return {"about": pack_text(about), "leaves": arrays}
 
 
 def encoded_rows(rows: Rows | None) -> Any:

@@ -11,21 +11,21 @@ import optax
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
-from freeze_optax._export.encoding import decode, noted, unpack
-from freeze_optax._rows.parts import Cut
-from freeze_optax._rows.rows import Rows, flag_of
+from freeze_optax._export.encoding import decode_leaf, describe_leaf, unpack_text
+from freeze_optax._rows.parts import PartTable
+from freeze_optax._rows.rows import Rows, flag_from_vector
 from freeze_optax._select.specs import Spec
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.plan import DROPPED, Plan
-from freeze_optax._state.shared_buffers import noted_ties
+from freeze_optax._state.shared_buffers import collect_ties
 from freeze_optax._transform.freezable import ignoring_specs
-from freeze_optax._transform.inner import checked
+from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._tree.messages import odd_paths, some
-from freeze_optax._tree.variables import is_variable, replaced, value_of
+from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.messages import few_clauses, path_differences
+from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
 
 
 def import_state(
@@ -67,9 +67,9 @@ def import_state(
         share a buffer would be frozen and the other not.
       TypeError: If `tx` is no transformation, or its state holds no `FreezeState`.
     """
-    about = unpack(exported)
-    with ignoring_specs(), noted_ties() as groups:
-        abstract = abstract_init(checked("import_state", tx).init, params)
+    about = unpack_text(exported)
+    with ignoring_specs(), collect_ties() as groups:
+        abstract = abstract_init(as_transformation("import_state", tx).init, params)
     plan = _plan(about, only_state("import_state", abstract).plan, params)
     template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
     values = iter(_decoded_leaves(about["leaves"], exported.get("leaves"), template))
@@ -77,7 +77,7 @@ def import_state(
     tree = replace_state(tree, _place(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, params, frozen)
-    plan, leaves = only_state("import_state", tree).plan, leaves_of(params)
+    plan, leaves = only_state("import_state", tree).plan, param_leaves(params)
     for flags in [flags for _, flags in plan.schedule] or [plan.frozen]:
         check_mask(plan, leaves, plan.mask_of(flags), groups)
     return tree
@@ -95,13 +95,15 @@ def _decoded_leaves(entries: list[dict[str, Any]], given: Any, template: Leaves)
     if len(leaves) == len(entries):
         both = zip(leaves, entries, strict=True)
         leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in both]
-    found = [(entry["path"], _note(entry)) for entry in entries]
-    expected = [(path, _note(noted(leaf))) for path, leaf in leaves]
+    found = [(entry["path"], _description(entry)) for entry in entries]
+    expected = [(path, _description(describe_leaf(leaf))) for path, leaf in leaves]
     if found != expected:
-        odd = _odd(dict(found), dict(expected))
+        odd = _differences(dict(found), dict(expected))
         raise ValueError(f"the export is not of a state of this transformation: {odd}")
     # In order, not by path: a key with a slash can make two leaves share one.
-    return [decode(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)]
+    return [
+        decode_leaf(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)
+    ]
 
 
 _WIDE = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
@@ -122,7 +124,7 @@ def _widened(leaf: Any, name: str) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, wider) if is_wider else leaf
 
 
-def _note(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+def _description(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     key = entry.get("key")
     return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
 
@@ -134,13 +136,13 @@ def _decoded_rows(rows: Any) -> Rows | None:
     packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
     if count < 0 or len(packed) != (count + 7) // 8:
         raise ValueError(f"{count} rows in {len(packed)} bytes")
-    flag = flag_of(np.unpackbits(packed, count=count).astype(bool))
+    flag = flag_from_vector(np.unpackbits(packed, count=count).astype(bool))
     if not isinstance(flag, Rows):
         raise ValueError("a part of all rows or none")
     return flag
 
 
-def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
+def _part_table(parts: Any, leaves: list[Any]) -> PartTable | None:
     """The parts again, which have to be parts of these leaves."""
     if parts is None:
         return None
@@ -149,16 +151,16 @@ def _cut(parts: Any, leaves: list[Any]) -> Cut | None:
         raise ValueError("its parts are whole leaves")
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
-    cut = Cut((leaf, _decoded_rows(rows)) for leaf, rows in parts)
-    for leaf, own in zip(leaves, cut.by_leaf, strict=True):
-        masks = [rows.mask for i in own if (rows := cut.parts[i][1])]
+    table = PartTable((leaf, _decoded_rows(rows)) for leaf, rows in parts)
+    for leaf, own in zip(leaves, table.by_leaf, strict=True):
+        masks = [rows.mask for i in own if (rows := table.parts[i][1])]
         shape = getattr(leaf, "shape", ())[:1]
         is_whole = len(own) == 1 and not masks
         if any(mask.shape != shape for mask in masks) or (len(masks) != len(own) and not is_whole):
             raise ValueError(f"its rows are not those of a leaf of shape {shape}")
         if masks and np.sum(masks, axis=0).max() > 1:
             raise ValueError("two of its parts have one row")
-    return cut
+    return table
 
 
 def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
@@ -166,16 +168,16 @@ def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
     if paths != own.paths:
         raise ValueError(
             "the export is of other params: "
-            + odd_paths(paths, own.paths, "in it", "in the params")
+            + path_differences(paths, own.paths, "in it", "in the params")
         )
     frozen, cohorts = tuple(about["frozen"]), tuple(about["cohorts"])
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
     try:
-        leaves = leaves_of(params).values
-        cut = _cut(about["parts"], leaves)
+        leaves = param_leaves(params).values
+        table = _part_table(about["parts"], leaves)
     except ValueError as error:
         raise ValueError(f"the export is damaged: {error}") from error
-    plan = Plan(own.paths, frozen, cohorts, own.origin, schedule, cut)
+    plan = Plan(own.paths, frozen, cohorts, own.context, schedule, table)
     if schedule != own.schedule or (schedule and plan != own):
         raise ValueError("the export is of other phases than those of the transformation")
     if schedule:
@@ -188,7 +190,9 @@ def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
 
 def _owners(plan: Plan) -> Iterable[int]:
     """For each part the index of its leaf."""
-    return [leaf for leaf, _ in plan.cut.parts] if plan.cut else range(len(plan.cohorts))
+    return (
+        [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.cohorts))
+    )
 
 
 def _can_be(plan: Plan) -> bool:
@@ -244,14 +248,14 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
 
     That is on the same devices, and in an NNX Variable of the same kind, if it stands in one.
     """
-    leaves = leaves_of(params)
+    leaves = param_leaves(params)
     boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
     boxes = state.plan.in_own_order(
         leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
     )
     if not any(is_variable(box) or _is_sharded(box) for box in boxes):
         return state  # of a transformation, it may be, that mixes the leaves
-    layout, cut = state.plan.layout, state.plan.cut
+    layout, table = state.plan.layout, state.plan.part_table
 
     def beside(x: Any, param: Any) -> Any:
         fits = _is_sharded(param) and x.shape == param.shape
@@ -260,15 +264,17 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
     def placed(place: Any, owner: int) -> Any:
         if owner < 0:
             return place
-        box = boxes[cut.parts[owner][0] if cut else owner]
-        return replaced(box, jax.tree.map(lambda x: beside(x, value_of(box)), place))
+        box = boxes[table.parts[owner][0] if table else owner]
+        return rewrap_variable(box, jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place))
 
     pairs = zip(layout.places(state.inner), layout.owners, strict=True)
     return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
 
 
-def _odd(given: dict[str, Any], expected: dict[str, Any]) -> str:
+def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
     if given.keys() != expected.keys() or given == expected:
-        return odd_paths(tuple(given), tuple(expected), "in the export", "in the state to be")
+        return path_differences(
+            tuple(given), tuple(expected), "in the export", "in the state to be"
+        )
     differing = [path for path, what in given.items() if what != expected[path]]
-    return some([f"{path!r} is {given[path]}, not {expected[path]}" for path in differing])
+    return few_clauses([f"{path!r} is {given[path]}, not {expected[path]}" for path in differing])

@@ -11,7 +11,7 @@ MOST_AXES = 64
 """As many as an array of NumPy may have. The product of a million numbers takes hours."""
 
 
-def abstract(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
+def as_abstract_array(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct | None:
     """An array that was told of, None for one of text, dates, records or Python objects.
 
     Raises:

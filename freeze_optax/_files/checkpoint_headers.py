@@ -46,7 +46,7 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
     # In the order of a nested dict of these, where the end of a name comes before all characters.
     ordered = OrderedDict(sorted(headers.items(), key=lambda item: item[0].replace("/", "\0")))
     try:
-        _take(budget, ordered)
+        _spend(budget, ordered)
     except ValueError as error:
         raise ValueError(f"{checkpoint} can't be shown: {error}") from error
     return ordered
@@ -63,7 +63,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _take(budget: NameBudget, paths: Iterable[str]) -> None:
+def _spend(budget: NameBudget, paths: Iterable[str]) -> None:
     """Makes budget for leaves, and for all nodes above them."""
     before = list[str]()
     for path in paths:

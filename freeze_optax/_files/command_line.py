@@ -22,7 +22,7 @@ from freeze_optax._report.summary import summary
 from freeze_optax._select.by_path import path
 from freeze_optax._select.selector import nothing
 from freeze_optax._tree.key_paths import nodes_of
-from freeze_optax._tree.messages import nearest, printable
+from freeze_optax._tree.messages import nearest_names, printable
 
 _DESCRIPTION = """\
 Shows which parameters of a checkpoint a set of patterns freezes, and what optimizer state that
@@ -118,7 +118,7 @@ def _below(params: dict[str, Any], node: str | None) -> dict[str, Any]:
     pairs = ((path, leaf) for path, leaf in params.items() if path.startswith(above))
     below = OrderedDict((path[len(above) :], leaf) for path, leaf in pairs)
     if not below:
-        raise ValueError(f"nothing is below {node!r}; {nearest(node, nodes_of(params))}")
+        raise ValueError(f"nothing is below {node!r}; {nearest_names(node, nodes_of(params))}")
     return below
 
 
@@ -137,7 +137,7 @@ def _write(text: str) -> None:
 def _optimizer(name: str) -> optax.GradientTransformation:
     factories = dict(_factories())
     if name not in factories:
-        raise ValueError(f"optax has no optimizer {name!r}; {nearest(name, factories)}")
+        raise ValueError(f"optax has no optimizer {name!r}; {nearest_names(name, factories)}")
     needed = [
         parameter.name
         for parameter in inspect.signature(factories[name]).parameters.values()

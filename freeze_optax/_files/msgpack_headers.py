@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from freeze_optax._files.abstract_arrays import abstract, check_axes
+from freeze_optax._files.abstract_arrays import as_abstract_array, check_axes
 from freeze_optax._files.name_budget import NameBudget
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.messages import quoted_list
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """The extension types of `flax.serialization`."""
@@ -24,7 +24,7 @@ _LONGEST_DTYPE = 100
 _CHUNKED = "__msgpack_chunked_array__"
 """What marks an array that Flax has cut, as MessagePack holds no more than 4 GiB in one piece."""
 
-_WHOLE: dict[int, tuple[str, Any]] = {
+_COMPLETE: dict[int, tuple[str, Any]] = {
     **{n: ("number", n) for n in range(0x80)},
     **{0x80 + n: ("map", n) for n in range(0x10)},
     **{0x90 + n: ("array", n) for n in range(0x10)},
@@ -83,8 +83,8 @@ class _Reader:
     def next(self) -> tuple[str, Any]:
         """The next item: a number, bool or None whole, of all else the kind and length."""
         first = self._number("B")
-        if first in _WHOLE:
-            return _WHOLE[first]
+        if first in _COMPLETE:
+            return _COMPLETE[first]
         if first not in _FORMS:
             raise ValueError(f"byte {self.position - 1:,} is {first:#x}, which MessagePack has not")
         kind, form = _FORMS[first]
@@ -121,7 +121,7 @@ class _Reader:
         axes = self.of_kind("array")
         check_axes(axes)
         shape, dtype = [self.of_kind("number") for _ in range(axes)], self._dtype()
-        count, leaf = self.of_kind("bin"), abstract(shape, dtype)
+        count, leaf = self.of_kind("bin"), as_abstract_array(shape, dtype)
         if count != math.prod(shape) * dtype.itemsize or self.position + count != end:
             raise ValueError(f"an array of shape {shape} and dtype {dtype} has {count:,} bytes")
         self.skip(count)
@@ -168,7 +168,7 @@ def read_msgpack_headers(file: BinaryIO) -> dict[tuple[str, ...], Any]:
             reader.skip(value)
     if reader.position != reader.size:
         raise ValueError(f"{reader.size - reader.position:,} bytes follow its end")
-    return _whole({keys: leaf for keys, leaf in leaves.items() if leaf is not None})
+    return _join_chunks({keys: leaf for keys, leaf in leaves.items() if leaf is not None})
 
 
 class _Frame:
@@ -196,7 +196,7 @@ class _Frame:
         return self._reader.text(value)
 
 
-def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+def _join_chunks(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
     """The leaves, with each array that is in chunks as one."""
     chunked: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
         keys[:-1]: {"shape": {}, "chunks": {}} for keys in leaves if keys and keys[-1] == _CHUNKED
@@ -215,12 +215,12 @@ def _whole(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         check_axes(len(shape))
         if not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {path!r} do not make up its shape {shape}")
-        whole[keys] = abstract(shape, chunks[0].dtype)
+        whole[keys] = as_abstract_array(shape, chunks[0].dtype)
     return whole
 
 
 def _in_order(numbered: dict[str, Any], path: str) -> list[Any]:
     """What Flax has made of a list: a dict with the keys "0", "1" and so on."""
     if any(str(i) not in numbered for i in range(len(numbered))):
-        raise ValueError(f"the chunks of {path!r} are not numbered: {listed(numbered)}")
+        raise ValueError(f"the chunks of {path!r} are not numbered: {quoted_list(numbered)}")
     return [numbered[str(i)] for i in range(len(numbered))]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._files.abstract_arrays import abstract
-from freeze_optax._tree.messages import listed
+from freeze_optax._files.abstract_arrays import as_abstract_array
+from freeze_optax._tree.messages import quoted_list
 
 # NumPy has no names for the dtypes of machine learning, and stores them as bytes without meaning.
 # Of two bytes there is one. Of one byte there are several, float8s and integers of four bits: the
@@ -36,7 +36,9 @@ def read_npz_headers(file: Path) -> Iterator[tuple[str, Any]]:
             members, size = archive.infolist(), file.stat().st_size
             others = [member.filename for member in members if member.filename[-4:] != ".npy"]
             if others:
-                raise ValueError(f"it holds {listed(others, 3)}; PyTorch files are such archives")
+                raise ValueError(
+                    f"it holds {quoted_list(others, 3)}; PyTorch files are such archives"
+                )
             for member in members:
                 _check_claim(member, size)
                 with archive.open(member) as opened:
@@ -78,7 +80,7 @@ def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
     shape, _, stored = read(io.BytesIO(length + member.read(count)))
     raw = stored.names is None and stored.subdtype is None
     dtype = np.dtype(_RAW.get(stored.str.lstrip("<>|"), stored) if raw else stored)
-    leaf = abstract(shape, dtype)
+    leaf = as_abstract_array(shape, dtype)
     if not stored.hasobject and member.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} has not as many bytes")
     return leaf

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from freeze_optax._files.abstract_arrays import abstract
+from freeze_optax._files.abstract_arrays import as_abstract_array
 from freeze_optax._files.plain_files import plain_size
 from freeze_optax._files.safetensors_headers import missing_package
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.messages import quoted_list
 
 
 def read_orbax_headers(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -21,7 +21,7 @@ def read_orbax_headers(folder: Path) -> Iterator[tuple[str, Any]]:
             "folder of a CheckpointManager name one step"
         )
     if len(items) > 1:
-        raise ValueError(f"{folder} holds several items, name one: {listed(map(str, items))}")
+        raise ValueError(f"{folder} holds several items, name one: {quoted_list(map(str, items))}")
     try:
         from orbax import checkpoint  # noqa: PLC0415
     except ImportError as error:
@@ -36,7 +36,7 @@ def read_orbax_headers(folder: Path) -> Iterator[tuple[str, Any]]:
         leaves = Leaves(getattr(tree, "tree", tree))  # older versions give the tree itself
         for path, leaf in zip(leaves.paths, leaves.values, strict=True):
             # What is no array, as text is not, has no shape.
-            yield path, abstract(leaf.shape, leaf.dtype) if is_array(leaf) else None
+            yield path, as_abstract_array(leaf.shape, leaf.dtype) if is_array(leaf) else None
     except Exception as error:
         # A broken file raises what the parsers of JSON, and the stores behind it, do.
         raise ValueError(f"{items[0]} is no whole Orbax checkpoint: {error}") from error

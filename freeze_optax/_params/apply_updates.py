@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put, taken
+from freeze_optax._rows.take_put import put_rows, take_rows_if_whole
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec, resolve, schedules_of
+from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed, odd_paths
+from freeze_optax._tree.messages import path_differences, quoted_list
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
@@ -49,7 +49,7 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     leaves = Leaves(params)
     flags = resolve(frozen, leaves, partitioned=True)
     steps = _align(leaves, updates)
-    add = _add_unless_zero if schedules_of(frozen) else _add
+    add = _add_unless_zero if schedules_in_spec(frozen) else _add
     triples = zip(leaves.values, steps, flags, strict=True)
 
     def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:
@@ -74,9 +74,9 @@ def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
 
 def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
     """The param with the update added to the rows that train; either may be of these alone."""
-    own = taken(param, live)
-    new = add(own, taken(update, live) if np.ndim(update) else update)
-    return new if own is param else put(param, live, new)
+    own = take_rows_if_whole(param, live)
+    new = add(own, take_rows_if_whole(update, live) if np.ndim(update) else update)
+    return new if own is param else put_rows(param, live, new)
 
 
 def _add(param: Any, update: Any) -> Any:
@@ -111,7 +111,7 @@ def _align(leaves: Leaves, updates: Any) -> list[Any]:
     except (ValueError, TypeError):
         raise ValueError(
             "the updates are of other params: "
-            + odd_paths(own.paths, leaves.paths, "in the updates", "in the params")
+            + path_differences(own.paths, leaves.paths, "in the updates", "in the params")
         ) from None
     nodes = [
         path
@@ -119,5 +119,7 @@ def _align(leaves: Leaves, updates: Any) -> list[Any]:
         if not (u is None or is_hole(u) or jax.tree_util.all_leaves([u]))
     ]
     if nodes:
-        raise ValueError(f"the updates have nodes where the params have leaves: {listed(nodes)}")
+        raise ValueError(
+            f"the updates have nodes where the params have leaves: {quoted_list(nodes)}"
+        )
     return values

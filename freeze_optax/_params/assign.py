@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed, nearest
+from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
 def assign(params: Any, values: Mapping[str, Any]) -> Any:
@@ -59,7 +59,7 @@ def _index(path: str, places: Mapping[str, Sequence[int]]) -> int:
     if found:
         raise ValueError(f"fo.assign can't tell which of {len(found)} leaves at {path!r} is meant")
     below = [other for other in places if other.startswith(f"{path}/")]
-    hint = f"it is a node, with {listed(below)}" if below else nearest(path, places)
+    hint = f"it is a node, with {quoted_list(below)}" if below else nearest_names(path, places)
     raise ValueError(f"fo.assign was given {path!r}, which is no leaf; {hint}")
 
 

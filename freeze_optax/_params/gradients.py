@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from freeze_optax._params.zeros import Zeros
-from freeze_optax._rows.rows import Flag, Rows, either
-from freeze_optax._rows.take_put import among, take, whole
-from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_of
+from freeze_optax._rows.rows import Flag, Rows, flag_or
+from freeze_optax._rows.take_put import scatter_rows, take_rows, with_live_rows
+from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_in_spec
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
 
@@ -51,7 +51,7 @@ def value_and_grad(
       IndexError: When called, if a layer is not there (`fo.layers(pattern)[i]`).
     """
     selector = as_selector(frozen)
-    schedules = schedules_of(frozen)
+    schedules = schedules_in_spec(frozen)
     if len(schedules) > 1:
         raise ValueError(
             f"a gradient follows the phases of one state of fo.scheduled, not of {len(schedules)}"
@@ -77,7 +77,7 @@ def value_and_grad(
             return differentiate(always)
         (state,) = schedules
         phases = [
-            functools.partial(differentiate, list(map(either, always, phase)))
+            functools.partial(differentiate, list(map(flag_or, always, phase)))
             for phase in state.phases(leaves)
         ]
         return jax.lax.switch(state.phase, phases)
@@ -93,31 +93,36 @@ def _value_and_grad(
     def of_trainable(trainable: list[Any]) -> Any:
         moving = iter(trainable)
         both = zip(leaves.values, flags, strict=True)
-        return fun(leaves.rebuild(x if flag is True else _in(x, flag, moving) for x, flag in both))
+        return fun(
+            leaves.rebuild(x if flag is True else _live_leaf(x, flag, moving) for x, flag in both)
+        )
 
     live = [
-        _part(x, flag) for x, flag in zip(leaves.values, flags, strict=True) if flag is not True
+        _live_rows(x, flag)
+        for x, flag in zip(leaves.values, flags, strict=True)
+        if flag is not True
     ]
     value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
     zeros, moving = Zeros(), iter(moved)
     both = zip(leaves.values, flags, strict=True)
     if holes:
         return value, leaves.rebuild(HOLE if flag is True else next(moving) for _, flag in both)
-    return value, leaves.fill(
-        zeros.gradient(x) if flag is True else _among_zeros(next(moving), flag) for x, flag in both
+    return value, leaves.fill_leaves(
+        zeros.gradient(x) if flag is True else _with_zero_rows(next(moving), flag)
+        for x, flag in both
     )
 
 
-def _part(leaf: Any, frozen: Flag) -> Any:
-    return take(leaf, ~frozen) if isinstance(frozen, Rows) else leaf
+def _live_rows(leaf: Any, frozen: Flag) -> Any:
+    return take_rows(leaf, ~frozen) if isinstance(frozen, Rows) else leaf
 
 
-def _in(leaf: Any, frozen: Flag, moving: Iterator[Any]) -> Any:
-    return whole(leaf, next(moving), ~frozen) if isinstance(frozen, Rows) else next(moving)
+def _live_leaf(leaf: Any, frozen: Flag, moving: Iterator[Any]) -> Any:
+    return with_live_rows(leaf, next(moving), ~frozen) if isinstance(frozen, Rows) else next(moving)
 
 
-def _among_zeros(gradient: Any, frozen: Flag) -> Any:
-    return among(gradient, ~frozen, 0.0) if isinstance(frozen, Rows) else gradient
+def _with_zero_rows(gradient: Any, frozen: Flag) -> Any:
+    return scatter_rows(gradient, ~frozen, 0.0) if isinstance(frozen, Rows) else gradient
 
 
 def grad(

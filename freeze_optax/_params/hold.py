@@ -5,10 +5,10 @@ from typing import Any
 import jax
 
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put, take_exactly
+from freeze_optax._rows.take_put import put_rows, take_rows_bitwise
 from freeze_optax._select.specs import Spec, as_selector
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import odd_paths
+from freeze_optax._tree.messages import path_differences
 from freeze_optax._tree.variables import is_variable
 
 
@@ -42,17 +42,17 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
     if after.treedef != before.treedef:
         raise ValueError(
             "`new` and `old` are different trees: "
-            + odd_paths(after.paths, before.paths, "in `new`", "in `old`")
+            + path_differences(after.paths, before.paths, "in `new`", "in `old`")
         )
     held = as_selector(where).flags(after)
-    _check_copied(new, old, after.fill(held))
+    _check_copied(new, old, after.fill_leaves(held))
     triples = zip(after.values, before.values, held, strict=True)
     return after.rebuild(_held(n, o, flag) for n, o, flag in triples)
 
 
 def _held(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Rows):
-        return put(new, flag, take_exactly(old, flag))
+        return put_rows(new, flag, take_rows_bitwise(old, flag))
     return old if flag else new
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from freeze_optax._rows.parts import Parts, is_whole, join
-from freeze_optax._rows.rows import Flag, Rows, invert
-from freeze_optax._rows.take_put import take, take_exactly
+from freeze_optax._rows.parts import Parts, is_hole_or_parts, join_parts
+from freeze_optax._rows.rows import Flag, Rows, flag_not
+from freeze_optax._rows.take_put import take_rows, take_rows_bitwise
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed, odd_paths, some
+from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 
 
 def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
@@ -44,15 +44,15 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
     """
     leaves = Leaves(tree)
     flags = resolve(frozen, leaves)
-    return split(leaves, flags)
+    return split_by_flags(leaves, flags)
 
 
-def split(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
+def split_by_flags(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
     """`partition`, with the flags at hand."""
     pairs = list(zip(leaves.values, frozen, strict=True))
-    trainable = leaves.rebuild(_selected(leaf, invert(flag)) for leaf, flag in pairs)
+    trainable = leaves.rebuild(_selected(leaf, flag_not(flag)) for leaf, flag in pairs)
     rest = leaves.rebuild(
-        Parts([take_exactly(leaf, f)], (f,)) if isinstance(f, Rows) else _selected(leaf, f)
+        Parts([take_rows_bitwise(leaf, f)], (f,)) if isinstance(f, Rows) else _selected(leaf, f)
         for leaf, f in pairs
     )
     return trainable, rest
@@ -60,7 +60,7 @@ def split(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
 
 def _selected(leaf: Any, flag: Flag) -> Any:
     if isinstance(flag, Rows):
-        return take(leaf, flag)
+        return take_rows(leaf, flag)
     return leaf if flag else HOLE
 
 
@@ -85,25 +85,26 @@ def merge(trainable: Any, rest: Any) -> Any:
       ValueError: If the structures differ, both trees have a leaf at one path, or rows of a leaf
         that is frozen in part are not those that the rest lacks.
     """
-    left, right = Leaves(trainable, stop=is_whole), Leaves(rest, stop=is_whole)
+    left, right = Leaves(trainable, stop=is_hole_or_parts), Leaves(rest, stop=is_hole_or_parts)
     if any(map(_is_part, left.values)):
         exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
         raise ValueError(
-            f"at {listed(exchanged)} `trainable` holds the rows that are frozen; the order is "
+            f"at {quoted_list(exchanged)} `trainable` holds the rows that are frozen; the order is "
             "fo.merge(trainable, rest)"
         )
     if left.treedef != right.treedef:
         raise ValueError(
             "the two parts are of different trees: "
-            + odd_paths(left.paths, right.paths, "in `trainable`", "in `rest`")
+            + path_differences(left.paths, right.paths, "in `trainable`", "in `rest`")
         )
     pairs = list(zip(left.values, right.values, strict=True))
     # Paths are text that costs time to make, and this runs in each trace of a loss.
     both = [i for i, (a, b) in enumerate(pairs) if not (is_hole(a) or is_hole(b) or _is_part(b))]
     if both:
         raise ValueError(
-            f"both parts have a leaf at {listed(left.paths[i] for i in both)}; each leaf belongs "
-            "to one of them, with optax.MaskedNode() in the other, as fo.partition gives them"
+            f"both parts have a leaf at {quoted_list(left.paths[i] for i in both)}; each leaf "
+            "belongs to one of them, with optax.MaskedNode() in the other, as fo.partition "
+            "gives them"
         )
     odd = [
         f"{left.paths[i]!r} {problem}"
@@ -111,7 +112,7 @@ def merge(trainable: Any, rest: Any) -> Any:
         if _is_part(b) and (problem := _misfit(a, b))
     ]
     if odd:
-        raise ValueError(f"the rows of the two parts are not of one leaf: {some(odd)}")
+        raise ValueError(f"the rows of the two parts are not of one leaf: {few_clauses(odd)}")
     return left.rebuild(_merged(a, b) for a, b in pairs)
 
 
@@ -134,5 +135,5 @@ def _misfit(left: Any, right: Parts) -> str:
 def _merged(left: Any, right: Any) -> Any:
     if isinstance(right, Parts):
         (rows,) = right.rows
-        return join(Parts((*right.values, left), (rows, ~rows)))
+        return join_parts(Parts((*right.values, left), (rows, ~rows)))
     return right if is_hole(left) else left

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._rows.rows import vector
+from freeze_optax._rows.rows import flag_vector
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
@@ -69,7 +69,7 @@ def scan(
     still = np.ones(count, bool)
     for leaf, flag in zip(leaves.values, resolve(frozen, leaves), strict=True):
         if can_train(leaf):
-            still &= vector(flag, count)
+            still &= flag_vector(flag, count)
     constants = jax.lax.stop_gradient(xs)
 
     # By index, as a slice would copy the frozen layers.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.kinds import can_train, is_array, is_foreign, kind
+from freeze_optax._tree.kinds import can_train, is_array, is_numpy_only, number_kind
 
 
 class Zeros:
@@ -53,12 +53,12 @@ def _gradient(leaf: Any) -> Any:
 
 
 def _update(leaf: Any) -> Any:
-    value = {"inexact": -0.0, "exact": 0}.get(kind(leaf))
+    value = {"inexact": -0.0, "exact": 0}.get(number_kind(leaf))
     return _gradient(leaf) if value is None else _full_like(leaf, value)
 
 
 def _full_like(leaf: Any, value: float) -> Any:
-    if is_foreign(leaf):
+    if is_numpy_only(leaf):
         return np.full_like(leaf, complex(value, value) if leaf.dtype.kind == "c" else value)
     if jnp.iscomplexobj(leaf):
         return jnp.full_like(leaf, complex(value, value))

@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from freeze_optax._rows.rows import Flag
-from freeze_optax._tree.kinds import is_array, kind
+from freeze_optax._tree.kinds import is_array, number_kind
 
 Status: TypeAlias = Literal["trainable", "frozen", "partial"]
 
 
-def elements(leaf: Any) -> int:
+def count_elements(leaf: Any) -> int:
     """How many parameters a leaf is: one for each element, none if it is no array or number."""
     if is_array(leaf):
         # A shape may hold NumPy's integers, which wrap, and which JSON does not know.
         return math.prod(map(operator.index, leaf.shape))
-    return int(kind(leaf) != "other")
+    return int(number_kind(leaf) != "other")
 
 
-def nbytes(leaf: Any) -> int:
+def leaf_bytes(leaf: Any) -> int:
     """The bytes of a leaf, as jax counts them: abstract ones, keys and Python numbers too."""
     if not is_array(leaf):
-        return jnp.result_type(leaf).itemsize if elements(leaf) else 0
-    return elements(leaf) * leaf.dtype.itemsize
+        return jnp.result_type(leaf).itemsize if count_elements(leaf) else 0
+    return count_elements(leaf) * leaf.dtype.itemsize
 
 
 def total_bytes(tree: Any) -> int:
     """The bytes of all leaves of a tree."""
-    return sum(map(nbytes, jax.tree.leaves(tree)))
+    return sum(map(leaf_bytes, jax.tree.leaves(tree)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally(Counts):
+class LeafCounts(Counts):
     """The counts of some leaves; tallies add up.
 
     Attributes:
@@ -82,7 +82,7 @@ class Tally(Counts):
     still: int = 0
 
     @classmethod
-    def of(cls, leaf: Any, flag: Flag, is_alias: bool) -> "Tally":
+    def of_leaf(cls, leaf: Any, flag: Flag, is_alias: bool) -> "LeafCounts":
         """One leaf.
 
         Args:
@@ -90,7 +90,7 @@ class Tally(Counts):
           flag: Whether it is frozen, or which of its rows are.
           is_alias: Whether it has been counted already, at another path.
         """
-        count, size = elements(leaf), nbytes(leaf)
+        count, size = count_elements(leaf), leaf_bytes(leaf)
         if isinstance(flag, bool):
             still, still_size = (count, size) if flag else (0, 0)
         else:
@@ -100,21 +100,21 @@ class Tally(Counts):
             return cls(live=live, still=still)
         return cls(count, live, still, live_size, still_size, live=live, still=still)
 
-    def with_state(self, state_bytes: int | None, saved_bytes: int | None) -> "Tally":
+    def with_state(self, state_bytes: int | None, saved_bytes: int | None) -> "LeafCounts":
         """The same, with these bytes of optimizer state."""
         return dataclasses.replace(self, state_bytes=state_bytes, saved_bytes=saved_bytes)
 
     @classmethod
-    def sum(cls, tallies: Iterable["Tally"]) -> "Tally":
+    def sum(cls, tallies: Iterable["LeafCounts"]) -> "LeafCounts":
         """All of them together."""
         columns = zip(*map(_values, [cls(), *tallies]), strict=True)
         values: list[Any] = [None if None in column else sum(column) for column in columns]
         return cls(*values)
 
-    def times(self, count: int) -> "Tally":
+    def times(self, count: int) -> "LeafCounts":
         """So many of these."""
         values: list[Any] = [None if x is None else count * x for x in _values(self)]
-        return Tally(*values)
+        return LeafCounts(*values)
 
     @property
     def status(self) -> Status:
@@ -128,6 +128,6 @@ class Tally(Counts):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Counts)}
 
 
-def _values(tally: Tally) -> tuple[Any, ...]:
+def _values(tally: LeafCounts) -> tuple[Any, ...]:
     # Not dataclasses.astuple, which copies deeply: that is slow for trees of many thousand leaves.
     return tuple(vars(tally).values())

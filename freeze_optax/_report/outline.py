@@ -4,9 +4,9 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from freeze_optax._report.counts import Tally
+from freeze_optax._report.counts import LeafCounts
 from freeze_optax._tree.globs import MOST_ALTERNATIVES, MOST_DIGITS, expand_braces
-from freeze_optax._tree.key_paths import natural
+from freeze_optax._tree.key_paths import natural_order
 
 _NUMBERED = re.compile(rf"(.*?)(\d{{1,{MOST_DIGITS}}})(\D*)", re.DOTALL)
 _SPECIAL = re.compile(r"[*?\[\]{}]")
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     """
 
     path: str
-    tally: Tally
+    tally: LeafCounts
     kind: Hashable
     note: str = ""
 
@@ -42,9 +42,9 @@ class Node:
     def __init__(self, name: str):
         self.name, self.count, self.note = name, 1, ""
         self.children: list[Node] = []
-        self.tallies: list[Tally] = []
+        self.tallies: list[LeafCounts] = []
         self.kinds: list[Hashable] = []
-        self.tally = Tally()
+        self.tally = LeafCounts()
 
     @property
     def stem(self) -> Hashable:
@@ -68,7 +68,7 @@ class Line(NamedTuple):
 
     level: int
     node: Node
-    tally: Tally
+    tally: LeafCounts
     is_only: bool = True
     parents: int = 1
     text: str = ""
@@ -80,7 +80,7 @@ class Line(NamedTuple):
         return self.glob if self.parents * self.node.count > 1 else self.text
 
 
-def outline(entries: Iterable[Entry], folded: bool) -> Node:
+def build_outline(entries: Iterable[Entry], folded: bool) -> Node:
     """The nodes above the entries, in natural order: `layer_2` before `layer_10`.
 
     Args:
@@ -107,37 +107,37 @@ def outline(entries: Iterable[Entry], folded: bool) -> Node:
         node.note = entry.note
     numbers: dict[Hashable, int] = {}
     for node in reversed(nodes.values()):
-        node.children = _arranged(node.children, folded)
-        node.tally = Tally.sum([*node.tallies, *(child.tally for child in node.children)])
+        node.children = _arrange(node.children, folded)
+        node.tally = LeafCounts.sum([*node.tallies, *(child.tally for child in node.children)])
         below = tuple((child.name, *child.kinds) for child in node.children)
         # A number for each kind that there is, or kinds would grow with the depth.
         node.kinds = [numbers.setdefault((*node.kinds, below), len(numbers))]
     return nodes[""]
 
 
-def _arranged(nodes: Sequence[Node], folded: bool) -> list[Node]:
+def _arrange(nodes: Sequence[Node], folded: bool) -> list[Node]:
     series: dict[str, list[Node]] = {}
     for node in nodes:
         series.setdefault(re.sub(r"\d+", "0", node.name), []).append(node)
     arranged: list[Node] = []
     for group in series.values():
-        group.sort(key=lambda node: natural(node.name))
+        group.sort(key=lambda node: natural_order(node.name))
         kinds: dict[Hashable, list[Node]] = {}
         for node in group:
             alike = (node.stem, *node.kinds) if folded else id(node)
             kinds.setdefault(alike, []).append(node)
         for alike in kinds.values():
             for i in range(0, len(alike), MOST_ALTERNATIVES):
-                arranged += _joined(alike[i : i + MOST_ALTERNATIVES])
+                arranged += _fold(alike[i : i + MOST_ALTERNATIVES])
     return arranged
 
 
-def _joined(alike: list[Node]) -> list[Node]:
+def _fold(alike: list[Node]) -> list[Node]:
     name = _glob([node.name for node in alike])
     if len(alike) == 1 or name is None:
         return alike
     one = Node(name)
-    one.count, one.tally = len(alike), Tally.sum(node.tally for node in alike)
+    one.count, one.tally = len(alike), LeafCounts.sum(node.tally for node in alike)
     one.note, one.children, one.kinds = alike[0].note, alike[0].children, alike[0].kinds
     return [one]
 
@@ -159,7 +159,7 @@ def _glob(names: list[str]) -> str | None:
     return glob if expand_braces(glob) == names else None  # their digits may be of several widths
 
 
-def walk(root: Node) -> Iterator[Line]:
+def walk_lines(root: Node) -> Iterator[Line]:
     """All nodes below the root, or the root if there are none, each before those below it."""
     stack = [Line(-1, root, root.tally)]
     while stack:
@@ -190,7 +190,7 @@ def _literal(name: str) -> str:
     return _SPECIAL.sub(r"[\g<0>]", name)
 
 
-def lines(root: Node, depth: int | None) -> list[Line]:
+def shown_lines(root: Node, depth: int | None) -> list[Line]:
     """The nodes to show, in order, each before those below it.
 
     Args:
@@ -199,10 +199,10 @@ def lines(root: Node, depth: int | None) -> list[Line]:
         below them if only a part of it trains, or if there is but one node to begin with.
     """
     if depth is not None:
-        return [line for line in walk(root) if line.level < depth]
+        return [line for line in walk_lines(root) if line.level < depth]
     shown: list[Line] = []
     closed: int | None = None
-    for line in walk(root):
+    for line in walk_lines(root):
         if closed is not None and line.level > closed:
             continue
         has_params = line.tally.live or line.tally.still

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from freeze_optax._report.counts import Status
-from freeze_optax._report.outline import Line, Node, lines, walk
+from freeze_optax._report.outline import Line, Node, shown_lines, walk_lines
 
 # Blue and orange, for those who tell few colours apart; partial nodes stay in the background.
 _COLOURS: dict[Status, str] = {"trainable": "#f0a04b", "frozen": "#8fb3d9", "partial": "#e4e4e4"}
@@ -18,7 +18,7 @@ _LINE, _CHARACTER = 1.3, 0.6
 """How much room a line and a letter take, in sizes of the letters."""
 
 
-def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
+def draw_outline(root: Node, depth: int | None, title: str, ax: Any) -> Any:
     """Draws the nodes of an outline as blocks: height means parameters, colour what is frozen.
 
     A column is a level, and what is right of a block is below it in the tree. A name is written
@@ -40,7 +40,7 @@ def draw(root: Node, depth: int | None, title: str, ax: Any) -> Any:
         raise ImportError(
             "plot needs matplotlib; install it with: pip install 'freeze_optax[plot]'"
         ) from error
-    blocks = list(walk(root)) if depth is None else lines(root, depth)
+    blocks = list(walk_lines(root)) if depth is None else shown_lines(root, depth)
     levels = max((max(block.level, 0) for block in blocks), default=0) + 1
     total = max(root.tally.total, 1)
     if ax is None:

@@ -9,16 +9,16 @@ from freeze_optax._edit.fresh_state import abstract_init
 from freeze_optax._report.counts import total_bytes
 from freeze_optax._rows.rows import Flag
 from freeze_optax._select.selector import Selector
-from freeze_optax._select.specs import Spec, planned, schedules_of
+from freeze_optax._select.specs import Spec, schedules_in_spec, state_in_spec
 from freeze_optax._state.freeze_state import FreezeState, schedules_in, states_in
 from freeze_optax._state.plan import DROPPED
 from freeze_optax._transform.freezable import freezable, ignoring_specs
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of
-from freeze_optax._tree.messages import odd_paths
+from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.messages import path_differences
 
 
-class Memory(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes of optimizer state.
 
     Attributes:
@@ -42,9 +42,9 @@ class _Resolved(Selector):
         return self._flags
 
 
-def memories(
+def state_bytes(
     params: Any, frozen: Spec, flags: Sequence[Flag], optimizer: Any
-) -> tuple[Memory | None, Memory | None]:
+) -> tuple[StateBytes | None, StateBytes | None]:
     """The optimizer state of params with these frozen, and with nothing frozen.
 
     Args:
@@ -62,12 +62,12 @@ def memories(
       TypeError: If the optimizer is none.
       ValueError: If there are several `freezable`s in it, or the state is not one of it.
     """
-    state, leaves = planned(frozen), leaves_of(params)
-    steps = [schedule.step for schedule in schedules_of(frozen)] if state else []
+    state, leaves = state_in_spec(frozen), param_leaves(params)
+    steps = [schedule.step for schedule in schedules_in_spec(frozen)] if state else []
     if optimizer is None:
         inner, around, unfrozen = _inner_of(state), 0, None
     else:
-        inner, around, unfrozen = _inside(optimizer, params, is_stepped=bool(steps))
+        inner, around, unfrozen = _find_inner(optimizer, params, is_stepped=bool(steps))
     if state is None and inner is None:
         return None, None
     if state is None:
@@ -75,18 +75,20 @@ def memories(
     elif optimizer is not None:
         _check_optimizer(inner, params, state, leaves)
     around += total_bytes(steps)
-    now = _memory(state, leaves, around)
+    now = _state_bytes(state, leaves, around)
     if inner is None:
         return now, None
     unfrozen = unfrozen or abstract_init(freezable(inner).init, params)
-    return now, _memory(unfrozen, leaves, around)
+    return now, _state_bytes(unfrozen, leaves, around)
 
 
 def _inner_of(state: FreezeState | None) -> Any:
-    return state.plan.origin.inner if state else None
+    return state.plan.context.inner if state else None
 
 
-def _inside(optimizer: Any, params: Any, is_stepped: bool) -> tuple[Any, int, FreezeState | None]:
+def _find_inner(
+    optimizer: Any, params: Any, is_stepped: bool
+) -> tuple[Any, int, FreezeState | None]:
     """The transformation that sees the trainable leaves, and the bytes of state around it.
 
     Where that is the optimizer itself, also its state with nothing frozen: to make this, if only
@@ -102,7 +104,7 @@ def _inside(optimizer: Any, params: Any, is_stepped: bool) -> tuple[Any, int, Fr
             f"the optimizer is a {type(optimizer).__name__}, not a transformation, such as "
             "optax.adamw(1e-3) is"
         )
-    specless = _specless(optimizer)
+    specless = _without_specs(optimizer)
     unfrozen = abstract_init(freezable(specless).init, params)
     states = states_in(unfrozen.inner)
     if not states:
@@ -118,7 +120,7 @@ def _inside(optimizer: Any, params: Any, is_stepped: bool) -> tuple[Any, int, Fr
     return _inner_of(states[0]), around, None
 
 
-def _specless(optimizer: Any) -> optax.GradientTransformation:
+def _without_specs(optimizer: Any) -> optax.GradientTransformation:
     def init(params: Any) -> Any:
         with ignoring_specs():
             return optimizer.init(params)
@@ -137,15 +139,15 @@ def _check_optimizer(inner: Any, params: Any, state: FreezeState, leaves: Leaves
     # Each path once, as a leaf that is cut by rows has one for all of its parts.
     ours, theirs = (tuple(dict.fromkeys(Leaves(x.inner).paths)) for x in (state, own))
     if set(ours) != set(theirs):
-        odd = odd_paths(ours, theirs, "in the state", "in one of the optimizer")
+        odd = path_differences(ours, theirs, "in the state", "in one of the optimizer")
         raise ValueError(
             f"the state is not one of the optimizer that was given: {odd}; pass the optimizer "
             "that made the state, or none"
         )
 
 
-def _memory(state: FreezeState, leaves: Leaves, around: int) -> Memory:
-    return Memory(total_bytes(state) + around, _statistics(state, leaves))
+def _state_bytes(state: FreezeState, leaves: Leaves, around: int) -> StateBytes:
+    return StateBytes(total_bytes(state) + around, _statistics(state, leaves))
 
 
 def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
@@ -156,5 +158,7 @@ def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
         return [None] * len(leaves.values)
     sizes = [0] * len(plan.paths)
     for (_, part), value in statistics.items():
-        sizes[part if plan.cut is None else plan.cut.parts[part][0]] += total_bytes(value)
+        sizes[part if plan.part_table is None else plan.part_table.parts[part][0]] += total_bytes(
+            value
+        )
     return list(plan.in_order_of(leaves, sizes, "params"))

@@ -15,17 +15,17 @@ from rich.table import Table
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from freeze_optax._report.counts import Counts, Status, Tally
-from freeze_optax._report.outline import Entry, Line, Node, lines, outline
-from freeze_optax._report.plot import draw
-from freeze_optax._report.state_bytes import Memory, memories
+from freeze_optax._report.counts import Counts, LeafCounts, Status
+from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown_lines
+from freeze_optax._report.plot import draw_outline
+from freeze_optax._report.state_bytes import StateBytes, state_bytes
 from freeze_optax._rows.rows import Flag
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve
-from freeze_optax._state.shared_buffers import aliases, check_ties
+from freeze_optax._state.shared_buffers import check_ties, first_of_buffer
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of
+from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import printable
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
@@ -176,7 +176,7 @@ class Summary(Counts):
         Raises:
           ImportError: If matplotlib, the extra `freeze_optax[plot]`, is not installed.
         """
-        return draw(self._root, self._depth, self.headline, ax)
+        return draw_outline(self._root, self._depth, self.headline, ax)
 
     @functools.cached_property
     def _columns(self) -> list[str]:
@@ -323,12 +323,12 @@ def summary(
         transformation, or `depth` no integer.
     """
     depth = None if depth is None else _levels(depth)
-    leaves = leaves_of(params)
+    leaves = param_leaves(params)
     flags = resolve(frozen, leaves)
     check_ties(leaves, flags)
-    now, whole = memories(params, frozen, flags, optimizer)
-    root = outline(_entries(leaves, flags, now, whole), folded=depth is None)
-    shown = lines(root, depth)
+    now, whole = state_bytes(params, frozen, flags, optimizer)
+    root = build_outline(_entries(leaves, flags, now, whole), folded=depth is None)
+    shown = shown_lines(root, depth)
     counts = root.tally.to_dict()
     counts["state_bytes"] = now.total if now else None
     counts["saved_bytes"] = whole.total - now.total if now and whole else None
@@ -348,16 +348,16 @@ def _levels(depth: Any) -> int:
 
 
 def _entries(
-    leaves: Leaves, flags: list[Flag], now: Memory | None, whole: Memory | None
+    leaves: Leaves, flags: list[Flag], now: StateBytes | None, whole: StateBytes | None
 ) -> Iterator[Entry]:
-    same = aliases(leaves)
+    same = first_of_buffer(leaves)
     unknown: list[int | None] = [None] * len(leaves.values)
     state = now.by_leaf if now else unknown
     unfrozen = whole.by_leaf if whole else unknown
     for i, (path, leaf, flag) in enumerate(zip(leaves.paths, leaves.values, flags, strict=True)):
         kept, most = state[i], unfrozen[i]
         saved = None if kept is None or most is None else most - kept
-        tally = Tally.of(leaf, flag, i in same).with_state(kept, saved)
+        tally = LeafCounts.of_leaf(leaf, flag, i in same).with_state(kept, saved)
         kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
         note = leaves.paths[same[i]] if i in same else ""
         yield Entry(path, tally, (tally, kind, note), note)

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from freeze_optax._rows import take_put as moves
-from freeze_optax._rows.rows import Flag, Rows, flag_of, invert, union
+from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_not, flag_union
+from freeze_optax._rows.take_put import join_rows, put_rows, take_rows
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.key_paths import Transparent
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.variables import is_variable, value_of
+from freeze_optax._tree.variables import is_variable, unwrap_variable
 
 Part = tuple[int, Rows | None]
 """The index of a leaf, and the rows of it, None for all."""
@@ -45,22 +45,22 @@ class Parts(Transparent):
         return f"Parts({', '.join(f'{rows!r}: {value!r}' for rows, value in pairs)})"
 
 
-def is_whole(x: Any) -> bool:
+def is_hole_or_parts(x: Any) -> bool:
     """Whether `x` stands for one leaf of the params: a hole, or its parts."""
     return isinstance(x, optax.MaskedNode | Parts)
 
 
-def join(value: Any) -> Any:
+def join_parts(value: Any) -> Any:
     """The rows that there are, in order, from one array or from parts; holes are passed over."""
     if not isinstance(value, Parts):
         return value
-    pairs = zip(value.rows, map(value_of, value.values), strict=True)
+    pairs = zip(value.rows, map(unwrap_variable, value.values), strict=True)
     present = [(rows, x) for rows, x in pairs if not is_hole(x)]
-    return moves.join([rows for rows, _ in present], [x for _, x in present])
+    return join_rows([rows for rows, _ in present], [x for _, x in present])
 
 
 @final
-class Cut:
+class PartTable:
     """The parts of all leaves, in order; hashable, and never changes.
 
     A part has its own statistics: a leaf that is frozen in part has one for the rows that train,
@@ -76,21 +76,21 @@ class Cut:
         self._hash = hash(self.parts)
 
     @classmethod
-    def of(cls, flags: Sequence[Flag]) -> "Cut | None":
+    def from_flags(cls, flags: Sequence[Flag]) -> "PartTable | None":
         """One part for each leaf, without the rows that are frozen; None if there are no such."""
         if not any(isinstance(flag, Rows) for flag in flags):
             return None
-        live = [invert(flag) for flag in flags]
+        live = [flag_not(flag) for flag in flags]
         return cls((i, rows if isinstance(rows, Rows) else None) for i, rows in enumerate(live))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cut) and self.parts == other.parts
+        return isinstance(other, PartTable) and self.parts == other.parts
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cut, (self.parts,)  # Python's hashes are of one process only.
+        return PartTable, (self.parts,)  # Python's hashes are of one process only.
 
     @functools.cached_property
     def by_leaf(self) -> list[list[int]]:
@@ -104,11 +104,13 @@ class Cut:
 
     def mask(self, frozen: Sequence[bool]) -> tuple[Flag, ...]:
         """What is frozen of each leaf, when these parts are."""
-        return tuple(invert(self._where(own, [not frozen[i] for i in own])) for own in self.by_leaf)
+        return tuple(
+            flag_not(self._where(own, [not frozen[i] for i in own])) for own in self.by_leaf
+        )
 
     def _where(self, own: list[int], flags: list[bool]) -> Flag:
         rows = [self.parts[i][1] for i, flag in zip(own, flags, strict=True) if flag]
-        return union(True if part is None else part for part in rows)
+        return flag_union(True if part is None else part for part in rows)
 
     def split(self, leaves: Leaves, frozen: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with the parts that are not frozen where it has leaves.
@@ -127,12 +129,12 @@ class Cut:
         tree = leaves.rebuild(
             x
             if numbers and not np.ndim(x) and not is_hole(x) and flag is not True
-            else self._split_leaf(x, own, invert(flag), frozen, leaves, i)
+            else self._split_leaf(x, own, flag_not(flag), frozen, leaves, i)
             for i, (x, own, flag) in enumerate(triples)
         )
         if len(self.parts) == len(self.by_leaf):
             return tree
-        return jax.tree.map(_outside, tree, is_leaf=is_variable)
+        return jax.tree.map(_parts_of_variables, tree, is_leaf=is_variable)
 
     def _split_leaf(
         self, x: Any, own: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
@@ -140,13 +142,13 @@ class Cut:
         values = [
             HOLE
             if frozen[part] or is_hole(x)
-            else _rows_of(x, self.parts[part][1], live, leaves, i)
+            else _take_part(x, self.parts[part][1], live, leaves, i)
             for part in own
         ]
         rows = [self.parts[part][1] for part in own]
         return Parts(values, tuple(r for r in rows if r)) if len(own) > 1 else values[0]
 
-    def restore(self, values: Sequence[Any]) -> list[Any]:
+    def group_by_leaf(self, values: Sequence[Any]) -> list[Any]:
         """One value for each part, as one for each leaf: `Parts` where there are several."""
         return [
             values[own[0]]
@@ -156,34 +158,34 @@ class Cut:
         ]
 
 
-def _outside(x: Any) -> Any:
+def _parts_of_variables(x: Any) -> Any:
     """Parts of which each stands in an NNX Variable, of a Variable in which parts stand.
 
     So it is in a state, where each part is a thing of its own.
     """
     if not is_variable(x):
         return x
-    (inside,) = Leaves(x, stop=is_whole).values
+    (inside,) = Leaves(x, stop=is_hole_or_parts).values
     if not isinstance(inside, Parts):
         return x
     return Parts((x.replace(value) for value in inside.values), inside.rows)
 
 
-def _rows_of(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:
+def _take_part(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:
     if rows is None:
         return x
     count = x.shape[0] if getattr(x, "shape", ()) else None
     if count == len(rows.mask):
-        return moves.take(x, rows)
+        return take_rows(x, rows)
     if isinstance(live, Rows) and count == live.count:
-        inside = flag_of(rows.mask[live.mask])
-        return moves.take(x, inside) if isinstance(inside, Rows) else x
+        inside = flag_from_vector(rows.mask[live.mask])
+        return take_rows(x, inside) if isinstance(inside, Rows) else x
     whole = f"of shape {getattr(x, 'shape', ())}"
     of = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
     raise ValueError(f"{leaves.paths[i]!r} is {whole}, but the optimizer state is for {of}")
 
 
-def fill(whole: Any, live: Rows, value: Any) -> Any:
+def put_live_rows(whole: Any, live: Rows, value: Any) -> Any:
     """A leaf with the rows that train set, or these rows alone where `whole` has no others."""
-    rows = join(value)
-    return rows if whole.shape[0] == live.count else moves.put(whole, live, rows)
+    rows = join_parts(value)
+    return rows if whole.shape[0] == live.count else put_rows(whole, live, rows)

@@ -65,43 +65,43 @@ Flag: TypeAlias = bool | Rows
 """Whether a leaf is selected, or which of its rows are."""
 
 
-def flag_of(mask: np.ndarray) -> Flag:
+def flag_from_vector(mask: np.ndarray) -> Flag:
     """The flag of a vector of bools: all and nothing are plain bools."""
     return bool(mask.any()) if mask.all() or not mask.any() else Rows(mask)
 
 
-def either(a: Flag, b: Flag) -> Flag:
+def flag_or(a: Flag, b: Flag) -> Flag:
     """Selected by one or the other."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is True or b is True or (b if a is False else a)
-    return flag_of(a.mask | b.mask)
+    return flag_from_vector(a.mask | b.mask)
 
 
-def both(a: Flag, b: Flag) -> Flag:
+def flag_and(a: Flag, b: Flag) -> Flag:
     """Selected by one and the other."""
-    return invert(either(invert(a), invert(b)))
+    return flag_not(flag_or(flag_not(a), flag_not(b)))
 
 
-def invert(a: Flag) -> Flag:
+def flag_not(a: Flag) -> Flag:
     """Selected where it was not."""
     return not a if isinstance(a, bool) else ~a
 
 
-def minus(a: Flag, b: Flag) -> Flag:
+def flag_minus(a: Flag, b: Flag) -> Flag:
     """Selected by one and not by the other."""
-    return both(a, invert(b))
+    return flag_and(a, flag_not(b))
 
 
-def union(flags: Iterable[Flag]) -> Flag:
+def flag_union(flags: Iterable[Flag]) -> Flag:
     """Selected by any."""
-    return functools.reduce(either, flags, False)
+    return functools.reduce(flag_or, flags, False)
 
 
-def vector(flag: Flag, count: int) -> np.ndarray:
+def flag_vector(flag: Flag, count: int) -> np.ndarray:
     """A flag as a bool for each of so many rows."""
     return np.full(count, flag) if isinstance(flag, bool) else flag.mask
 
 
-def public(flag: Flag) -> bool | np.ndarray:
+def flag_to_mask(flag: Flag) -> bool | np.ndarray:
     """A flag as a mask has it: a bool, or a vector of bools."""
     return flag if isinstance(flag, bool) else flag.mask.copy()

@@ -12,44 +12,48 @@ from jax.core import Tracer
 from freeze_optax._rows.rows import Rows
 
 
-def take(x: Any, rows: Rows) -> Any:
+def take_rows(x: Any, rows: Rows) -> Any:
     """The rows of an array; abstract arrays too."""
     if isinstance(x, np.ndarray):
         return x[rows.mask]
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(functools.partial(_taken, rows), x)
-    return _taken(rows, x)
+        return jax.eval_shape(functools.partial(_take, rows), x)
+    return _take(rows, x)
 
 
-def taken(x: Any, rows: Rows) -> Any:
+def take_rows_if_whole(x: Any, rows: Rows) -> Any:
     """The rows of an array that has all rows, or these alone."""
-    return x if x.shape[0] == rows.count else take(x, rows)
+    return x if x.shape[0] == rows.count else take_rows(x, rows)
 
 
-def take_exactly(x: Any, rows: Rows) -> Any:
+def take_rows_bitwise(x: Any, rows: Rows) -> Any:
     """The rows of an array, bit for bit, as frozen rows have to be."""
-    return x[rows.mask] if isinstance(x, np.ndarray) else _moved(functools.partial(_taken, rows), x)
+    return (
+        x[rows.mask]
+        if isinstance(x, np.ndarray)
+        else _run_bitwise(functools.partial(_take, rows), x)
+    )
 
 
-def _taken(rows: Rows, x: Any) -> Any:
+def _take(rows: Rows, x: Any) -> Any:
     if rows.runs:
-        return _concatenated([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
+        return _concatenate([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
     return x.at[rows.indices].get(
         indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
     )
 
 
-def put(x: Any, rows: Rows, values: Any) -> Any:
+def put_rows(x: Any, rows: Rows, values: Any) -> Any:
     """The array with other rows; in place where XLA may. A NumPy array stays one."""
     if isinstance(x, np.ndarray) and not isinstance(values, Tracer):
         new = x.copy()
         new[rows.mask] = values
         return new
 
-    return _moved(functools.partial(_changed, rows), x, values)
+    return _run_bitwise(functools.partial(_put, rows), x, values)
 
 
-def _changed(rows: Rows, x: Any, values: Any) -> Any:
+def _put(rows: Rows, x: Any, values: Any) -> Any:
     if not rows.runs:
         return x.at[rows.indices].set(
             values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
@@ -59,7 +63,7 @@ def _changed(rows: Rows, x: Any, values: Any) -> Any:
     return x
 
 
-def join(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
+def join_rows(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
     """All the rows of several arrays, in the order that they have in the leaf.
 
     Args:
@@ -69,7 +73,7 @@ def join(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
     if len(arrays) == 1:
         return arrays[0]
     order = np.argsort(np.concatenate([one.indices for one in rows]))
-    if any(isinstance(x, np.ndarray) for x in arrays) and not _any(Tracer, arrays):
+    if any(isinstance(x, np.ndarray) for x in arrays) and not _any_is(Tracer, arrays):
         (dtype,) = {x.dtype for x in arrays if isinstance(x, np.ndarray)}
         return np.concatenate([np.asarray(x, dtype) for x in arrays])[order]
 
@@ -78,12 +82,12 @@ def join(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
             return jnp.concatenate(arrays)[order]
         pairs = zip(rows, arrays, strict=True)
         pieces = [piece for one, x in pairs for piece in _pieces(one.runs or [], x)]
-        return _concatenated([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+        return _concatenate([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
 
-    return _moved(joined, *arrays)
+    return _run_bitwise(joined, *arrays)
 
 
-def among(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
+def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
     """Rows in their places among others that are all `fill`.
 
     Concatenated where they are a few runs, as XLA takes a slice of that back out for nothing.
@@ -94,17 +98,17 @@ def among(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
         return jnp.full((count, *values.shape[1:]), other, values.dtype)
 
     if not rows.runs:
-        return put(filled(len(rows.mask)), rows, values)
+        return put_rows(filled(len(rows.mask)), rows, values)
     pieces: list[jax.Array] = []
     end = 0
     for first, piece in _pieces(rows.runs, values):
         pieces += [filled(first - end), piece]
         end = first + piece.shape[0]
-    return _concatenated([*pieces, filled(len(rows.mask) - end)])
+    return _concatenate([*pieces, filled(len(rows.mask) - end)])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def whole(x: Any, part: Any, rows: Rows) -> Any:
+def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
     """An array in which `part`, the rows as they are in it, can be differentiated.
 
     `put(x, rows, part)` would have the same value and derivatives, but copy the whole array.
@@ -118,10 +122,10 @@ def whole(x: Any, part: Any, rows: Rows) -> Any:
     return x
 
 
-@whole.defjvp
-def _whole_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
+@with_live_rows.defjvp
+def _with_live_rows_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     # Of a tangent the very bits don't matter, but it has to be transposed.
-    return whole(*primals, rows), _changed(rows, *tangents)
+    return with_live_rows(*primals, rows), _put(rows, *tangents)
 
 
 def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
@@ -135,17 +139,17 @@ def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any
         start += stop - first
 
 
-def _concatenated(pieces: list[Any]) -> Any:
+def _concatenate(pieces: list[Any]) -> Any:
     present = [piece for piece in pieces if piece.shape[0]]
     return present[0] if len(present) == 1 else jnp.concatenate(present)
 
 
-def _any(kind: type, arrays: Sequence[Any]) -> bool:
+def _any_is(kind: type, arrays: Sequence[Any]) -> bool:
     return any(isinstance(x, kind) for x in arrays)
 
 
-def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
-    if _any(jax.ShapeDtypeStruct, arrays):
+def _run_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
+    if _any_is(jax.ShapeDtypeStruct, arrays):
         return jax.eval_shape(move, *arrays)
     arrays = tuple(map(jnp.asarray, arrays))
     dtype = arrays[0].dtype
@@ -153,19 +157,19 @@ def _moved(move: Callable[..., Any], *arrays: Any) -> Any:
     if not is_narrow or any(x.dtype != dtype for x in arrays):
         return move(*arrays)
     # On a CPU XLA widens these formats, even to copy them, and a NaN then loses its payload.
-    as_bits = functools.partial(_moved_as_bits, move)
+    as_bits = functools.partial(_run_as_bits, move)
     return jax.lax.platform_dependent(*arrays, cpu=as_bits, default=move)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _moved_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+def _run_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
     dtype = arrays[0].dtype
     unsigned = f"uint{jnp.finfo(dtype).bits}"
     moved = move(*(jax.lax.bitcast_convert_type(x, unsigned) for x in arrays))
     return jax.lax.bitcast_convert_type(moved, dtype)
 
 
-@_moved_as_bits.defjvp
-def _moved_as_bits_jvp(move: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+@_run_as_bits.defjvp
+def _run_as_bits_jvp(move: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     # To move rows is linear, but to read bits as an integer has no derivative.
-    return _moved_as_bits(move, *primals), move(*tangents)
+    return _run_as_bits(move, *primals), move(*tangents)

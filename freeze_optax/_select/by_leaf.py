@@ -6,11 +6,11 @@ from typing import Any, final
 import numpy as np
 
 from freeze_optax._select.selector import Selector
-from freeze_optax._select.specs import is_function, spread
+from freeze_optax._select.specs import is_function, match_by_path
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import nearest
+from freeze_optax._tree.messages import nearest_names
 
 
 @final
@@ -20,7 +20,7 @@ class _Labelled(Selector):
 
     def flags(self, leaves: Leaves) -> list[bool]:
         labels = self._labels(leaves.tree) if is_function(self._labels) else self._labels
-        pairs = spread(labels, leaves, "label tree")
+        pairs = match_by_path(labels, leaves, "label tree")
         for path, label in pairs:
             if is_array(label):
                 raise TypeError(f"the label at {path!r} is an array, not a name or another key")
@@ -29,7 +29,9 @@ class _Labelled(Selector):
         has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
         for name in self._names:
             if name not in given and not has_hidden:
-                raise ValueError(f"label {name!r} is at no leaf; {nearest(str(name), present)}")
+                raise ValueError(
+                    f"label {name!r} is at no leaf; {nearest_names(str(name), present)}"
+                )
         return [label in self._names for label in given]
 
     def __repr__(self) -> str:

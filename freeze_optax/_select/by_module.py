@@ -9,7 +9,7 @@ import numpy as np
 from freeze_optax._select.found_modules import FoundModules, Table, check_table, is_names
 from freeze_optax._select.selector import Selector
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed, nearest
+from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
 @final
@@ -24,7 +24,8 @@ class _OfType(Selector):
             if not any(isinstance(node, cls) for _, node in of_type):
                 present = dict.fromkeys(type(node).__name__ for _, node in found.modules)
                 raise ValueError(
-                    f"{self!r}: no module is a {cls.__name__}; {nearest(cls.__name__, present)}"
+                    f"{self!r}: no module is a {cls.__name__}; "
+                    f"{nearest_names(cls.__name__, present)}"
                 )
         for field in self._fields:
             if not any(found.field(path, node, field) for path, node in of_type):
@@ -40,7 +41,7 @@ class _OfType(Selector):
             nodes = [path for path in named if path is not None]
         flags = found.below(nodes)
         if not any(flags):
-            raise ValueError(f"{self!r} selects no leaf: the tree has none at {listed(nodes)}")
+            raise ValueError(f"{self!r} selects no leaf: the tree has none at {quoted_list(nodes)}")
         return flags
 
     def __repr__(self) -> str:

@@ -4,14 +4,14 @@ import operator
 import re
 from typing import final
 
-from freeze_optax._select.selector import Path, Selector, mark
+from freeze_optax._select.selector import Path, Selector, mark_matches
 from freeze_optax._select.slices import checked_slice, ends_of
 from freeze_optax._tree.globs import compile_glob
 from freeze_optax._tree.holes import is_hole
-from freeze_optax._tree.key_paths import natural, nodes_of
-from freeze_optax._tree.kinds import kind
+from freeze_optax._tree.key_paths import natural_order, nodes_of
+from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed, nearest
+from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
 def path(*patterns: str) -> Selector:
@@ -63,7 +63,7 @@ class _Regex(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)
         for regex in self._regexes:
-            mark(selected, regex.fullmatch, leaves, "regex", regex.pattern)
+            mark_matches(selected, regex.fullmatch, leaves, "regex", regex.pattern)
         return selected
 
     def __repr__(self) -> str:
@@ -142,12 +142,12 @@ class Layers(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         # An activation function among the layers is a leaf, but nothing that a layer has learned;
         # the integers of a quantised one are.
-        learned = [is_hole(x) or kind(x) != "other" for x in leaves.values]
-        nodes = nodes_of(path for path, i in leaves.names() if learned[i])
-        matched = sorted(filter(self._regex.match, nodes), key=natural)
+        learned = [is_hole(x) or number_kind(x) != "other" for x in leaves.values]
+        nodes = nodes_of(path for path, i in leaves.all_paths() if learned[i])
+        matched = sorted(filter(self._regex.match, nodes), key=natural_order)
         if not matched:
             raise ValueError(
-                f"layers({self._pattern!r}) names no node; {nearest(self._pattern, nodes)}"
+                f"layers({self._pattern!r}) names no node; {nearest_names(self._pattern, nodes)}"
             )
         chosen = matched
         if isinstance(self._index, slice):
@@ -156,10 +156,10 @@ class Layers(Selector):
             if not -len(matched) <= self._index < len(matched):
                 raise IndexError(
                     f"{self!r} is out of range: {self._pattern!r} names {len(matched)} nodes, "
-                    f"{listed(matched)}"
+                    f"{quoted_list(matched)}"
                 )
             chosen = [matched[self._index]]
-        return leaves.below(set(chosen))
+        return leaves.flags_below(set(chosen))
 
     def __repr__(self) -> str:
         index = self._index

@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._rows.rows import Flag, both, flag_of
+from freeze_optax._rows.rows import Flag, flag_and, flag_from_vector
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.slices import checked_slice, ends_of
 from freeze_optax._select.specs import Spec, as_selector
@@ -35,11 +35,11 @@ class _Rows(Selector):
                 f"{self!r}: the leaf {path!r} is a scalar, of shape (), and has no rows"
             )
         mask = np.zeros(shape[0], bool)
-        odd = _odd(self._rows, shape[0])
+        odd = _problem(self._rows, shape[0])
         if odd:
             raise ValueError(f"{self!r}: the leaf {path!r} is of shape {shape}, so {odd}")
         mask[self._rows] = True
-        return both(flag, flag_of(mask))
+        return flag_and(flag, flag_from_vector(mask))
 
     def __repr__(self) -> str:
         rows = self._rows
@@ -50,7 +50,7 @@ class _Rows(Selector):
         return f"rows({self._selector!r}, {text})"
 
 
-def _odd(rows: slice | np.ndarray, count: int) -> str:
+def _problem(rows: slice | np.ndarray, count: int) -> str:
     """What is wrong with rows for a leaf of so many; empty if nothing is."""
     if isinstance(rows, slice):
         beyond = [end for end in (rows.start, rows.stop) if end is not None and abs(end) > count]
@@ -109,10 +109,10 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     """
     if isinstance(rows, slice):
         return _Rows(spec, checked_slice(rows, "rows are"))
-    return _Rows(spec, _vector(rows))
+    return _Rows(spec, _index_vector(rows))
 
 
-def _vector(rows: Any) -> np.ndarray:
+def _index_vector(rows: Any) -> np.ndarray:
     if isinstance(rows, Tracer):
         raise TypeError("the rows are traced, but what is frozen is settled before tracing")
     try:

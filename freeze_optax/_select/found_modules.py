@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from freeze_optax._tree.key_paths import nodes_of, text
+from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed
-from freeze_optax._tree.modules import Modules, children_of, is_module, walk
+from freeze_optax._tree.messages import quoted_list
+from freeze_optax._tree.modules import Modules, children_of, is_module, walk_nodes
 
 Table = Mapping[str, Any] | None
 
@@ -21,9 +21,9 @@ class FoundModules:
         table = leaves.modules if table is None else table
         self._leaves, self._name, self._table = leaves, name, table
         self._aliases = table.aliases if isinstance(table, Modules) else None
-        self._paths = nodes_of(path for path, _ in leaves.names(self._aliases))
+        self._paths = nodes_of(path for path, _ in leaves.all_paths(self._aliases))
         if table is None:
-            self.nodes = list(walk(leaves.tree))
+            self.nodes = list(walk_nodes(leaves.tree))
         else:
             self.nodes = [*table.items(), *(table.more if isinstance(table, Modules) else ())]
             self._check_table()
@@ -33,8 +33,8 @@ class FoundModules:
         if below and not any(path in self._paths for path in below):
             raise ValueError(
                 f"the modules of {self._name} are not of this tree: it has nothing at "
-                f"{listed(below, 3)}, but {listed(self._leaves.paths, 3)}; params go without the "
-                "collection's name: variables['params']"
+                f"{quoted_list(below, 3)}, but {quoted_list(self._leaves.paths, 3)}; params go "
+                "without the collection's name: variables['params']"
             )
 
     @property
@@ -55,7 +55,7 @@ class FoundModules:
 
         A static one, a number of features say, is none that holds leaves.
         """
-        own = join(path, name)
+        own = field_path(path, name)
         if own in self._paths and "/" not in name:
             return own
         if name not in _attributes(module):
@@ -63,9 +63,9 @@ class FoundModules:
         # Of a class that is registered without keys, only the value tells which child it is.
         value = getattr(module, name)
         below = [] if self._table is not None else children_of(module) or []
-        same = [text(keys) for keys, child in below if child is value and child is not None]
+        same = [path_text(keys) for keys, child in below if child is value and child is not None]
         if same:
-            return join(path, same[0])
+            return field_path(path, same[0])
         return None if self._is_static(value) else own
 
     def _is_static(self, value: Any) -> bool:
@@ -80,11 +80,11 @@ class FoundModules:
         below = [p[start:] for p in self._paths if p.startswith(path and path + "/")]
         names = dict.fromkeys(name for name in below if name and "/" not in name)
         static = f", and its {missing!r} is static" if missing in _attributes(module) else ""
-        return f"has {listed(names) or 'no leaves'}{static}"
+        return f"has {quoted_list(names) or 'no leaves'}{static}"
 
     def below(self, nodes: Iterable[str]) -> list[bool]:
         """For each leaf, whether it is at or below one of the nodes."""
-        return self._leaves.below(set(nodes), self._aliases)
+        return self._leaves.flags_below(set(nodes), self._aliases)
 
 
 def _attributes(module: Any) -> Container[str]:
@@ -93,7 +93,7 @@ def _attributes(module: Any) -> Container[str]:
     return {*getattr(module, "__dict__", ()), *slots}
 
 
-def join(path: str, field: str) -> str:
+def field_path(path: str, field: str) -> str:
     """The path of a field."""
     return f"{path}/{field}" if path else field
 

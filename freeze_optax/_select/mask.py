@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from freeze_optax._rows.rows import public
+from freeze_optax._rows.rows import flag_to_mask
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._tree.leaves import Leaves
 
@@ -39,7 +39,7 @@ def mask(spec: Spec, tree: Any) -> Any:
       TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(tree)
-    return leaves.fill(map(public, resolve(spec, leaves)))
+    return leaves.fill_leaves(map(flag_to_mask, resolve(spec, leaves)))
 
 
 def labels(spec: Spec, tree: Any) -> Any:

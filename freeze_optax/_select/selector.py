@@ -7,13 +7,21 @@ from typing import Any, final
 
 import numpy as np
 
-from freeze_optax._rows.rows import Flag, Rows, both, either, invert, minus, public
+from freeze_optax._rows.rows import (
+    Flag,
+    Rows,
+    flag_and,
+    flag_minus,
+    flag_not,
+    flag_or,
+    flag_to_mask,
+)
 from freeze_optax._tree.globs import compile_glob
 from freeze_optax._tree.holes import is_placeholder
 from freeze_optax._tree.key_paths import nodes_of
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import nearest
+from freeze_optax._tree.messages import nearest_names
 
 
 class Selector(abc.ABC):
@@ -59,7 +67,7 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        return leaves.fill(map(public, self.flags(leaves)))
+        return leaves.fill_leaves(map(flag_to_mask, self.flags(leaves)))
 
     def labels(self, tree: Any) -> Any:
         """`"frozen"` or `"trainable"` at each leaf: a label function for `optax.partition`.
@@ -81,32 +89,32 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        frozen = settled(self.flags(leaves), leaves)
+        frozen = with_untrainable(self.flags(leaves), leaves)
         for path, flag in zip(leaves.paths, frozen, strict=True):
             if isinstance(flag, Rows):
                 raise ValueError(
                     f"{path!r} is frozen in part ({flag!r}), but a label is for a whole leaf; "
                     "freeze_optax.freezable takes such a spec"
                 )
-        return leaves.fill("frozen" if flag else "trainable" for flag in frozen)
+        return leaves.fill_leaves("frozen" if flag else "trainable" for flag in frozen)
 
     def __or__(self, other: "Selector | str") -> "Selector":
-        return _combine("|", either, self, other)
+        return _combine("|", flag_or, self, other)
 
     def __ror__(self, other: str) -> "Selector":
-        return _combine("|", either, other, self)
+        return _combine("|", flag_or, other, self)
 
     def __and__(self, other: "Selector | str") -> "Selector":
-        return _combine("&", both, self, other)
+        return _combine("&", flag_and, self, other)
 
     def __rand__(self, other: str) -> "Selector":
-        return _combine("&", both, other, self)
+        return _combine("&", flag_and, other, self)
 
     def __sub__(self, other: "Selector | str") -> "Selector":
-        return _combine("-", minus, self, other)
+        return _combine("-", flag_minus, self, other)
 
     def __rsub__(self, other: str) -> "Selector":
-        return _combine("-", minus, other, self)
+        return _combine("-", flag_minus, other, self)
 
     def __invert__(self) -> "Selector":
         return _Not(self)
@@ -157,7 +165,7 @@ class _Not(Selector):
         self._inner = inner
 
     def flags(self, leaves: Leaves) -> list[Flag]:
-        return list(map(invert, self._inner.flags(leaves)))
+        return list(map(flag_not, self._inner.flags(leaves)))
 
     def __repr__(self) -> str:
         return f"~{self._inner!r}"
@@ -190,7 +198,7 @@ everything = _All(True)
 nothing = _All(False)
 
 
-def settled(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
     """What is frozen: what is selected, and every leaf that cannot be trained.
 
     Args:
@@ -224,14 +232,14 @@ class Path(Selector):
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)
         for pattern, regex in zip(self._patterns, self._regexes, strict=True):
-            mark(selected, regex.match, leaves, "pattern", pattern)
+            mark_matches(selected, regex.match, leaves, "pattern", pattern)
         return selected
 
     def __repr__(self) -> str:
         return f"path({', '.join(map(repr, self._patterns))})"
 
 
-def mark(
+def mark_matches(
     selected: list[bool],
     match: Callable[[str], re.Match[str] | None],
     leaves: Leaves,
@@ -239,11 +247,11 @@ def mark(
     pattern: str,
 ) -> None:
     """Sets the flags of the paths that match; that none does is an error."""
-    hits = [i for path, i in leaves.names() if match(path)]
+    hits = [i for path, i in leaves.all_paths() if match(path)]
     if not hits:
         # A regex has to match a leaf, a glob may name a node above it.
-        paths = [path for path, _ in leaves.names()]
+        paths = [path for path, _ in leaves.all_paths()]
         nodes = paths if kind == "regex" else nodes_of(paths)
-        raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest(pattern, nodes)}")
+        raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest_names(pattern, nodes)}")
     for i in hits:
         selected[i] = True

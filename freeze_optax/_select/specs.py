@@ -8,14 +8,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from freeze_optax._rows.rows import Flag, flag_of, union
-from freeze_optax._select.selector import Path, Selector, everything, nothing, settled
+from freeze_optax._rows.rows import Flag, flag_from_vector, flag_union
+from freeze_optax._select.selector import Path, Selector, everything, nothing, with_untrainable
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
 from freeze_optax._state.plan import Plan
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import ancestors, check_unique, nodes_of
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.messages import quoted_list
 
 Spec: TypeAlias = Any
 """Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
@@ -28,7 +28,7 @@ class _Union(Selector):
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         columns = [part.flags(leaves) for part in self._parts]
-        return [union(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
+        return [flag_union(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
 
     def __repr__(self) -> str:
         return repr(self._parts)
@@ -57,7 +57,7 @@ class _Mask(Selector):
         mask = self._mask
         if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
             return _Union(mask).flags(leaves)
-        pairs = zip(spread(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
+        pairs = zip(match_by_path(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
         return [is_hole(leaf) or _as_flag(*given, path, leaf) for given, path, leaf in pairs]
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class _Function(Selector):
         return getattr(self._function, "__qualname__", repr(self._function))
 
 
-def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
+def match_by_path(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     """For each leaf, the leaf of `tree` at its path or above it, with that one's path.
 
     Args:
@@ -94,7 +94,7 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     own = Leaves(tree)
     if own.treedef == leaves.treedef:
         return list(zip(own.paths, own.values, strict=True))
-    below = _below(own, leaves)
+    below = _match_prefix(own, leaves)
     if below is not None:
         return below
     table = dict(zip(own.paths, own.values, strict=True))
@@ -110,8 +110,8 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
         leafless = _leafless(leaves.tree)
         unused = [path for path in unused if path not in leafless]
     if missing or unused:
-        parts = [f"nothing for {listed(missing)} of the tree"] if missing else []
-        parts += [f"{listed(unused)}, which the tree has not"] if unused else []
+        parts = [f"nothing for {quoted_list(missing)} of the tree"] if missing else []
+        parts += [f"{quoted_list(unused)}, which the tree has not"] if unused else []
         has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in own.values)
         hint = "" if has_bools or what != "mask" else "; it holds no bools, and no FreezeState"
         hint = "; to freeze nothing write fo.nothing" if tree is None else hint
@@ -119,7 +119,7 @@ def spread(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
     return [(node, table[node]) for node in above if node is not None]
 
 
-def _below(own: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
+def _match_prefix(own: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
     """Each leaf of a prefix for the leaves below it; None if it is none of these containers."""
     try:
         subtrees = own.treedef.flatten_up_to(leaves.tree)
@@ -156,7 +156,7 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
                     f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf "
                     f"{leaf_path!r} is of shape {own}"
                 )
-            return flag_of(np.asarray(value))
+            return flag_from_vector(np.asarray(value))
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
     hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
     if not path and not isinstance(value, str):
@@ -199,7 +199,7 @@ def as_selector(spec: Spec) -> Selector:
     return _Function(spec) if is_function(spec) else _of_tree(spec)
 
 
-def planned(spec: Spec) -> FreezeState | None:
+def state_in_spec(spec: Spec) -> FreezeState | None:
     """The optimizer state that a spec is, or holds as the one thing that it says; None if none."""
     while type(spec) is list and len(spec) == 1:
         (spec,) = spec
@@ -226,7 +226,7 @@ def _holds_bools(tree: Any) -> bool:
     return any(isinstance(leaf, bool) for leaf in jax.tree.leaves(tree))
 
 
-def schedules_of(spec: Spec) -> list[ScheduledState]:
+def schedules_in_spec(spec: Spec) -> list[ScheduledState]:
     """The states of `scheduled` in a spec; a selector may be anything, and so holds none."""
     return [] if isinstance(spec, Selector | str) else schedules_in(spec)
 
@@ -246,4 +246,4 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
       leaves: The leaves of the params.
       partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
     """
-    return settled(as_selector(spec).flags(leaves), leaves, partitioned)
+    return with_untrainable(as_selector(spec).flags(leaves), leaves, partitioned)

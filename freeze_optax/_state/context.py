@@ -7,23 +7,23 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._rows.parts import Cut
+from freeze_optax._rows.parts import PartTable
 from freeze_optax._state.layout import Layout
 from freeze_optax._state.tracers import holds_tracers
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import leaves_of, on_each
-from freeze_optax._tree.variables import skeleton
+from freeze_optax._tree.lookahead import map_copies, param_leaves
+from freeze_optax._tree.variables import tree_of_holes
 
-_MOST_KEPT = 8
-"""How many layouts an origin remembers, and how many structures."""
+_MOST_REMEMBERED = 8
+"""How many layouts a context remembers, and how many structures."""
 
 
 def _structure(tree: Any) -> Any:
     return jax.tree.structure(tree, is_leaf=is_hole)
 
 
-class Origin:
+class PlanContext:
     """What the plans of one optimizer state share, from `init` through all edits; not compared.
 
     Attributes:
@@ -38,13 +38,13 @@ class Origin:
         self._params = leaves.treedef if params is leaves.tree else _structure(params)
         self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
-        self._layouts: dict[Cut | None, Layout] = {}
+        self._layouts: dict[PartTable | None, Layout] = {}
 
     @functools.cached_property
     def skeleton(self) -> Any:
         """The params as `init` was given them, with a hole for each leaf; for edits only."""
         treedef = self._params
-        return skeleton(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
+        return tree_of_holes(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -57,38 +57,38 @@ class Origin:
             )
         return self.inner.init
 
-    def layout(self, cut: Cut | None) -> Layout:
+    def layout(self, table: PartTable | None) -> Layout:
         """The layout of the inner state; made when an edit or a second cohort first needs it."""
-        if cut not in self._layouts:
+        if table not in self._layouts:
             init = self.init
-            if len(leaves_of(self.skeleton).values) != self._count:
+            if len(param_leaves(self.skeleton).values) != self._count:
                 raise ValueError(
                     "the state of params with a tree in an NNX Variable can't be edited, nor "
                     "follow phases; make a Variable of each array"
                 )
-            self._layouts[cut] = Layout(init, self._cut_skeleton(cut))
+            self._layouts[table] = Layout(init, self._skeleton_of_parts(table))
             # Rows may be drawn anew at each edit, and their layouts never be asked for again.
-            for old in list(self._layouts)[:-_MOST_KEPT]:
+            for old in list(self._layouts)[:-_MOST_REMEMBERED]:
                 del self._layouts[old]
-        return self._layouts[cut]
+        return self._layouts[table]
 
-    def _cut_skeleton(self, cut: Cut | None) -> Any:
-        if cut is None:
+    def _skeleton_of_parts(self, table: PartTable | None) -> Any:
+        if table is None:
             return self.skeleton
-        holes = cut.restore([HOLE] * len(cut.parts))
-        return on_each(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
+        holes = table.group_by_leaf([HOLE] * len(table.parts))
+        return map_copies(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
 
-    def note(self, treedef: Any) -> None:
+    def remember_structure(self, treedef: Any) -> None:
         """Remembers another container for the same paths, as a FrozenDict or an `nnx.State` is.
 
         So a training loop compares texts once. Some only: where a static field of the params
         changes at each step, so does the structure.
         """
         treedefs = [*self.treedefs, treedef]
-        del treedefs[1 : 1 - _MOST_KEPT]
+        del treedefs[1 : 1 - _MOST_REMEMBERED]
         self.treedefs = treedefs  # at once, as another thread may be going through them
 
-    def renew(self, inner: Any, params: Any, leaves: Leaves) -> None:
+    def recover_inner(self, inner: Any, params: Any, leaves: Leaves) -> None:
         """Takes what unpickling has lost from the transformation that updates the state.
 
         Args:

@@ -11,7 +11,7 @@ import optax
 from freeze_optax._rows.rows import Flag
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.messages import quoted_list
 
 _T = TypeVar("_T")
 
@@ -59,7 +59,7 @@ class FreezeState:
     def tree_unflatten(cls, plan: Plan, children: tuple[Any, Any]) -> "FreezeState":
         inner, ages = children
         if plan.is_mapped and not plan.is_unknown:
-            return cls(inner, _mapped_ages(ages, plan), plan.settled())
+            return cls(inner, _mapped_ages(ages, plan), plan.unmapped())
         return cls(inner, ages, plan)
 
     def __repr__(self) -> str:
@@ -73,8 +73,8 @@ class FreezeState:
         cohorts = len(set(plan.cohorts) - {DROPPED})
         return (
             f"FreezeState(frozen={len(frozen)} of {len(plan.paths)} leaves"
-            + (f" [{listed(frozen, 3)}]" if frozen else "")
-            + (f", in part: [{listed(in_part, 3)}]" if in_part else "")
+            + (f" [{quoted_list(frozen, 3)}]" if frozen else "")
+            + (f", in part: [{quoted_list(in_part, 3)}]" if in_part else "")
             + (f", parked={len(plan.parked)}" if plan.parked else "")
             + (f", cohorts={cohorts}" if cohorts > 1 else "")
             + f", inner={kinds})"

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from freeze_optax._state.shared_buffers import noted_ties
+from freeze_optax._state.shared_buffers import collect_ties
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import copies_of
-from freeze_optax._tree.messages import odd_paths, some
+from freeze_optax._tree.lookahead import param_copies
+from freeze_optax._tree.messages import few_clauses, path_differences
 
 COUNTER = -1
 CLOCK = -2
@@ -47,7 +47,7 @@ class Layout:
     ):
         try:
             # By a function of its own: a trace that jax has cached would note no ties.
-            with noted_ties() as self.ties:
+            with collect_ties() as self.ties:
                 template = Leaves(jax.eval_shape(lambda: init(skeleton)))
         except Exception as error:
             raise ValueError(
@@ -57,7 +57,7 @@ class Layout:
             ) from error
         self._treedef, self._template = template.treedef, template.values
         self.paths = template.paths
-        keys, params = _keys(template.tree), _keys(copies_of(skeleton)[0])
+        keys, params = _keys(template.tree), _keys(param_copies(skeleton)[0])
         self.owners = _owners(keys, template.values, params)
         self.prefixes = [
             place[: len(place) - len(params[owner])] if owner >= 0 else ()
@@ -75,21 +75,22 @@ class Layout:
         try:
             values = self._treedef.flatten_up_to(inner_state)
         except (ValueError, TypeError):
-            odd = odd_paths(Leaves(inner_state).paths, self.paths, "in it", "in that")
+            odd = path_differences(Leaves(inner_state).paths, self.paths, "in it", "in that")
             raise ValueError(
                 f"the inner state, a {type(inner_state).__name__}, has not the structure that its "
                 f"transformation gives: {odd}"
             ) from None
         carried = zip(self.paths, self.owners, self._template, values, strict=True)
         odd = [
-            f"{path!r} has {shapes(value)}, where all leaves frozen give {shapes(expected)}"
+            f"{path!r} has {array_shapes(value)}, where all leaves frozen give "
+            f"{array_shapes(expected)}"
             for path, owner, expected, value in carried
-            if owner < 0 and shapes(value) != shapes(expected)
+            if owner < 0 and array_shapes(value) != array_shapes(expected)
         ]
         if odd:
             raise ValueError(
                 "the state of this inner transformation can't be edited, as a part of it mixes "
-                f"the leaves (a flattened vector, say): {some(odd)}"
+                f"the leaves (a flattened vector, say): {few_clauses(odd)}"
             )
         return values
 
@@ -127,7 +128,7 @@ def _raiser(error: BaseException) -> str:
     return name
 
 
-def shapes(x: Any) -> list[tuple[int, ...]]:
+def array_shapes(x: Any) -> list[tuple[int, ...]]:
     """The shapes of the arrays at a place: none at a hole."""
     return [np.shape(leaf) for leaf in jax.tree.leaves(x)]
 

@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from freeze_optax._rows.parts import Cut
+from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Flag
-from freeze_optax._state.context import Origin
+from freeze_optax._state.context import PlanContext
 from freeze_optax._state.layout import Layout
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import check_unique
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import copies_of, like
-from freeze_optax._tree.messages import listed, odd_paths
+from freeze_optax._tree.lookahead import param_copies, rewrap_copies
+from freeze_optax._tree.messages import path_differences, quoted_list
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Plan:
     """Which leaves are frozen, settled once at `init` or by an edit, then static.
 
     It is part of the state's tree structure, so `jax.jit` retraces exactly when it changes:
-    plans are equal when their paths, frozen flags, cohorts, cut and schedule are.
+    plans are equal when their paths, frozen flags, cohorts, parts and schedule are.
 
     Attributes:
       paths: The key path of each leaf of the params.
@@ -40,8 +40,8 @@ class Plan:
       cohorts: For each part, the index of the cohort whose counters it uses, or `DROPPED`. A
         frozen part that has a cohort is parked: its state waits, untouched.
       schedule: With `scheduled`, pairs of a first step and the frozen flags from it on.
-      cut: The parts, if a leaf is frozen by rows.
-      origin: What is shared with other plans, and not compared.
+      part_table: The parts, if a leaf is frozen by rows.
+      context: What is shared with other plans, and not compared.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Plan:
         paths: tuple[str, ...],
         frozen: tuple[bool, ...],
         cohorts: tuple[int, ...],
-        origin: Origin | None,
+        context: PlanContext | None,
         schedule: tuple[tuple[int, tuple[bool, ...]], ...] = (),
-        cut: Cut | None = None,
+        part_table: PartTable | None = None,
     ):
         self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
-        self.cut, self._origin = cut, origin
+        self.part_table, self._context = part_table, context
         self._hash: int | None = None
         # Whether a tree structure that holds it is of tree_map_params' making.
-        self.is_mapped = origin is None
+        self.is_mapped = context is None
 
     @classmethod
     def unknown(cls) -> "Plan":
@@ -70,25 +70,29 @@ class Plan:
         return cls((), (), (), None)
 
     @classmethod
-    def of(cls, paths: tuple[str, ...], flags: Sequence[Flag], origin: Origin) -> "Plan":
+    def from_flags(
+        cls, paths: tuple[str, ...], flags: Sequence[Flag], context: PlanContext
+    ) -> "Plan":
         """The plan of a new state, with one cohort."""
-        cut = Cut.of(flags)
+        table = PartTable.from_flags(flags)
         frozen = tuple(flag is True for flag in flags)
         cohorts = tuple(DROPPED if flag else 0 for flag in frozen)
-        return cls(paths, frozen, cohorts, origin, cut=cut)
+        return cls(paths, frozen, cohorts, context, part_table=table)
 
-    def settled(self) -> "Plan":
+    def unmapped(self) -> "Plan":
         """The same plan, and not of `optax.tree_map_params`."""
-        return Plan(self.paths, self.frozen, self.cohorts, self.origin, self.schedule, self.cut)
+        return Plan(
+            self.paths, self.frozen, self.cohorts, self.context, self.schedule, self.part_table
+        )
 
-    def edited(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
+    def with_frozen(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
         """Another plan for the same parts and transformation."""
-        return Plan(self.paths, frozen, cohorts, self.origin, cut=self.cut)
+        return Plan(self.paths, frozen, cohorts, self.context, part_table=self.part_table)
 
     @property
     def layout(self) -> Layout:
         """The layout of the inner state."""
-        return self.origin.layout(self.cut)
+        return self.context.layout(self.part_table)
 
     @functools.cached_property
     def mask(self) -> tuple[Flag, ...]:
@@ -97,19 +101,19 @@ class Plan:
 
     def mask_of(self, frozen: tuple[bool, ...]) -> tuple[Flag, ...]:
         """What is frozen of each leaf when these parts are."""
-        return frozen if self.cut is None else self.cut.mask(frozen)
+        return frozen if self.part_table is None else self.part_table.mask(frozen)
 
     @property
     def is_unknown(self) -> bool:
-        return self._origin is None
+        return self._context is None
 
     @property
-    def origin(self) -> Origin:
-        if self._origin is None:
+    def context(self) -> PlanContext:
+        if self._context is None:
             raise ValueError(
                 "this FreezeState has no plan; states are made by freezable(...).init(params)"
             )
-        return self._origin
+        return self._context
 
     @functools.cached_property
     def live(self) -> list[int]:
@@ -123,14 +127,18 @@ class Plan:
         pairs = enumerate(zip(self.cohorts, self.frozen, strict=True))
         return frozenset(i for i, (cohort, frozen) in pairs if frozen and cohort != DROPPED)
 
-    def _become(self, other: "Plan") -> None:
+    def _take_over(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
-        self.schedule, self.cut, self._origin = other.schedule, other.cut, other._origin
+        self.schedule, self.part_table, self._context = (
+            other.schedule,
+            other.part_table,
+            other._context,
+        )
         for cached in ("live", "parked", "mask"):
             self.__dict__.pop(cached, None)
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.frozen, self.cohorts, self.schedule, self.cut, self.paths)
+        return (self.frozen, self.cohorts, self.schedule, self.part_table, self.paths)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -139,7 +147,7 @@ class Plan:
             return NotImplemented
         if self.is_unknown or other.is_unknown:
             unknown, known = (self, other) if self.is_unknown else (other, self)
-            unknown._become(known)
+            unknown._take_over(known)
             return True
         return hash(self) == hash(other) and self._key() == other._key()
 
@@ -157,32 +165,37 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hash": None}  # Python's hashes are of one process only.
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of version 0.1.0 have two attributes under other names.
+        former = {"cut": "part_table", "_origin": "_context"}
+        self.__dict__.update({former.get(name, name): value for name, value in state.items()})
+
     def __repr__(self) -> str:
         parked = f", {len(self.parked)} of them parked" if self.parked else ""
-        cut = sum(not isinstance(flag, bool) for flag in self.mask)
-        in_part = f", {cut} in part" if cut else ""
+        count = sum(not isinstance(flag, bool) for flag in self.mask)
+        in_part = f", {count} in part" if count else ""
         whole = sum(flag is True for flag in self.mask)
         return f"Plan({whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
-    def live_part(self, leaves: Leaves, numbers: bool = False) -> Any:
+    def drop_frozen(self, leaves: Leaves, numbers: bool = False) -> Any:
         """The tree without what is frozen; its leaves are in the plan's order."""
-        return self.part(leaves, self.frozen, numbers)
+        return self.drop_parts(leaves, self.frozen, numbers)
 
-    def live_params(self, params: Any, leaves: Leaves) -> Any:
+    def drop_frozen_params(self, params: Any, leaves: Leaves) -> Any:
         """The params, in each of their copies, without what is frozen.
 
         Args:
           params: The params.
           leaves: Those of the first copy, which the caller has already.
         """
-        copies = (leaves, *map(Leaves, copies_of(params)[1:]))
-        return like(params, [self.live_part(copy) for copy in copies])
+        copies = (leaves, *map(Leaves, param_copies(params)[1:]))
+        return rewrap_copies(params, [self.drop_frozen(copy) for copy in copies])
 
-    def part(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
+    def drop_parts(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
         """The tree with holes for some parts; its leaves are in the plan's order."""
-        if self.cut is None:
-            return leaves.without(without)
-        return self.cut.split(leaves, without, numbers)
+        if self.part_table is None:
+            return leaves.with_holes(without)
+        return self.part_table.split(leaves, without, numbers)
 
     def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
         """What is frozen, in the order of `leaves`, which must be of the same params.
@@ -201,34 +214,34 @@ class Plan:
 
     def in_order_of(self, leaves: Leaves, values: Sequence[T], role: str) -> Sequence[T]:
         """Values for the plan's leaves, in the order of `leaves`; as `flags` otherwise."""
-        if self.knows(leaves):
+        if self.knows_structure(leaves):
             return values
         if isinstance(leaves.tree, optax.LookaheadParams):
             copies = [self.in_order_of(Leaves(copy), values, role) for copy in leaves.tree]
             return (*copies[0], *copies[1])
         check_unique(self.paths, role)
         if leaves.paths == self.paths:
-            self.origin.note(leaves.treedef)
+            self.context.remember_structure(leaves.treedef)
             return values
         if sorted(leaves.paths) == sorted(self.paths):
             return _reordered(self.paths, values, leaves.paths)
         raise ValueError(
             f"the {role} and the optimizer state are of different params: "
-            + odd_paths(leaves.paths, self.paths, f"in the {role}", "in the state")
+            + path_differences(leaves.paths, self.paths, f"in the {role}", "in the state")
         )
 
     def in_own_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
         """Values for `leaves`, which are of the same params, in the order of the plan."""
-        if self.knows(leaves):
+        if self.knows_structure(leaves):
             return list(values)
         check_unique(self.paths, "params")
         return _reordered(leaves.paths, values, self.paths)
 
-    def knows(self, leaves: Leaves) -> bool:
+    def knows_structure(self, leaves: Leaves) -> bool:
         """Whether a tree has a structure that is known to be that of the params."""
-        return leaves.treedef in self.origin.treedefs
+        return leaves.treedef in self.context.treedefs
 
-    def fit(self, tree: Any, role: str) -> Leaves:
+    def align(self, tree: Any, role: str) -> Leaves:
         """The leaves of `tree` in the plan's order, `None` where a leaf is left out.
 
         Args:
@@ -242,28 +255,28 @@ class Plan:
           ValueError: If the tree is of other params, naming the odd paths.
         """
         leaves = Leaves(tree)
-        if self.knows(leaves):
+        if self.knows_structure(leaves):
             return leaves
-        with_none = self._fit_none(tree)
+        with_none = self._align_with_none(tree)
         if with_none is not None:
             return with_none
         if tuple(self.in_order_of(leaves, self.paths, role)) != self.paths:
             raise ValueError(
                 f"the {role} has the leaves of the optimizer state in another order: {role} has "
-                f"{listed(leaves.paths)}, the state {listed(self.paths)}"
+                f"{quoted_list(leaves.paths)}, the state {quoted_list(self.paths)}"
             )
         return leaves
 
-    def _fit_none(self, tree: Any) -> Leaves | None:
+    def _align_with_none(self, tree: Any) -> Leaves | None:
         # jax takes None for a node without leaves, so a gradient with None at a leaf has
         # another structure; one of the known structures tells where the leaves are.
-        for treedef in self.origin.treedefs:
+        for treedef in self.context.treedefs:
             try:
                 values = treedef.flatten_up_to(tree)
             except (ValueError, TypeError, AttributeError):
                 continue
             if all(x is None or is_hole(x) or jax.tree_util.all_leaves([x]) for x in values):
-                return Leaves.of(tree, values, treedef, self.paths)
+                return Leaves.with_values(tree, values, treedef, self.paths)
         # An unpickled state knows no structure yet.
         leaves = Leaves(tree, stop=lambda x: x is None or is_hole(x))
         has_none = any(x is None for x in leaves.values)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from freeze_optax._rows.rows import Flag
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.messages import quoted_list
 
 Group = tuple[str, ...]
 
@@ -39,18 +39,18 @@ def tied_paths(params: Any) -> list[Group]:
     return [tuple(leaves.paths[i] for i in group) for group in _groups(leaves)]
 
 
-def aliases(leaves: Leaves) -> dict[int, int]:
+def first_of_buffer(leaves: Leaves) -> dict[int, int]:
     """For each leaf whose buffer another before it has, the index of the first of these."""
     return {i: group[0] for group in _groups(leaves) for i in group[1:]}
 
 
 def _groups(leaves: Leaves) -> list[list[int]]:
     # By address alone first: few leaves have one in common, and of all the rest takes time to ask.
-    near = _alike((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
-    return _alike((i, _buffer(leaves.values[i])) for group in near for i in group)
+    near = _group_by_key((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
+    return _group_by_key((i, _buffer(leaves.values[i])) for group in near for i in group)
 
 
-def _alike(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
+def _group_by_key(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
     """The groups of more than one index with the same key; None is no key."""
     firsts: dict[Any, int] = {}
     groups: dict[int, list[int]] = {}
@@ -133,29 +133,29 @@ def check_group(group: Sequence[tuple[str, Flag]], why: str) -> None:
     parts = [f"of {path!r} {flag!r}" for path, flag in group if not isinstance(flag, bool)]
     only = f" ({', '.join(parts)})" if parts else ""
     raise ValueError(
-        f"{listed(still)} would be frozen{only} and {listed(moving)} trained, but {why}"
+        f"{quoted_list(still)} would be frozen{only} and {quoted_list(moving)} trained, but {why}"
     )
 
 
-_noted: ContextVar[list[Group] | None] = ContextVar("noted", default=None)
+_collected: ContextVar[list[Group] | None] = ContextVar("noted", default=None)
 
 
-def note_ties(groups: Sequence[Group]) -> None:
+def report_ties(groups: Sequence[Group]) -> None:
     """Tells whoever is asking by `noted_ties` of groups."""
-    noted = _noted.get()
+    noted = _collected.get()
     if noted is not None:
         noted.extend(groups)
 
 
 @contextlib.contextmanager
-def noted_ties() -> Generator[list[Group], None, None]:
+def collect_ties() -> Generator[list[Group], None, None]:
     """Collects the groups of each `tie` that is initialised meanwhile.
 
     So an edit, which has nothing but the outermost `init`, learns what `tie`s there are in it.
     """
     groups = list[Group]()
-    token = _noted.set(groups)
+    token = _collected.set(groups)
     try:
         yield groups
     finally:
-        _noted.reset(token)
+        _collected.reset(token)

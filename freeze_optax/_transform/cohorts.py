@@ -11,7 +11,7 @@ from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import COUNTER
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.variables import replaced
+from freeze_optax._tree.variables import rewrap_variable
 
 Run = Callable[[Any], tuple[Any, Any]]
 """Updates all live leaves from an inner state: gives the updates and the next inner state."""
@@ -42,13 +42,13 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     layout = plan.layout
     before = layout.places(state.inner)
     rows = cohort_counters(state, before)
-    run = _traced_once(run, state)
+    run = _trace_once(run, state)
     updates: dict[int, Leaves] = {}
     after: dict[int, list[Any]] = {}
     # With nothing live one run is left, on holes alone, as the clocks run on.
     for cohort in plan.live or [0]:
         pairs = zip(layout.owners, before, strict=True)
-        own = [replaced(x, HOLE) if owner in plan.parked else x for owner, x in pairs]
+        own = [rewrap_variable(x, HOLE) if owner in plan.parked else x for owner, x in pairs]
         for place, counter in zip(layout.counters, rows[cohort], strict=True):
             own[place] = counter
         moved, inner = run(layout.rebuild(own))
@@ -74,10 +74,10 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
         updates.get(plan.cohorts[i % count], updates[first]).values[i]
         for i in range(len(updates[first].values))
     )
-    return moved, FreezeState(inner, stack(counters[1:]), plan)
+    return moved, FreezeState(inner, stack_ages(counters[1:]), plan)
 
 
-def _traced_once(run: Run, state: FreezeState) -> Run:
+def _trace_once(run: Run, state: FreezeState) -> Run:
     leaves = jax.tree.leaves(state)
     # Only where all of the state is staged out: eagerly jit would compile, and round otherwise,
     # and it would hide what is known of the state from a transformation that looks at it.
@@ -93,6 +93,6 @@ def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     return [first, *([age[i] for age in state.ages] for i in range(more))]
 
 
-def stack(rows: list[list[Any]]) -> tuple[Any, ...]:
+def stack_ages(rows: list[list[Any]]) -> tuple[Any, ...]:
     """The ages: one array for each counter, a row for each cohort after the first."""
     return tuple(jnp.stack(column) for column in zip(*rows, strict=True))

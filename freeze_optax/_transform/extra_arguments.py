@@ -7,7 +7,7 @@ from typing import Any
 Map = Callable[[Any], Any]
 
 
-def adapted(
+def adapt_extra_arguments(
     extra: Mapping[str, Any],
     is_like_params: Callable[[Any], bool],
     tree: Callable[[str, Any], Any],
@@ -42,11 +42,11 @@ def adapted(
         if is_like_params(value):
             inner[name] = tree(name, value)
         else:
-            inner[name] = _wrapped(value, given, returned) if callable(value) else value
+            inner[name] = _adapt_function(value, given, returned) if callable(value) else value
     return inner
 
 
-def _wrapped(function: Callable[..., Any], argument: Map, result: Map) -> Callable[..., Any]:
+def _adapt_function(function: Callable[..., Any], argument: Map, result: Map) -> Callable[..., Any]:
     # By `functools.wraps`, as optax reads the signature to tell which extra arguments it takes.
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -11,22 +11,22 @@ import numpy as np
 import optax
 
 from freeze_optax._params.zeros import Zeros
-from freeze_optax._rows.parts import fill, is_whole, join
+from freeze_optax._rows.parts import is_hole_or_parts, join_parts, put_live_rows
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import among
+from freeze_optax._rows.take_put import scatter_rows
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve
-from freeze_optax._state.context import Origin
+from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import AnyAges, FreezeState
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.cohorts import update_cohorts
-from freeze_optax._transform.extra_arguments import adapted
-from freeze_optax._transform.inner import checked
+from freeze_optax._transform.extra_arguments import adapt_extra_arguments
+from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import copies_of, leaves_of, like
-from freeze_optax._tree.messages import listed
+from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
+from freeze_optax._tree.messages import quoted_list
 
 
 def freezable(
@@ -89,13 +89,13 @@ def freezable(
     Raises:
       TypeError: If `inner` is no transformation.
     """
-    inner = checked("freezable", inner)
+    inner = as_transformation("freezable", inner)
     selector = as_selector(frozen)
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
-        leaves = leaves_of(params)
+        leaves = param_leaves(params)
         flags = resolve(nothing if _is_ignored() else selector, leaves)
         check_ties(leaves, flags)
         if all(flag is True for flag in flags):
@@ -104,20 +104,20 @@ def freezable(
                 "train",
                 stacklevel=2,
             )
-        plan = Plan.of(leaves.paths, flags, Origin(inner, params, leaves))
-        return FreezeState(inner.init(plan.live_params(params, leaves)), (), plan)
+        plan = Plan.from_flags(leaves.paths, flags, PlanContext(inner, params, leaves))
+        return FreezeState(inner.init(plan.drop_frozen_params(params, leaves)), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         plan = _plan_of(state)
-        grads = plan.fit(updates, "gradient")
+        grads = plan.align(updates, "gradient")
         _check_whole(grads, plan)
-        whole = [plan.fit(copy, "params") for copy in copies_of(params)]
-        live_grads = plan.live_part(grads)
-        live_params = like(params, [plan.live_part(copy) for copy in whole])
+        whole = [plan.align(copy, "params") for copy in param_copies(params)]
+        live_grads = plan.drop_frozen(grads)
+        live_params = rewrap_copies(params, [plan.drop_frozen(copy) for copy in whole])
         known = whole[0] if whole else grads
-        plan.origin.renew(inner, params if whole else updates, known)
+        plan.context.recover_inner(inner, params if whole else updates, known)
         own = _for_inner(extra, plan, known, has_params=bool(whole))
 
         def run(inner_state: Any) -> tuple[Any, Any]:
@@ -125,10 +125,10 @@ def freezable(
 
         moved, state = update_cohorts(run, state)
         steps = [
-            _with_zeros(grads, still, Leaves(copy, stop=is_whole).values, plan)
-            for copy, still in zip(copies_of(moved), whole or [grads], strict=True)
+            _with_zeros(grads, still, Leaves(copy, stop=is_hole_or_parts).values, plan)
+            for copy, still in zip(param_copies(moved), whole or [grads], strict=True)
         ]
-        return like(moved, steps), state
+        return rewrap_copies(moved, steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -173,7 +173,7 @@ def _check_whole(grads: Leaves, plan: Plan) -> None:
     ]
     if missing:
         raise ValueError(
-            f"no gradient at {listed(missing)}, which the optimizer state has as trainable; "
+            f"no gradient at {quoted_list(missing)}, which the optimizer state has as trainable; "
             "differentiate with fo.value_and_grad(loss, frozen=opt_state), or freeze these leaves"
         )
 
@@ -190,10 +190,10 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
     def update(grad: Any, param: Any, moved: Any, frozen: bool | Rows) -> Any:
         if frozen is True:
             return frozen_update(grad, param)
-        rows = join(moved)
+        rows = join_parts(moved)
         if frozen is False:
             return rows
-        return rows if np.shape(grad)[:1] == rows.shape[:1] else among(rows, ~frozen, -0.0)
+        return rows if np.shape(grad)[:1] == rows.shape[:1] else scatter_rows(rows, ~frozen, -0.0)
 
     rows = zip(grads.values, still.values, moved, plan.mask, strict=True)
     return grads.rebuild(update(*row) for row in rows)
@@ -212,8 +212,8 @@ def _for_inner(
     """
 
     def is_like_params(value: Any) -> bool:
-        leaves = Leaves(value, stop=is_whole)
-        if not plan.knows(leaves):
+        leaves = Leaves(value, stop=is_hole_or_parts)
+        if not plan.knows_structure(leaves):
             return False
         if jax.tree_util.treedef_is_leaf(leaves.treedef):
             # Every scalar has the structure of params that are one bare array.
@@ -222,11 +222,11 @@ def _for_inner(
         return all(map(_may_stand_for, leaves.values, known.values, plan.mask))
 
     def drop(value: Any) -> Any:
-        return plan.live_part(Leaves(value), numbers=True)
+        return plan.drop_frozen(Leaves(value), numbers=True)
 
     def whole(value: Any) -> Any:
-        leaves = Leaves(value, stop=is_whole)
-        if plan.cut is None and not any(map(is_hole, leaves.values)):
+        leaves = Leaves(value, stop=is_hole_or_parts)
+        if plan.part_table is None and not any(map(is_hole, leaves.values)):
             return value
         if not has_params:
             raise ValueError(
@@ -235,11 +235,15 @@ def _for_inner(
             )
         triples = zip(leaves.values, known.values, plan.mask, strict=True)
         return leaves.rebuild(
-            fill(p, ~flag, x) if isinstance(flag, Rows) else p if is_hole(x) else join(x)
+            put_live_rows(p, ~flag, x)
+            if isinstance(flag, Rows)
+            else p
+            if is_hole(x)
+            else join_parts(x)
             for x, p, flag in triples
         )
 
-    return adapted(extra, is_like_params, lambda _, value: drop(value), whole, drop)
+    return adapt_extra_arguments(extra, is_like_params, lambda _, value: drop(value), whole, drop)
 
 
 def _may_stand_for(x: Any, leaf: Any, frozen: Flag) -> bool:
@@ -247,7 +251,7 @@ def _may_stand_for(x: Any, leaf: Any, frozen: Flag) -> bool:
 
     The rows that train may be there alone, and a number may stand for a whole leaf.
     """
-    if x is None or leaf is None or is_whole(x) or is_hole(leaf):
+    if x is None or leaf is None or is_hole_or_parts(x) or is_hole(leaf):
         return True
     rows = slice(1 if isinstance(frozen, Rows) else 0, None)
     return np.ndim(x) == 0 or np.shape(x)[rows] == np.shape(leaf)[rows]

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._rows.parts import is_whole
-from freeze_optax._state.shared_buffers import TIED, Group, check_group, note_ties
-from freeze_optax._transform.extra_arguments import adapted
-from freeze_optax._transform.inner import checked
+from freeze_optax._rows.parts import is_hole_or_parts
+from freeze_optax._state.shared_buffers import TIED, Group, check_group, report_ties
+from freeze_optax._transform.extra_arguments import adapt_extra_arguments
+from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import copies_of, on_each
-from freeze_optax._tree.messages import listed, nearest
+from freeze_optax._tree.lookahead import map_copies, param_copies
+from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
 def tie(
@@ -54,22 +54,22 @@ def tie(
       TypeError: If `inner` is no transformation, or a group holds anything but strings.
       ValueError: If a group has fewer than two paths, or a path is in two groups.
     """
-    inner = checked("tie", inner)
-    tied = _Tied(_checked(groups))
+    inner = as_transformation("tie", inner)
+    tied = _Tied(_check_groups(groups))
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
             return inner.init(params)
-        note_ties(tied.groups)
-        tied.check(Leaves(copies_of(params)[0], stop=is_whole))
-        return inner.init(on_each(tied.drop, params))
+        report_ties(tied.groups)
+        tied.check(Leaves(param_copies(params)[0], stop=is_hole_or_parts))
+        return inner.init(map_copies(tied.drop, params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        own = _for_inner(extra, tied, Leaves(updates, stop=is_whole).treedef)
-        moved, state = inner.update(tied.sum(updates), state, on_each(tied.drop, params), **own)
-        return on_each(tied.spread, moved), state
+        own = _for_inner(extra, tied, Leaves(updates, stop=is_hole_or_parts).treedef)
+        moved, state = inner.update(tied.sum(updates), state, map_copies(tied.drop, params), **own)
+        return map_copies(tied.spread, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -87,7 +87,7 @@ class _Tied:
         for path in (path for group in self.groups for path in group):
             if path not in index:
                 raise ValueError(
-                    f"fo.tie was given {path!r}, which is no leaf; {nearest(path, paths)}"
+                    f"fo.tie was given {path!r}, which is no leaf; {nearest_names(path, paths)}"
                 )
             if counts[path] > 1:
                 raise ValueError(
@@ -103,13 +103,13 @@ class _Tied:
 
     def drop(self, tree: Any) -> Any:
         """The tree with a hole for each leaf but the first of a group."""
-        leaves = Leaves(tree, stop=is_whole)
+        leaves = Leaves(tree, stop=is_hole_or_parts)
         others = {i for group in self._indices(leaves.paths) for i in group[1:]}
-        return leaves.without(i in others for i in range(len(leaves.values)))
+        return leaves.with_holes(i in others for i in range(len(leaves.values)))
 
     def sum(self, gradients: Any) -> Any:
         """The gradients with their sum at the first leaf of each group, and holes at the others."""
-        leaves = Leaves(gradients, stop=is_whole)
+        leaves = Leaves(gradients, stop=is_hole_or_parts)
         values = list(leaves.values)
         for group in self._indices(leaves.paths):
             _check_holes(leaves, group)
@@ -121,7 +121,7 @@ class _Tied:
 
     def spread(self, tree: Any) -> Any:
         """The tree with the first leaf of each group at the others too."""
-        leaves = Leaves(tree, stop=is_whole)
+        leaves = Leaves(tree, stop=is_hole_or_parts)
         values = list(leaves.values)
         for first, *others in self._indices(leaves.paths):
             for other in others:
@@ -133,17 +133,17 @@ def _for_inner(extra: dict[str, Any], tied: _Tied, structure: Any) -> dict[str, 
     """Extra arguments as `inner` should see them, with one leaf for each group."""
 
     def is_like_params(value: Any) -> bool:
-        own = Leaves(value, stop=is_whole).treedef
+        own = Leaves(value, stop=is_hole_or_parts).treedef
         return own == structure and not jax.tree_util.treedef_is_leaf(own)
 
     def tree(name: str, value: Any) -> Any:
         # A line search takes the slope along the shared leaf from the gradient.
         return tied.sum(value) if name == "grad" else tied.drop(value)
 
-    return adapted(extra, is_like_params, tree, tied.spread, tied.sum)
+    return adapt_extra_arguments(extra, is_like_params, tree, tied.spread, tied.sum)
 
 
-def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
+def _check_groups(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
     seen = set[str]()
     checked: list[Group] = []
     for given in groups:
@@ -159,7 +159,7 @@ def _checked(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
         counts = collections.Counter(group)
         twice = sorted(path for path in counts if path in seen or counts[path] > 1)
         if twice:
-            raise ValueError(f"{listed(twice)} is in the groups of fo.tie more than once")
+            raise ValueError(f"{quoted_list(twice)} is in the groups of fo.tie more than once")
         seen.update(group)
         checked.append(group)
     return tuple(checked)
@@ -172,7 +172,7 @@ def _check_holes(leaves: Leaves, group: list[int]) -> None:
 def _check_alike(leaves: Leaves, group: list[int]) -> None:
     if is_hole(leaves.values[group[0]]):
         return
-    first, *others = [(leaves.paths[i], _kind(leaves.values[i])) for i in group]
+    first, *others = [(leaves.paths[i], _shape_and_dtype(leaves.values[i])) for i in group]
     for other in others:
         if other[1] != first[1]:
             raise ValueError(
@@ -181,7 +181,7 @@ def _check_alike(leaves: Leaves, group: list[int]) -> None:
             )
 
 
-def _kind(value: Any) -> str:
+def _shape_and_dtype(value: Any) -> str:
     # One for each part of a leaf that is frozen by rows.
     parts = jax.tree.leaves(jax.eval_shape(lambda: value))
     return ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)

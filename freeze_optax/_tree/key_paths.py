@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from freeze_optax._tree.variables import _is_variable_type
+from freeze_optax._tree.variables import is_variable_type
 
 
 class Transparent:
@@ -18,7 +18,7 @@ class Transparent:
 
 @functools.cache
 def _is_transparent(cls: type) -> bool:
-    return _is_variable_type(cls) or issubclass(cls, Transparent)
+    return is_variable_type(cls) or issubclass(cls, Transparent)
 
 
 _COMPONENT: dict[type, Callable[[Any], Any]] = {
@@ -34,22 +34,22 @@ def _component(entry: Any) -> str:
     return str(_COMPONENT.get(type(entry), str)(entry)) or "''"
 
 
-def text(entries: Iterable[Any]) -> str:
+def path_text(entries: Iterable[Any]) -> str:
     """The components of a key path as text, `/` between them."""
     return "/".join(map(_component, entries))
 
 
-def texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+def path_texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
     """Key paths as text; the part that a leaf shares with the one before is made once."""
     above, start = None, ""
     for entries in paths:
         if entries and entries[:-1] != above:
             above = entries[:-1]
-            start = text(above) + "/" if above else ""
+            start = path_text(above) + "/" if above else ""
         yield start + _component(entries[-1]) if entries else ""
 
 
-def entries_of(
+def leaf_key_paths(
     tree: Any, stop: Callable[[Any], bool], prefix: tuple[Any, ...] = ()
 ) -> Iterator[tuple[Any, ...]]:
     """The key path of each leaf, without those of transparent nodes."""
@@ -65,7 +65,7 @@ def entries_of(
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
         entries = (*prefix, *keys[start:]) if prefix or start else keys
         if _is_transparent(type(node)) and not stop(node) and node is not tree:
-            yield from entries_of(node, stop, entries)
+            yield from leaf_key_paths(node, stop, entries)
         else:
             yield entries
 
@@ -97,7 +97,7 @@ def nodes_of(paths: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(node for path in paths for node in (path, *ancestors(path)))
 
 
-def natural(text: str) -> tuple[Any, ...]:
+def natural_order(text: str) -> tuple[Any, ...]:
     """A key that sorts `layer_2` before `layer_10`."""
     # Splitting on a group alternates text and digits, so equal positions compare. Not by `int`,
     # which refuses more than 4,300 digits.

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @functools.cache
-def _kind(dtype: Any) -> str:
+def _dtype_kind(dtype: Any) -> str:
     # A format of exponents alone, for the scales of block formats: its smallest number is
     # not 0, so it has neither a zero gradient nor an update that changes nothing.
     if dtype == jnp.float8_e8m0fnu:
@@ -21,10 +21,10 @@ def _kind(dtype: Any) -> str:
     return "exact" if exact else "other"
 
 
-def kind(leaf: Any) -> str:
+def number_kind(leaf: Any) -> str:
     """`"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`, Python numbers too."""
     if is_array(leaf):
-        return _kind(leaf.dtype)
+        return _dtype_kind(leaf.dtype)
     if isinstance(leaf, float | complex):
         return "inexact"
     return "exact" if isinstance(leaf, int) else "other"
@@ -36,7 +36,7 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
-def is_foreign(leaf: Any) -> bool:
+def is_numpy_only(leaf: Any) -> bool:
     """Whether `leaf` is a float of NumPy that jax has not: longer, or in another byte order."""
     dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else None
     if dtype is None or dtype.kind not in "fc":
@@ -46,4 +46,4 @@ def is_foreign(leaf: Any) -> bool:
 
 def can_train(leaf: Any) -> bool:
     """Whether a gradient step can move `leaf`: a float or complex array, or Python number."""
-    return kind(leaf) == "inexact"
+    return number_kind(leaf) == "inexact"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from freeze_optax._tree.holes import HOLE, is_hole
-from freeze_optax._tree.key_paths import ancestors, entries_of, texts
+from freeze_optax._tree.key_paths import ancestors, leaf_key_paths, path_texts
 
 
 class Leaves:
@@ -38,7 +38,9 @@ class Leaves:
         self.values, self.treedef = jax.tree.flatten(tree, is_leaf=stop)
 
     @classmethod
-    def of(cls, tree: Any, values: list[Any], treedef: Any, paths: tuple[str, ...]) -> "Leaves":
+    def with_values(
+        cls, tree: Any, values: list[Any], treedef: Any, paths: tuple[str, ...]
+    ) -> "Leaves":
         """The leaves of `tree` as another structure tells them, which may find None at some."""
         leaves = cls(tree)
         leaves.values, leaves.treedef = values, treedef
@@ -48,9 +50,9 @@ class Leaves:
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
-        return tuple(texts(entries_of(self.tree, self._stop)))
+        return tuple(path_texts(leaf_key_paths(self.tree, self._stop)))
 
-    def names(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    def all_paths(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
         """Each path by which a leaf goes, with the leaf's index.
 
         Args:
@@ -67,7 +69,9 @@ class Leaves:
                     for alias in below.get(node, ()):
                         yield alias + path[len(node) :], i
 
-    def below(self, nodes: Container[str], aliases: Mapping[str, str] | None = None) -> list[bool]:
+    def flags_below(
+        self, nodes: Container[str], aliases: Mapping[str, str] | None = None
+    ) -> list[bool]:
         """For each leaf, whether it is at or below one of the nodes; the root is `""`.
 
         Args:
@@ -75,7 +79,7 @@ class Leaves:
           aliases: More of them than the leaves were made with.
         """
         flags = ["" in nodes] * len(self.paths)
-        for path, i in self.names(aliases):
+        for path, i in self.all_paths(aliases):
             flags[i] = flags[i] or any(node in nodes for node in ancestors(path))
         return flags
 
@@ -83,11 +87,11 @@ class Leaves:
         """The tree with other leaves."""
         return jax.tree.unflatten(self.treedef, values)
 
-    def fill(self, values: Iterable[Any]) -> Any:
+    def fill_leaves(self, values: Iterable[Any]) -> Any:
         """The tree with other leaves where it has leaves; its holes stay."""
         pairs = zip(self.values, values, strict=True)
         return self.rebuild(leaf if is_hole(leaf) else value for leaf, value in pairs)
 
-    def without(self, flags: Iterable[bool]) -> Any:
+    def with_holes(self, flags: Iterable[bool]) -> Any:
         """The tree with a hole wherever a flag is set."""
         return self.rebuild(HOLE if f else x for x, f in zip(self.values, flags, strict=True))

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 from freeze_optax._tree.holes import is_hole
-from freeze_optax._tree.key_paths import text
+from freeze_optax._tree.key_paths import path_text
 from freeze_optax._tree.variables import is_variable
 
-Entries = tuple[Any, ...]
-Children = Callable[[Any], list[tuple[Entries, Any]] | None]
+KeyPath = tuple[Any, ...]
+Children = Callable[[Any], list[tuple[KeyPath, Any]] | None]
 
 
 class Modules(dict[str, Any]):
@@ -33,7 +33,7 @@ class Modules(dict[str, Any]):
         self.aliases, self.more = dict(aliases or {}), list(more)
 
 
-def children_of(node: Any) -> list[tuple[Entries, Any]] | None:
+def children_of(node: Any) -> list[tuple[KeyPath, Any]] | None:
     """What stands directly below a node of a pytree, with its key; None if it is a leaf."""
     # All but the node itself, which is asked first, are leaves; it may be among its own children.
     is_below = itertools.chain([False], itertools.repeat(True))
@@ -44,7 +44,7 @@ def children_of(node: Any) -> list[tuple[Entries, Any]] | None:
     return [((), value) for _, value in below] if is_variable(node) else below
 
 
-def walk(tree: Any, children: Children = children_of) -> Iterator[tuple[str, Any]]:
+def walk_nodes(tree: Any, children: Children = children_of) -> Iterator[tuple[str, Any]]:
     """All nodes above the leaves with their paths, those above first.
 
     Args:
@@ -56,18 +56,18 @@ def walk(tree: Any, children: Children = children_of) -> Iterator[tuple[str, Any
     """
     # No recursion: it would end at a depth that jax still flattens. What is above a node goes
     # with it, as modules of NNX may hold each other.
-    stack: list[tuple[Entries, Any, Any]] = [((), tree, None)]
+    stack: list[tuple[KeyPath, Any, Any]] = [((), tree, None)]
     while stack:
         entries, node, above = stack.pop()
-        below = None if _is_among(node, above) else children(node)
+        below = None if _is_above(node, above) else children(node)
         if below is None:
             continue
-        yield text(entries), node
+        yield path_text(entries), node
         chain = (node, above)
         stack.extend(((*entries, *keys), child, chain) for keys, child in reversed(below))
 
 
-def _is_among(node: Any, chain: Any) -> bool:
+def _is_above(node: Any, chain: Any) -> bool:
     while chain is not None:
         if chain[0] is node:
             return True

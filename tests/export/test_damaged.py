@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
-from freeze_optax._export.encoding import pack
+from freeze_optax._export.encoding import pack_text
 from tests.export.test_export import params, trained, transformation
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -38,7 +38,7 @@ def _about(exported: Any) -> Any:
 def _packed(about: Any) -> np.ndarray:
     """A text with a checksum that is right, if there can be one."""
     try:
-        return pack({name: value for name, value in about.items() if name != "sum"})
+        return pack_text({name: value for name, value in about.items() if name != "sum"})
     except (KeyError, AttributeError):
         return np.frombuffer(json.dumps(about).encode(), np.uint8)
 

@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
-from freeze_optax._report.counts import Tally, elements, nbytes, total_bytes
+from freeze_optax._report.counts import LeafCounts, count_elements, leaf_bytes, total_bytes
 from freeze_optax._rows.rows import Rows
 from tests.support.nnx_models import Net, params_of
 
@@ -73,7 +73,7 @@ def test_abstract_leaves_count_as_the_arrays_they_stand_for(leaf, count, size, t
     if isinstance(leaf, jax.Array):
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         assert counts({"a": abstract}) == counts({"a": leaf})
-        assert (elements(abstract), nbytes(abstract)) == (count, size)
+        assert (count_elements(abstract), leaf_bytes(abstract)) == (count, size)
 
 
 def test_leaves_under_jit_count_too():
@@ -103,8 +103,8 @@ def test_shapes_of_numpy_integers_count_without_wrapping():
     side = np.int32(1 << 30)
     for leaf in (jax.ShapeDtypeStruct((side, side), jnp.float32), np.ones((np.int64(3), 2))):
         expected = int(leaf.shape[0]) * int(leaf.shape[1])
-        assert (elements(leaf), type(elements(leaf))) == (expected, int)
-        assert (nbytes(leaf), type(nbytes(leaf))) == (expected * leaf.dtype.itemsize, int)
+        assert (count_elements(leaf), type(count_elements(leaf))) == (expected, int)
+        assert (leaf_bytes(leaf), type(leaf_bytes(leaf))) == (expected * leaf.dtype.itemsize, int)
 
 
 TREES = {
@@ -282,11 +282,13 @@ def test_a_folded_row_does_not_say_that_all_share_what_only_one_shares():
 # Tallies themselves.
 
 
-def some() -> list[Tally]:
+def some() -> list[LeafCounts]:
     array = jnp.ones((4, 3))
     part = Rows(np.asarray([True, False, False, False]))
-    whole = [Tally.of(array, flag, alias) for flag in (True, False, part) for alias in (0, 1)]
-    return [*whole, Tally.of(3, True, False), Tally()]
+    whole = [
+        LeafCounts.of_leaf(array, flag, alias) for flag in (True, False, part) for alias in (0, 1)
+    ]
+    return [*whole, LeafCounts.of_leaf(3, True, False), LeafCounts()]
 
 
 def test_a_tally_is_of_one_leaf():
@@ -294,7 +296,7 @@ def test_a_tally_is_of_one_leaf():
     expected = {"trainable": (12, 0, 48, 0), "frozen": (0, 12, 0, 48), "partial": (9, 3, 36, 12)}
     flags = {"trainable": False, "frozen": True, "partial": some_rows()}
     for status, flag in flags.items():
-        tally = Tally.of(array, flag, False)
+        tally = LeafCounts.of_leaf(array, flag, False)
         assert tally.status == status
         assert (
             tally.trainable,
@@ -302,7 +304,7 @@ def test_a_tally_is_of_one_leaf():
             tally.trainable_bytes,
             tally.frozen_bytes,
         ) == expected[status]
-        alias = Tally.of(array, flag, True)
+        alias = LeafCounts.of_leaf(array, flag, True)
         assert (alias.total, alias.trainable_bytes, alias.frozen_bytes) == (0, 0, 0)
         assert alias.status == status
 
@@ -313,16 +315,21 @@ def some_rows() -> Rows:
 
 def test_tallies_add_up_in_any_order_and_grouping():
     tallies = [t.with_state(i, 2 * i) for i, t in enumerate(some())]
-    expected = {name: sum(getattr(t, name) for t in tallies) for name in vars(Tally())}
+    expected = {name: sum(getattr(t, name) for t in tallies) for name in vars(LeafCounts())}
     for order in itertools.islice(itertools.permutations(tallies), 0, 2000, 400):
-        assert vars(Tally.sum(order)) == expected
-        assert Tally.sum([Tally.sum(order[:3]), Tally.sum(order[3:])]) == Tally.sum(order)
-    assert Tally.sum([]) == Tally()
-    assert Tally.sum([tallies[2]] * 3) == tallies[2].times(3)
+        assert vars(LeafCounts.sum(order)) == expected
+        assert LeafCounts.sum(
+            [LeafCounts.sum(order[:3]), LeafCounts.sum(order[3:])]
+        ) == LeafCounts.sum(order)
+    assert LeafCounts.sum([]) == LeafCounts()
+    assert LeafCounts.sum([tallies[2]] * 3) == tallies[2].times(3)
 
 
 def test_what_is_unknown_of_one_is_unknown_of_all():
-    known, unknown = Tally.of(1.0, False, False).with_state(8, 0), Tally().with_state(None, None)
-    total = Tally.sum([known, unknown, known])
+    known, unknown = (
+        LeafCounts.of_leaf(1.0, False, False).with_state(8, 0),
+        LeafCounts().with_state(None, None),
+    )
+    total = LeafCounts.sum([known, unknown, known])
     assert (total.state_bytes, total.saved_bytes, total.trainable) == (None, None, 2)
     assert unknown.times(4).state_bytes is None

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import pytest
 
 import freeze_optax as fo
-from freeze_optax._report.counts import Tally
+from freeze_optax._report.counts import LeafCounts
 from freeze_optax._report.outline import Line, Node
 from freeze_optax._report.plot import _label
 
@@ -361,7 +361,7 @@ def test_a_summary_needs_no_matplotlib(monkeypatch):
 
 
 def test_a_label_has_the_number_if_both_fit_and_is_cut_if_the_name_does_not():
-    line = Line(0, Node("head"), Tally(total=9))
+    line = Line(0, Node("head"), LeafCounts(total=9))
     texts = {room: _label(line, room) for room in (0, 1, 2, 3, 4, 6, 7, 99)}
     cut = {0: "h…", 1: "h…", 2: "h…", 3: "he…"}
     assert texts == {**cut, 4: "head", 6: "head", 7: "head  9", 99: "head  9"}

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from freeze_optax._rows.parts import Cut, Parts, fill, is_whole, join
+from freeze_optax._rows.parts import Parts, PartTable, is_hole_or_parts, join_parts, put_live_rows
 from freeze_optax._rows.rows import Rows
 from freeze_optax._tree.leaves import Leaves
 
@@ -42,27 +42,27 @@ def test_join_puts_the_rows_that_there_are_in_order(rows, compiled, convert):
     wrap = jax.jit if compiled else lambda f: f
     parts = Parts([convert(X[r.mask]) for r in rows], rows)
     expected = X[np.logical_or.reduce([r.mask for r in rows])]
-    joined = np.asarray(wrap(join)(parts))
+    joined = np.asarray(wrap(join_parts)(parts))
     assert (joined.dtype, joined.tolist()) == (expected.dtype, expected.tolist())
 
 
 def test_join_passes_over_holes_and_leaves_alone_what_is_one_array():
     first = X[FIRST.mask]
-    assert join(Parts([HOLE, first], (LAST, FIRST))) is first
-    assert join(first) is first
-    assert join(HOLE) is HOLE
-    joined = join(Parts([X[LAST.mask], HOLE, first], (LAST, MIDDLE, FIRST)))
+    assert join_parts(Parts([HOLE, first], (LAST, FIRST))) is first
+    assert join_parts(first) is first
+    assert join_parts(HOLE) is HOLE
+    joined = join_parts(Parts([X[LAST.mask], HOLE, first], (LAST, MIDDLE, FIRST)))
     assert np.asarray(joined).tolist() == X[[0, 1, 4, 5]].tolist()
 
 
 def test_join_of_blocks_is_a_concatenation():
     parts = Parts([jnp.asarray(X[LAST.mask]), jnp.asarray(X[FIRST.mask])], (LAST, FIRST))
-    assert [e.primitive.name for e in jax.make_jaxpr(join)(parts).eqns] == ["concatenate"]
+    assert [e.primitive.name for e in jax.make_jaxpr(join_parts)(parts).eqns] == ["concatenate"]
 
 
 def test_join_keeps_the_dtype_of_numpy_arrays_that_jax_has_not():
     x = np.linspace(0.1, 0.9, 6)
-    joined = join(Parts([x[LAST.mask], x[:4]], (LAST, ~LAST)))
+    joined = join_parts(Parts([x[LAST.mask], x[:4]], (LAST, ~LAST)))
     assert (joined.dtype, joined.tolist()) == (x.dtype, x.tolist())
 
 
@@ -81,21 +81,23 @@ def test_parts_are_a_node_whose_arrays_are_leaves_and_whose_rows_are_static():
 
 def test_parts_stand_for_one_leaf_as_a_hole_does():
     parts = Parts([1.0], (FIRST,))
-    assert [is_whole(x) for x in (parts, HOLE, X, None, {"a": parts})] == [True, True] + [False] * 3
+    assert [is_hole_or_parts(x) for x in (parts, HOLE, X, None, {"a": parts})] == [True, True] + [
+        False
+    ] * 3
 
 
 def test_nothing_is_cut_where_no_leaf_is_frozen_in_part():
-    assert Cut.of([True, False]) is None
-    assert Cut.of([]) is None
+    assert PartTable.from_flags([True, False]) is None
+    assert PartTable.from_flags([]) is None
 
 
 def test_a_cut_has_the_rows_that_train_of_a_leaf_frozen_in_part_and_others_whole():
-    cut = Cut.of([True, FIRST, False, ODD])
+    cut = PartTable.from_flags([True, FIRST, False, ODD])
     assert cut.parts == ((0, None), (1, ~FIRST), (2, None), (3, EVEN))
     assert cut.by_leaf == [[0], [1], [2], [3]]
 
 
-CUT = Cut([(0, None), (1, FIRST), (1, LAST), (2, None), (3, EVEN)])
+CUT = PartTable([(0, None), (1, FIRST), (1, LAST), (2, None), (3, EVEN)])
 TREE = {"a": _array(3), "b": X, "c": _array(1), "d": X[:, 0]}
 
 
@@ -104,12 +106,14 @@ def test_the_parts_of_a_leaf_stand_together():
 
 
 def test_cuts_are_compared_and_hashed_by_value():
-    same = Cut([(0, None), (1, _rows(0, 1)), (1, _rows(4, 5)), (2, None), (3, _rows(0, 2, 4))])
+    same = PartTable(
+        [(0, None), (1, _rows(0, 1)), (1, _rows(4, 5)), (2, None), (3, _rows(0, 2, 4))]
+    )
     assert hash(CUT) == hash(same)
     assert same == CUT
-    assert Cut([(0, FIRST)]) != Cut([(0, LAST)])
-    assert Cut([(0, FIRST)]) != Cut([(0, None)])
-    assert Cut([(0, FIRST)]) != ((0, FIRST),)
+    assert PartTable([(0, FIRST)]) != PartTable([(0, LAST)])
+    assert PartTable([(0, FIRST)]) != PartTable([(0, None)])
+    assert PartTable([(0, FIRST)]) != ((0, FIRST),)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_the_mask_has_the_rows_of_frozen_parts_and_those_of_none(frozen, mask):
 
 
 def test_a_leaf_whose_parts_are_all_its_rows_is_frozen_whole_or_not_at_all():
-    cut = Cut([(0, EVEN), (0, ODD)])
+    cut = PartTable([(0, EVEN), (0, ODD)])
     assert [cut.mask(f) for f in ([False] * 2, [True] * 2, [True, False])] == [
         (False,),
         (True,),
@@ -166,7 +170,9 @@ def test_split_has_holes_in_place_of_frozen_parts():
 )
 def test_split_takes_the_rows_that_train_alone_too(frozen, live, parts):
     tree = Leaves([X[live]])
-    _assert_same(Cut([(0, FIRST), (0, LAST)]).split(tree, frozen), [Parts(parts, (FIRST, LAST))])
+    _assert_same(
+        PartTable([(0, FIRST), (0, LAST)]).split(tree, frozen), [Parts(parts, (FIRST, LAST))]
+    )
 
 
 def test_split_keeps_holes_of_the_tree():
@@ -186,11 +192,11 @@ def test_split_keeps_holes_of_the_tree():
 )
 def test_split_names_a_leaf_with_other_rows_and_its_shape(leaf, message):
     with pytest.raises(ValueError, match=message):
-        Cut([(0, FIRST), (0, LAST)]).split(Leaves({"w": {"b": leaf}}), [False, False])
+        PartTable([(0, FIRST), (0, LAST)]).split(Leaves({"w": {"b": leaf}}), [False, False])
 
 
 def test_restore_gathers_the_values_of_each_leaf():
-    a, parts, c, d = CUT.restore(["a", "first", "last", "c", "even"])
+    a, parts, c, d = CUT.group_by_leaf(["a", "first", "last", "c", "even"])
     assert (a, c, d) == ("a", "c", "even")
     assert (parts.values, parts.rows) == (("first", "last"), (FIRST, LAST))
 
@@ -198,7 +204,7 @@ def test_restore_gathers_the_values_of_each_leaf():
 def test_restore_is_the_inverse_of_split():
     split = CUT.split(Leaves(TREE), [False] * 5)
     values = jax.tree.leaves(split)
-    again = CUT.restore(values)
+    again = CUT.group_by_leaf(values)
     assert jax.tree.structure(again) == jax.tree.structure(list(split.values()))
     assert all(a is b for a, b in zip(jax.tree.leaves(again), values, strict=True))
 
@@ -210,5 +216,5 @@ def test_fill_sets_the_rows_that_train_in_a_whole_leaf_or_gives_them_alone():
     expected = whole.copy()
     expected[[0, 1, 4, 5]] = X[[0, 1, 4, 5]]
     for value in (rows, parts):
-        assert np.asarray(fill(whole, live, value)).tolist() == expected.tolist()
-        assert np.asarray(fill(rows, live, value)).tolist() == rows.tolist()
+        assert np.asarray(put_live_rows(whole, live, value)).tolist() == expected.tolist()
+        assert np.asarray(put_live_rows(rows, live, value)).tolist() == rows.tolist()

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import freeze_optax as fo
-from freeze_optax._select import selector as _selectors
+from freeze_optax._select import selector as selector_file
 from freeze_optax._tree.holes import HOLE
 
 MIXED = {
@@ -200,7 +200,7 @@ def test_a_bool_needs_no_paths(flattened):
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_each_pattern_is_matched_once_against_each_path(monkeypatch, layers):
     calls = []
-    original = _selectors.compile_glob
+    original = selector_file.compile_glob
 
     class Counted:
         def __init__(self, pattern):
@@ -210,7 +210,7 @@ def test_each_pattern_is_matched_once_against_each_path(monkeypatch, layers):
             calls.append(path)
             return self.regex.match(path)
 
-    monkeypatch.setattr(_selectors, "compile_glob", Counted)
+    monkeypatch.setattr(selector_file, "compile_glob", Counted)
     big = Big(layers)
     params = big.build(lambda block, weight: 1.0)
     expected = big.build(lambda block, weight: block % 5 == 0 and weight == block % 10)

@@ -41,7 +41,7 @@ def test_params_whose_static_field_changes_at_each_step_are_known_without_end():
         params = Counted(jnp.ones(2), step)
         updates, state = tx.update(params, state, params)
         assert updates.step == step
-        kept.append(len(state.plan.origin.treedefs))
+        kept.append(len(state.plan.context.treedefs))
     assert max(kept) < 10
     assert kept[20:] == kept[19:-1]
 
@@ -51,7 +51,7 @@ def test_a_container_that_was_seen_once_is_known_until_seven_others_have_been():
     seen = [Leaves(Counted(jnp.ones(2), step)) for step in range(20)]
     for i, leaves in enumerate(seen):
         state.plan.flags(leaves, "params")
-        known = [j for j in range(20) if state.plan.knows(seen[j])]
+        known = [j for j in range(20) if state.plan.knows_structure(seen[j])]
         assert known == [0, *range(max(1, i - 6), i + 1)]
 
 
@@ -131,5 +131,5 @@ def test_what_is_known_of_rows_that_were_frozen_once_is_forgotten():
     counts = []
     for row in range(14):
         state = fo.set_frozen(state, tree, fo.rows("w", [row]))
-        counts.append(len(state.plan.origin._layouts))
+        counts.append(len(state.plan.context._layouts))
     assert max(counts) == counts[-1] == counts[-5]

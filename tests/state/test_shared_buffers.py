@@ -13,7 +13,7 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
-from freeze_optax._state import shared_buffers as _ties
+from freeze_optax._state import shared_buffers
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -61,7 +61,7 @@ def test_array_objects_that_share_a_buffer_are_tied_and_copies_are_not():
 
 def test_what_array_objects_share_is_asked_only_of_those_at_one_address(monkeypatch):
     asked: list[Any] = []
-    monkeypatch.setattr(_ties, "_buffer", lambda leaf: asked.append(leaf) or id(leaf))
+    monkeypatch.setattr(shared_buffers, "_buffer", lambda leaf: asked.append(leaf) or id(leaf))
     a, b = table(), table()
     assert fo.tied_paths({"a": a, "b": b, "c": table(), "d": b}) == [("b", "d")]
     assert [leaf is b for leaf in asked] == [True, True]
@@ -382,4 +382,4 @@ def test_each_state_of_one_transformation_knows_what_tie_ties(way, earlier):
     }
     with pytest.raises(ValueError, match=f"'embed' would be .*'head/kernel' trained, but {TIED}"):
         parting[way]()
-    assert _ties._noted.get() is None  # else each edit to come would be noted, for nobody
+    assert shared_buffers._noted.get() is None  # else each edit to come would be noted, for nobody

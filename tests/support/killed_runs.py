@@ -1,4 +1,4 @@
-"""The runs of tests/runs/test_killed.py, as their users write them: they store, and go on from that."""
+"""The runs of tests/runs/test_killed.py: they store their state, and go on from it."""
 
 import functools
 import json

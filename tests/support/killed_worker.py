@@ -1,4 +1,4 @@
-"""The lives of the runs in tests/support/killed_runs.py: forks, killed at a place that they told of.
+"""The runs of tests/support/killed_runs.py in forks that are killed at a place they told of.
 
 python killed_worker.py COURSE KILLS DIRECTORY
 """
@@ -28,7 +28,8 @@ def live(course: str, folder: pathlib.Path, tell: Callable[[str], None]) -> None
     warnings.filterwarnings("ignore", module="orbax|flax")
     life = COURSES[course](folder, tell).train()
     plan = plan_of(life.state)
-    parts = plan.cut and [(leaf, rows and rows.mask.tolist()) for leaf, rows in plan.cut.parts]
+    table = plan.part_table
+    parts = table and [(leaf, rows and rows.mask.tolist()) for leaf, rows in table.parts]
     pairs = jax.tree.leaves_with_path((life.params, life.state))
     bits = {
         jax.tree_util.keystr(path): [str(x.dtype), x.shape, np.asarray(x).tobytes().hex()]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
-from freeze_optax._transform import cohorts as _cohorts
+from freeze_optax._transform import cohorts as cohorts_file
 from tests.support import optimizers
 from tests.support.optimizers import build, every, extras
 
@@ -103,7 +103,7 @@ def test_a_parked_leaf_costs_the_flops_of_a_dropped_one(name, make):
 
 
 def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cohorts, "_traced_once", lambda run, _: run)
+    monkeypatch.setattr(cohorts_file, "_trace_once", lambda run, _: run)
 
 
 @pytest.mark.parametrize("is_traced", [False, True], ids=["eager", "traced"])

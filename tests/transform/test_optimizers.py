@@ -154,7 +154,7 @@ def test_inject_hyperparams_around_it_leaks_no_tracer():
             expected, bare_state = jax.jit(bare.update)(trainable_subtree(grads), bare_state)
             fo.testing.assert_frozen(expected, trainable_subtree(updates), True)
     # The plan must go on holding the transformation that init was given, for later edits.
-    fresh = state.inner_state.plan.origin.init(params)
+    fresh = state.inner_state.plan.context.init(params)
     assert jax.tree.structure(fresh) == jax.tree.structure(optax.adam(0.1).init(params))
 
 

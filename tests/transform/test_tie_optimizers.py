@@ -71,8 +71,8 @@ def assert_shared(history: list[Any], expected: list[Any]) -> None:
         fo.testing.assert_frozen(tuple(map(whole, bare)), step, True)
 
 
-# All that tests/support/optimizers.py builds: its EXCLUDED says why not the rest. With groups of two, as
-# the sum of three gradients depends on their order.
+# All that tests/support/optimizers.py builds: its EXCLUDED says why not the rest. With groups of
+# two, as the sum of three gradients depends on their order.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("module", "name"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from freeze_optax._tree.globs import compile_glob, expand_braces
 from freeze_optax._tree.key_paths import ancestors
-from freeze_optax._tree.messages import listed, nearest, printable, some
+from freeze_optax._tree.messages import few_clauses, nearest_names, printable, quoted_list
 
 ENCODER = [
     "encoder/layer_0/kernel",
@@ -296,18 +296,18 @@ def test_ancestors_go_from_the_path_up_without_the_root():
     ],
 )
 def test_nearest_names_the_paths_most_like_the_text(text, paths, expected):
-    assert nearest(text, paths) == expected
+    assert nearest_names(text, paths) == expected
 
 
 def test_nearest_gives_no_more_than_asked_for():
-    assert nearest("layer", [f"layer{i}" for i in range(9)], 2).count("layer") == 2
+    assert nearest_names("layer", [f"layer{i}" for i in range(9)], 2).count("layer") == 2
 
 
 def test_listed_counts_the_names_it_leaves_out():
-    assert listed(["a"]) == "'a'"
-    assert listed("abc", 2) == "'a', 'b' and 1 more"
-    assert listed("abc", 3) == "'a', 'b', 'c'"
-    assert listed(map(str, range(2005))) == "'0', '1', '2', '3', '4' and 2,000 more"
+    assert quoted_list(["a"]) == "'a'"
+    assert quoted_list("abc", 2) == "'a', 'b' and 1 more"
+    assert quoted_list("abc", 3) == "'a', 'b', 'c'"
+    assert quoted_list(map(str, range(2005))) == "'0', '1', '2', '3', '4' and 2,000 more"
 
 
 @pytest.mark.parametrize("stars", [12, 40])
@@ -338,7 +338,7 @@ def test_stars_for_components_at_the_end_are_the_node_and_all_below_it_and_nothi
     [([], ""), (["a", "b", "c"], "a; b; c"), (list("abcd"), "a; b; c; and 1 more")],
 )
 def test_some_clauses_are_shown_and_the_others_counted(clauses, shown):
-    assert some(clauses) == shown
+    assert few_clauses(clauses) == shown
 
 
 def test_printable_writes_out_what_commands_a_terminal_and_nothing_else():

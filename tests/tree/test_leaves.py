@@ -15,7 +15,7 @@ from flax import linen, nnx, struct
 from flax.core import FrozenDict
 
 from freeze_optax._tree.holes import HOLE, is_hole
-from freeze_optax._tree.kinds import can_train, is_foreign
+from freeze_optax._tree.kinds import can_train, is_numpy_only
 from freeze_optax._tree.leaves import Leaves
 
 
@@ -182,7 +182,7 @@ def test_rebuild_gives_the_tree_with_other_leaves():
 
 
 def test_fill_leaves_the_holes():
-    assert Leaves({"a": 1.0, "b": HOLE}).fill([2, 3]) == {"a": 2, "b": HOLE}
+    assert Leaves({"a": 1.0, "b": HOLE}).fill_leaves([2, 3]) == {"a": 2, "b": HOLE}
 
 
 def test_holes_are_those_of_optax():
@@ -269,10 +269,10 @@ OURS = ["float16", "float32", "float64", "complex64", "complex128", "int64", "bo
 
 def test_floats_of_numpy_that_jax_has_not_are_told_by_length_and_byte_order():
     longer, swapped = [np.longdouble, np.clongdouble], [np.dtype(x).newbyteorder() for x in OURS]
-    assert [dtype for dtype in OURS if is_foreign(np.ones(2, dtype))] == []
-    assert [dtype for dtype in longer if not is_foreign(np.ones(2, dtype))] == []
-    assert [is_foreign(np.ones(2, dtype)) for dtype in swapped] == [True] * 5 + [False] * 2
+    assert [dtype for dtype in OURS if is_numpy_only(np.ones(2, dtype))] == []
+    assert [dtype for dtype in longer if not is_numpy_only(np.ones(2, dtype))] == []
+    assert [is_numpy_only(np.ones(2, dtype)) for dtype in swapped] == [True] * 5 + [False] * 2
     # A number is never in another byte order.
     numbers = [np.ones(2, dtype)[0] for dtype in (*longer, *OURS, *swapped)]
-    assert [is_foreign(number) for number in numbers] == [True] * 2 + [False] * 14
-    assert not is_foreign(jnp.ones(2))
+    assert [is_numpy_only(number) for number in numbers] == [True] * 2 + [False] * 14
+    assert not is_numpy_only(jnp.ones(2))

@@ -14,7 +14,7 @@ from flax import nnx, struct
 from flax.core import FrozenDict
 
 from freeze_optax._tree.holes import HOLE
-from freeze_optax._tree.modules import Modules, children_of, is_module, walk
+from freeze_optax._tree.modules import Modules, children_of, is_module, walk_nodes
 
 
 class Pair(typing.NamedTuple):
@@ -58,7 +58,7 @@ class Layer(eqx.Module):
 
 
 def named(tree, children=children_of):
-    return [(path, type(node).__name__) for path, node in walk(tree, children)]
+    return [(path, type(node).__name__) for path, node in walk_nodes(tree, children)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_walk_gives_each_node_above_the_leaves_with_its_path(tree, expected):
 def test_walk_gives_the_very_nodes_and_those_above_first():
     inner = Layer(1.0)
     tree = {"z": [inner], "a": Scale({"x": 2.0})}
-    nodes = dict(walk(tree))
+    nodes = dict(walk_nodes(tree))
     assert nodes[""] is tree
     assert nodes["z"] is tree["z"]
     assert nodes["z/0"] is inner
@@ -121,7 +121,7 @@ def test_walk_gives_the_very_nodes_and_those_above_first():
 
 def test_a_shared_node_comes_once_for_each_of_its_paths():
     shared = Scale({"x": 1.0})
-    nodes = list(walk({"a": shared, "b": [shared, shared]}))
+    nodes = list(walk_nodes({"a": shared, "b": [shared, shared]}))
     assert [path for path, node in nodes if node is shared] == ["a", "b/0", "b/1"]
     inside = [path for path, node in nodes if node is shared.value]
     assert inside == ["a/value", "b/0/value", "b/1/value"]
@@ -134,7 +134,7 @@ def test_walk_ends_where_nodes_hold_each_other():
     def children(node):
         return [((key,), child) for key, child in node.items()]
 
-    pairs = [(path, node is left) for path, node in walk(left, children)]
+    pairs = [(path, node is left) for path, node in walk_nodes(left, children)]
     assert pairs == [("", True), ("right", False)]
 
 
@@ -144,7 +144,7 @@ def test_walk_takes_apart_what_the_function_can():
     def children(node):
         return [((key,), child) for key, child in node.items()] if type(node) is dict else None
 
-    assert [path for path, _ in walk(tree, children)] == ["", "a", "a/c", "d"]
+    assert [path for path, _ in walk_nodes(tree, children)] == ["", "a", "a/c", "d"]
 
 
 @pytest.mark.parametrize("wrap", [lambda t: [t], lambda t: {"a": t}, Keyless, Scale])
@@ -152,7 +152,7 @@ def test_walk_reaches_the_bottom_of_a_tree_a_thousand_levels_deep(wrap):
     tree = 1.0
     for _ in range(1000):
         tree = wrap(tree)
-    depths = [path.count("/") + bool(path) for path, _ in walk(tree)]
+    depths = [path.count("/") + bool(path) for path, _ in walk_nodes(tree)]
     assert depths == list(range(1000))
 
 
@@ -165,7 +165,7 @@ class Net(nnx.Module):
 
 def test_the_value_of_an_nnx_variable_is_no_component():
     nodes = {}
-    for path, node in walk(Net(nnx.Rngs(0))):
+    for path, node in walk_nodes(Net(nnx.Rngs(0))):
         nodes.setdefault(path, []).append(type(node).__name__)
     assert nodes["layers/0/kernel"] == ["Param"]
     assert nodes["value"] == ["Param"]

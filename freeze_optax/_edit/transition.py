@@ -8,15 +8,15 @@ from jax.core import Tracer
 from freeze_optax._edit.fresh_state import init_leaves
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.plan import DROPPED
-from freeze_optax._transform.cohorts import cohort_counters, stack
+from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._tree.holes import HOLE
-from freeze_optax._tree.variables import replaced, value_of
+from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 _FRESH = 1 << 30
 """Where the counters of newly made state come from: after all cohorts there are."""
 
 
-def move(
+def apply_transition(
     state: FreezeState, params: Any, frozen: tuple[bool, ...], keep_state: bool
 ) -> FreezeState:
     """The state with other parts frozen."""
@@ -24,7 +24,7 @@ def move(
     layout = plan.layout
     places = layout.places(state.inner)
     changes = list(zip(plan.cohorts, plan.frozen, frozen, strict=True))
-    groups = [_group(*change, keep_state, bool(layout.counters)) for change in changes]
+    groups = [_cohort_after(*change, keep_state, bool(layout.counters)) for change in changes]
     order = {group: i for i, group in enumerate(sorted({g for g in groups if g is not None}))}
     cohorts = tuple(DROPPED if group is None else order[group] for group in groups)
 
@@ -37,22 +37,24 @@ def move(
         if owner < 0:
             return places[place]
         if cohorts[owner] == DROPPED:
-            return replaced(places[place], HOLE)
-        return replaced(places[place], fresh[place]) if renewed[owner] else places[place]
+            return rewrap_variable(places[place], HOLE)
+        return rewrap_variable(places[place], fresh[place]) if renewed[owner] else places[place]
 
     moved = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))
     counters[_FRESH] = [fresh[place] for place in layout.counters]
     first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
     for place, counter in zip(layout.counters, first, strict=True):
-        moved[place] = replaced(places[place], _beside(counter, places[place]))
-    ages = stack([[value_of(counter) for counter in row] for row in others])
+        moved[place] = rewrap_variable(places[place], _on_devices_of(counter, places[place]))
+    ages = stack_ages([[unwrap_variable(counter) for counter in row] for row in others])
     pairs = zip(layout.counters, ages, strict=False)
-    ages = tuple(replaced(places[place], _beside(age, places[place])) for place, age in pairs)
-    return FreezeState(layout.rebuild(moved), ages, plan.edited(frozen, cohorts))
+    ages = tuple(
+        rewrap_variable(places[place], _on_devices_of(age, places[place])) for place, age in pairs
+    )
+    return FreezeState(layout.rebuild(moved), ages, plan.with_frozen(frozen, cohorts))
 
 
-def _group(
+def _cohort_after(
     cohort: int, was_frozen: bool, is_frozen: bool, keep_state: bool, counted: bool
 ) -> tuple[int, bool] | None:
     """Whose counters a leaf will have, and whether they stand still; None for no state.
@@ -67,9 +69,9 @@ def _group(
     return (_FRESH if cohort == DROPPED else cohort, is_frozen)
 
 
-def _beside(new: Any, old: Any) -> Any:
+def _on_devices_of(new: Any, old: Any) -> Any:
     """A counter on all the devices of another; Orbax stores none of one process among several."""
-    new, old = value_of(new), value_of(old)
+    new, old = unwrap_variable(new), unwrap_variable(old)
     if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
         return new
     if len(old.sharding.device_set) == 1:

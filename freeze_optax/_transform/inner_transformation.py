@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 
-def checked(verb: str, inner: Any) -> optax.GradientTransformationExtraArgs:
+def as_transformation(verb: str, inner: Any) -> optax.GradientTransformationExtraArgs:
     """The transformation, which then takes extra arguments; a TypeError if it is none.
 
     Args:
