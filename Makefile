@@ -41,7 +41,7 @@ bench: $(VENV)/.test
 # Which changes to the package no test notices: hours on two cores, less with COUNT or ONLY. Stopped,
 # it goes on where it was; to look anew, remove build/mutants.
 mutants: $(VENV)/.mutants
-	$(BIN)/python -m tests.mutants $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m tests.mutation $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
 
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:

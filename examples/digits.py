@@ -82,17 +82,17 @@ def freezing_step(tx):
 
 
 class Run:
-    """One way to train: its compiled step, how far that has got, and what it costs."""
+    """One way to train: its compiled step, its params and accuracies so far, and its costs."""
 
     def __init__(self, name, make_step, tx, params, batch):
         self.name, self.seconds, self.curve = name, [], []
-        # A copy, because a step is donated its arguments and several runs have one start.
+        # A copy, because the step donates its arguments and all runs have the same start.
         self.params = jax.tree.map(jnp.copy, params)
         self.opt_state = tx.init(self.params)
         self.step = make_step(tx).lower(self.params, self.opt_state, *batch).compile()
 
     def advance(self, batch):
-        """Takes one step, and the time that it takes."""
+        """Takes one step, and measures its time."""
         begin = time.perf_counter()
         out = jax.block_until_ready(self.step(self.params, self.opt_state, *batch))
         self.seconds.append(time.perf_counter() - begin)
@@ -114,8 +114,8 @@ def three_ways(params, batch):
     clip, adamw = optax.clip_by_global_norm(1.0), optax.adamw(1e-3)
     labels = {"backbone": "frozen", "head": "trainable"}
     parts = optax.partition({"frozen": optax.set_to_zero(), "trainable": adamw}, labels)
-    # With the clip before the partition, the gradients of the backbone count in the norm, and so
-    # have to be computed; with the clip inside, XLA would find them to be dead code.
+    # With the clip before the partition, the norm counts the gradients of the backbone, so they
+    # have to be computed. With the clip inside, XLA would remove them as dead code.
     partition = optax.chain(clip, parts)
     freezable = fo.freezable(optax.chain(clip, adamw), frozen="backbone")
     return [
@@ -148,7 +148,7 @@ def backbone_bits(params):
 
 
 def tabulate(runs, start):
-    """Makes the table of what the runs reached, and at what cost."""
+    """Makes the table of the accuracies that the runs reached, and of their costs."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     for title in ("test\naccuracy", "optimizer\nstate", "\nFLOPs", "bytes\naccessed", "step\ntime"):
@@ -164,10 +164,10 @@ def tabulate(runs, start):
 
 
 def draw(runs, shares):
-    """Draws how the runs learned, and what share of the first one's costs each has."""
+    """Draws the accuracy of each run over its steps, and its costs as shares of the first one's."""
     figure = Figure(figsize=(8, 3.6), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
-    # Colours that the colour-blind tell apart; one line is wide, to be seen behind another.
+    # Colours that the colour-blind can tell apart. One line is wide, to show behind another.
     styles = [("tab:blue", 2), ("orange", 5), ("black", 1.5)]
     for i, (run, (colour, width)) in enumerate(zip(runs, styles, strict=True)):
         steps, accuracies = np.transpose(run.curve)
@@ -202,7 +202,7 @@ def main():
     start = {"backbone": pretraining.params["backbone"], "head": new["head"]}
     runs = three_ways(start, first)
     for i, batch in enumerate(batches(*train, args.steps, "fine-tuning on 5 to 9"), 1):
-        # In turns, so that whatever else the machine does slows all of them alike.
+        # In turns: if something else slows the machine, it slows all runs.
         for run in runs:
             run.advance(batch)
             if i % 10 == 0 or i == args.steps:
@@ -211,7 +211,7 @@ def main():
     console = Console()
     console.print("What freeze_optax froze:\n")
     console.print(fo.summary(runs[-1].params, runs[-1].opt_state))
-    console.print("\nWhat each way came to:")
+    console.print("\nAccuracy and costs of each way:")
     console.print(tabulate(runs, start))
     fo.testing.assert_frozen(start, runs[-1].params, "backbone")
     count = len(backbone_bits(start))

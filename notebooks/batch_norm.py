@@ -11,23 +11,22 @@
 # ---
 
 # %% [markdown]
-# # BatchNorm, said plainly
+# # The three meanings of "freezing BatchNorm"
 #
-# After this notebook you can say which of three things you mean by "freezing BatchNorm", do each
-# of them alone in Flax Linen and in NNX, and fine-tune on a frozen backbone that is the same
-# function, bit for bit, when you are done.
+# After this notebook you can say which of three things you mean by "freezing BatchNorm". You can do
+# each of them alone, in Flax Linen and in NNX. And you can fine-tune on a frozen backbone that is
+# the same function before and after, bit for bit.
 #
-# - **(a) The affine params**, `scale` and `bias`, are params like any other: the optimizer changes
+# - **(a) The affine params**, `scale` and `bias`, are params like any others. The optimizer changes
 #   them. To keep them, freeze them: `fo.of_type(BatchNorm)`, or a path.
-# - **(b) The running statistics**, `mean` and `var`, belong to no optimizer: the forward pass
-#   changes them, when it runs in training mode. To keep them, hold them:
-#   `fo.hold(new, old, where)`.
-# - **(c) The mode** says what an input is normalised with: in training mode with the statistics of
-#   its own batch, in inference mode with the running ones. It is a flag of the forward pass:
-#   `use_running_average=True`, or `eval()` in NNX.
+# - **(b) The running statistics**, `mean` and `var`, belong to no optimizer. The forward pass
+#   changes them, if it runs in training mode. To keep them, hold them: `fo.hold(new, old, where)`.
+# - **(c) The mode** decides which statistics normalise an input. In training mode these are the
+#   statistics of its own batch, in inference mode the running ones. The mode is a flag of the
+#   forward pass: `use_running_average=True`, or `eval()` in NNX.
 #
-# None of the three implies another one, except that in inference mode nothing updates the
-# statistics, so (c) gives (b).
+# The three are independent, with one exception: in inference mode nothing updates the statistics,
+# so (c) gives (b).
 
 # %%
 import functools
@@ -47,9 +46,9 @@ from freeze_optax import linen as flinen
 from freeze_optax import nnx as fnnx
 
 # %% [markdown]
-# The data: scikit-learn's handwritten digits. A network learns 0 to 4; then its backbone is to be
-# reused for 5 to 9, written with a fainter pen: the same images at 0.3 of their contrast. Every
-# batch is determined by its step.
+# The data are scikit-learn's handwritten digits. A network learns 0 to 4. Then its backbone is
+# reused for 5 to 9 in a fainter pen: these images have 0.3 of their contrast. Each batch depends on
+# its step alone.
 
 
 # %%
@@ -78,8 +77,8 @@ NEW, NEW_TEST = five_digits(5, contrast=0.3)
 # %% [markdown]
 # # Linen
 #
-# A backbone with two BatchNorms and a head with one. Each part is told by itself whether it
-# normalises as in training.
+# The backbone has two BatchNorms, and the head has one. Backbone and head each have an argument for
+# their own mode.
 
 
 # %%
@@ -123,8 +122,8 @@ class Classifier(nn.Module):
 
 
 # %% [markdown]
-# The params hold (a), `scale` and `bias`; a collection of its own holds (b), `mean` and `var`. The
-# optimizer is given the params, so it can neither change nor protect a statistic.
+# The params hold (a), `scale` and `bias`. A collection of its own holds (b), `mean` and `var`. The
+# optimizer gets the params only, so it can neither change nor protect a statistic.
 
 # %%
 MODEL = Classifier()
@@ -136,10 +135,11 @@ for name, collection in variables.items():
             print("  ", jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
 
 # %% [markdown]
-# One training step for all that follows, with a switch for each of the three. What is frozen (a) is
-# in the optimizer state; the mode of the backbone (c) is an argument. Applied with
-# `mutable="batch_stats"`, the model gives its new statistics, and `fo.hold` decides which of them
-# are kept (b): it only chooses between leaves, so it may as well stand inside the jitted step.
+# One training step serves all runs below. It has a switch for each of the three. The optimizer
+# state says what is frozen (a). The mode of the backbone (c) is an argument. With
+# `mutable="batch_stats"`, the model returns its new statistics, and `fo.hold` puts the old ones
+# back where they are held (b). `fo.hold` only chooses between leaves, so it could also be inside
+# the jitted step.
 
 # %%
 TX = fo.freezable(optax.adam(3e-3))
@@ -188,11 +188,11 @@ print(f"test accuracy on 0 to 4: {accuracy(params, stats, *OLD_TEST):.1%}")
 assert accuracy(params, stats, *OLD_TEST) > 0.97
 
 # %% [markdown]
-# ## What moves
+# ## What changes
 #
-# What belongs to a BatchNorm can be said by type, with the table of modules that `linen.modules`
-# reads off the model, or by path; the type needs no naming convention. As Linen keeps params and
-# statistics under the same paths, one selector serves to freeze the former and to hold the latter.
+# You can select the leaves of a BatchNorm by path, or by type. By type needs the table of modules
+# that `linen.modules` makes from the model, but no naming convention. Linen keeps params and
+# statistics under the same paths. So one selector freezes the params and holds the statistics.
 
 # %%
 TABLE = flinen.modules(MODEL, OLD[0][:1])
@@ -202,9 +202,9 @@ for collection in (params, stats):
     print(fo.mask(NORMS, collection)["backbone"])
 
 # %% [markdown]
-# All eight combinations, three steps each. What moved is measured, and so is what normalises: if
-# the features of an image depend on the other images of its batch, then it is the statistics of
-# the batch, else the running ones.
+# The table below has all eight combinations, with three steps each. It measures what changed, and
+# which statistics normalise. If the features of an image depend on the other images of its batch,
+# the statistics of the batch normalise. If not, the running ones do.
 
 
 # %%
@@ -247,15 +247,17 @@ for frozen, held, inference in itertools.product((False, True), repeat=3):
 show(rows)
 
 # %% [markdown]
-# Each switch acts on its own column. To freeze `scale` and `bias` leaves the statistics moving; to
-# hold the statistics leaves the batch normalising in training; inference mode stops both of these
-# and leaves `scale` and `bias` training.
+# Each switch acts on its own column:
 #
-# ## The frozen backbone that changes
+# - Frozen `scale` and `bias` do not stop the statistics.
+# - Held statistics do not stop the batch from normalising in training.
+# - Inference mode stops both, and leaves `scale` and `bias` trainable.
 #
-# The usual way to reuse a backbone: freeze all its params, train a new head. Every param of the
-# backbone stays, bit for bit, and still it becomes another function, as its statistics follow the
-# new data.
+# ## A frozen backbone whose function changes
+#
+# The usual way to reuse a backbone is to freeze all its params and train a new head. Every param of
+# the backbone stays, bit for bit. But its statistics follow the new data, so it becomes another
+# function.
 
 
 # %%
@@ -291,10 +293,10 @@ assert report(*drifted) != "bit-identical"
 assert accuracy(*drifted, *NEW_TEST) > 0.95
 
 # %% [markdown]
-# The number that one watches, the accuracy of the new head, shows nothing of it, as that head was
-# trained along with the statistics. What suffers is all else that relies on the backbone: the old
-# head, features that were computed and stored before, a second model that shares it. How much
-# depends on how different the new data is. The same digits at full contrast:
+# The accuracy of the new head does not show this, because that head was trained along with the
+# statistics. Everything else that uses the backbone gets worse: the old head, features that were
+# computed and stored before, a second model that shares the backbone. How much worse depends on how
+# different the new data are. These are the same digits at full contrast:
 
 # %%
 mild = train((start, start_stats), batches(five_digits(5)[0], STEPS), "backbone")
@@ -303,10 +305,10 @@ print(f"features of 0 to 4: {verdict}")
 assert verdict != "bit-identical"
 
 # %% [markdown]
-# ## The recipe
+# ## What to do
 #
-# Freeze the params of the backbone and run it in inference mode. Then nothing in it moves, and its
-# features have the same bits before and after. The head goes on in training mode, with statistics
+# Freeze the params of the backbone, and run it in inference mode. Then nothing in it changes, and
+# its features have the same bits before and after. The head stays in training mode, with statistics
 # of its own.
 
 # %%
@@ -317,10 +319,10 @@ assert report(*kept) == "bit-identical"
 assert moved(start_stats, kept[1], "head")
 
 # %% [markdown]
-# Where a part of a model cannot be told to run in inference mode, holding its statistics keeps the
-# function too: used for inference, the backbone is the same, bit for bit. But in training it
-# normalises with the batch, so the head learns from other features than it is given later, and the
-# accuracy on the new digits shows that.
+# If a part of a model cannot run in inference mode, hold its statistics. That keeps the function
+# too: in inference, the backbone is the same, bit for bit. But in training it normalises with the
+# batch. So the head learns from other features than it gets later, and the accuracy on the new
+# digits is lower.
 
 # %%
 held = train((start, start_stats), batches(NEW, STEPS), "backbone", held="backbone")
@@ -334,9 +336,9 @@ print(f"features of a batch of 5 to 9, from inference to training mode: {compare
 # %% [markdown]
 # # NNX
 #
-# The same network. Statistics are variables of the type `nnx.BatchStat`, params are `nnx.Param`,
-# and `wrt=nnx.Param` gives the optimizer the latter. The mode is an attribute of each BatchNorm,
-# which `train()` and `eval()` set on a module and all that is in it.
+# This is the same network. Statistics are variables of the type `nnx.BatchStat`, and params are
+# `nnx.Param`. `wrt=nnx.Param` gives the optimizer the params only. The mode is an attribute of each
+# BatchNorm. `train()` and `eval()` set it on a module and on all modules in it.
 
 
 # %%
@@ -375,8 +377,8 @@ class NnxClassifier(nnx.Module):
 
 # %% [markdown]
 # The forward pass writes the new statistics into the model. To hold some, keep the old ones and
-# write those back. `nnx.state` gives the very variables that the forward pass writes to, so it
-# takes a copy to keep what they hold now.
+# write them back. `nnx.state` gives the very variables that the forward pass writes to. So make a
+# copy to keep their present values.
 
 
 # %%
@@ -404,8 +406,8 @@ def train_nnx(model, batches, frozen=fo.nothing, *, held=fo.nothing, train_backb
 
 
 # %% [markdown]
-# The order matters: `model.train()` sets every BatchNorm in the model to training mode, so a
-# backbone that is to stay in inference mode is told so after it, and again after each evaluation
+# The order matters. `model.train()` sets every BatchNorm in the model to training mode. To keep the
+# backbone in inference mode, call `model.backbone.eval()` after it, and again after each evaluation
 # that ends with `model.train()`.
 
 
@@ -426,10 +428,10 @@ print(f"test accuracy on 0 to 4: {nnx_accuracy(pretrained, *OLD_TEST):.1%}")
 assert nnx_accuracy(pretrained, *OLD_TEST) > 0.97
 
 # %% [markdown]
-# ## What moves
+# ## What changes
 #
-# `fo.of_type` reads the types from the model, where the functions of `freeze_optax.nnx` are given
-# it. The table comes out as that of Linen.
+# The functions of `freeze_optax.nnx` get the model, so `fo.of_type` reads the types from it. The
+# table is the same as that of Linen.
 
 # %%
 nnx_rows = []
@@ -448,10 +450,10 @@ show(nnx_rows)
 assert nnx_rows == rows
 
 # %% [markdown]
-# ## The frozen backbone that changes, and the recipe
+# ## The three ways to reuse the backbone
 #
-# The three ways again: params frozen and nothing else, with the backbone in inference mode, and
-# with its statistics held.
+# These are the three ways again: with the params frozen and nothing else, with the backbone also in
+# inference mode, and with its statistics held.
 
 
 # %%
@@ -476,13 +478,13 @@ for name, switches in ways.items():
     assert (verdict == "bit-identical") == bool(switches)
 
 # %% [markdown]
-# What to take away:
+# In short:
 #
-# - "The backbone is frozen" is a sentence about params, and an optimizer can promise no more. For a
-#   backbone with BatchNorm, add inference mode.
-# - Hold statistics where inference mode is out of reach, or where you want batches to normalise in
-#   training and yet the running statistics to stay.
+# - "The backbone is frozen" is a statement about params, and an optimizer can promise no more. For
+#   a backbone with BatchNorm, add inference mode.
+# - Hold statistics where inference mode is not possible. Or hold them where batches should
+#   normalise in training, but the running statistics should stay.
 # - Held statistics describe the layers below them as they were. If those layers train, the
-#   statistics no longer fit; so freeze what lies below a BatchNorm whose statistics stay.
-# - To freeze `scale` and `bias` alone saves neither of the other two. It is of use where the
-#   statistics are meant to follow the new data and the affine map is not.
+#   statistics no longer fit. So freeze what is below a BatchNorm whose statistics stay.
+# - To freeze `scale` and `bias` alone keeps neither the statistics nor the mode. It is useful where
+#   the statistics should follow the new data and the affine map should not.

@@ -14,12 +14,12 @@
 # # Gradual unfreezing
 #
 # After this notebook you can thaw a pretrained network layer group by layer group, from the top
-# down, as ULMFiT does ([Howard and Ruder, 2018](https://arxiv.org/abs/1801.06146)); write the plan
-# as data; interrupt and resume the run at any step without changing one bit of it; and say what
-# is lost when the optimizer is started anew at each thaw, and what is not.
+# down, as ULMFiT does ([Howard and Ruder, 2018](https://arxiv.org/abs/1801.06146)). You can write
+# the phases as data. You can interrupt and resume the run at any step without changing one bit of
+# it. And you can say what is lost when the optimizer is started anew at each thaw, and what is not.
 #
 # The task: a small convolutional network learns the digits 0 to 4 of scikit-learn's handwritten
-# digits, then gets a new head and learns 5 to 9.
+# digits. Then it gets a new head and learns 5 to 9.
 
 # %%
 import functools
@@ -41,7 +41,7 @@ import freeze_optax as fo
 # %% [markdown]
 # ## A pretrained network
 #
-# Four layer groups. From the bottom: `conv_0`, `conv_1`, `dense`, `head`.
+# It has four layer groups. From the bottom, these are `conv_0`, `conv_1`, `dense` and `head`.
 
 
 # %%
@@ -74,8 +74,8 @@ def evaluate(params, images, labels):
 
 
 # %% [markdown]
-# A batch depends on nothing but the seed and the step, so a resumed run sees the batches that the
-# uninterrupted one sees.
+# A batch depends on the seed and the step alone. So a resumed run gets the same batches as a run
+# that was not interrupted.
 
 
 # %%
@@ -94,10 +94,11 @@ def batch(data, seed, step):
 
 
 # %% [markdown]
-# The training step, written once. What is frozen travels in `opt_state`, so the step needs no
-# change when layers thaw: `jax.jit` traces it again when the plan changes, and only then. The
-# counter shows this, as Python code in a jitted function runs only while it is traced. The step
-# also returns the size of the update of each layer group (root mean square), to look at later.
+# The training step is written once. `opt_state` carries what is frozen, its *plan*. So the step
+# needs no change when layers thaw: `jax.jit` traces it again when the plan changes, and only then.
+# The counter shows this, because Python code in a jitted function runs only while the function is
+# traced. The step also returns the size of the update of each layer group (root mean square), for
+# later.
 
 # %%
 LR = 1e-3
@@ -131,11 +132,11 @@ pretrained = params
 print(f"pretraining on 0 to 4: loss {loss:.3f} after 200 steps, {step.traces} trace")
 
 # %% [markdown]
-# ## The plan
+# ## The phases
 #
-# From each step on, what is frozen: first all but the head, then one group less every 100 steps.
-# `validate` resolves all phases now, so that a typo in the last one does not wait for step 300 to
-# show.
+# `fo.Phases` says from each step on what is frozen. Here this is first all but the head, then one
+# group less every 100 steps. `validate` resolves all phases now. So a typo in the last phase is an
+# error now, and not at step 300.
 
 # %%
 phases = fo.Phases({0: "{conv_0,conv_1,dense}", 100: "conv_{0,1}", 200: "conv_0", 300: fo.nothing})
@@ -149,8 +150,8 @@ except ValueError as error:
 # %% [markdown]
 # ## The run
 #
-# `set_frozen` runs before every step. Within a phase it returns the state itself; where a phase
-# begins, the leaves that train already keep their moments and counts, and the thawed ones get
+# `set_frozen` runs before every step. Within a phase it returns the state itself. Where a phase
+# begins, the leaves that train already keep their moments and counts, and the thawed leaves get
 # fresh ones.
 
 # %%
@@ -198,8 +199,8 @@ print(f"test accuracy at the end: {kept[STEPS - 1]['accuracy']:.1%}")
 assert step.traces == len(phases.starts)
 
 # %% [markdown]
-# Loss and accuracy are of the test set. The loss of the first phase stays high, as a new head on
-# features made for other digits can do no better.
+# Loss and accuracy are those of the test set. The loss of the first phase stays high, because a new
+# head alone cannot do better on features that were made for other digits.
 
 # %%
 BLUE, ORANGE = "#0072B2", "#E69F00"
@@ -236,9 +237,9 @@ plt.show()
 # %% [markdown]
 # ## Interrupted and resumed
 #
-# Stopped in the middle of the third phase, where three groups train that have taken 250, 150 and
-# 50 steps. `export_state` turns the state into a nested dict of arrays, which any checkpointer
-# stores; here flax's msgpack does.
+# The run is stopped in the middle of the third phase. Three groups train there, and they have taken
+# 250, 150 and 50 steps. `export_state` turns the state into a nested dict of arrays. Any
+# checkpointer can store that; here it is flax's msgpack.
 
 # %%
 STOP = 250
@@ -253,8 +254,8 @@ del params, opt_state, stored
 print(f"{checkpoint.name}: {checkpoint.stat().st_size:,} bytes")
 
 # %% [markdown]
-# All that the resumed run has is the file and the code: the transformation and the step are made
-# anew. `import_state` needs no template of what was frozen at step 250, as that is in the file.
+# The resumed run has only the file and the code: the transformation and the step are made anew.
+# `import_state` needs no template of what was frozen at step 250, because the file contains it.
 
 # %%
 restored = flax.serialization.msgpack_restore(checkpoint.read_bytes())
@@ -273,8 +274,8 @@ assert all(jax.tree.leaves(same))
 # %% [markdown]
 # ## Against starting the optimizer anew
 #
-# Without an edit of the state, a new set of trainable layers means a new `optax.partition`, and
-# `init` again at each thaw: the moments of the layers that were training are lost. Batches, start
+# Without an edit of the state, a new set of trainable layers needs a new `optax.partition`, and
+# `init` again at each thaw. This loses the moments of the layers that were training. Batches, start
 # and learning rate are the same as above.
 
 
@@ -321,8 +322,8 @@ mark_thaws(figure, panels)
 plt.show()
 
 # %% [markdown]
-# The same over five seeds (heads and batches; the pretrained network is one): the means at the
-# step before each thaw and at the thaw.
+# Now the same over five seeds, for heads and batches. The pretrained network is the same for all.
+# The output has the means at the step before each thaw and at the thaw.
 
 # %%
 watch = {i for begin in THAWS for i in (begin - 1, begin)} | {STEPS - 1}
@@ -359,23 +360,24 @@ for label in runs:
 # %% [markdown]
 # What this shows, and what it does not:
 #
-# - Adam's first update from zero moments is about one learning rate for every weight, however
-#   small its gradient. Started anew, the trained head gets such an update at each thaw: 0.91 lr,
-#   where with its state kept it goes on at 0.34, 0.09 and 0.05.
-# - The test loss shows it at step 200: from 0.130 to 0.174 in one step, against 0.133 to 0.129. In
-#   the figure that is gone by about step 240. At step 100 the kick is 0.023 of 1.13, and at step
-#   300 it is within the noise. Just before the next thaw the run started anew is no worse: 0.130
-#   against 0.133, and 0.095 against 0.097.
-# - The thawed layer itself takes a first update of 0.90 to 0.97 lr in both runs, as it is new to
-#   the optimizer in both. To soften that takes a warm-up; keeping state does not do it.
-# - At the end there is no difference beyond the spread of the seeds, in accuracy or in loss. On a
-#   task this small and this easy, the lost moments cost a kick, not the result.
+# - From zero moments, Adam's first update is about one learning rate (lr) for every weight, however
+#   small its gradient is. If Adam is started anew, the trained head gets such an update at each
+#   thaw: 0.91 lr. If its state is kept, it goes on at 0.34, 0.09 and 0.05.
+# - The test loss shows this at step 200. Started anew, it goes from 0.130 to 0.174 in one step.
+#   With the state kept, it goes from 0.133 to 0.129. In the figure the difference is gone by about
+#   step 240. At step 100 the jump is 0.023 of 1.13, and at step 300 it is within the noise. Just
+#   before the next thaw the run that was started anew is no worse: 0.130 against 0.133, and 0.095
+#   against 0.097.
+# - The thawed layer itself takes a first update of 0.90 to 0.97 lr in both runs, because it is new
+#   to the optimizer in both. A warm-up makes that update smaller. Keeping the state does not.
+# - At the end there is no difference beyond the spread of the seeds, in accuracy or in loss. The
+#   task is small and easy: the lost moments cost a jump in the loss, not the result.
 # %% [markdown]
 # ## Why a thawed leaf has its own count
 #
-# Adam divides its moments by `1 - beta ** count`, as they start at zero. Fresh moments with the
-# old count of the optimizer are not corrected as they should be. The first update of a thawed
-# leaf, in units of the learning rate, after so many steps of the others:
+# Adam's moments start at zero, so Adam divides them by `1 - beta ** count`. With the old count of
+# the optimizer, this correction is wrong for fresh moments. The output is the first update of a
+# thawed leaf, in units of the learning rate, after so many steps of the other leaves:
 
 
 # %%

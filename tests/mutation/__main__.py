@@ -51,16 +51,21 @@ OPERATORS = [
 def mutants(only: str) -> list[dict[str, Any]]:
     """The mutants of the files whose name has `only` in it, in their drawn order."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted(path for path in (ROOT / PACKAGE).glob("*.py") if only in path.name):
+    files = {path.relative_to(ROOT / PACKAGE).as_posix(): path for path in _sources()}
+    for file, path in sorted((file, path) for file, path in files.items() if only in file):
         source = path.read_text()
         tree = ast.parse(source)
         for name, (first, last), text in [*_operated(path, tree), *_without_calls(source, tree)]:
             near = [list(range(first, last + 1)), *_around(tree, first)]
-            mutant = {"file": path.name, "operator": name, "near": near, "text": text}
-            found.setdefault((path.name, text), mutant)
+            mutant = {"file": file, "operator": name, "near": near, "text": text}
+            found.setdefault((file, text), mutant)
     drawn = list(found.values())
     random.Random(0).shuffle(drawn)
     return drawn
+
+
+def _sources() -> Iterator[Path]:
+    return (ROOT / PACKAGE).rglob("*.py")
 
 
 def _operated(path: Path, tree: ast.Module) -> Iterator[tuple[str, tuple[int, int], str]]:
@@ -152,7 +157,7 @@ def run_suite() -> None:
     lines: dict[str, dict[int, list[int]]] = {}
     for file in data.measured_files():
         contexts = data.contexts_by_lineno(file).items()
-        lines[Path(file).name] = {
+        lines[Path(file).relative_to(ROOT / PACKAGE).as_posix()] = {
             line: sorted({tests.setdefault(x.rsplit("|", 1)[0], len(tests)) for x in names if x})
             for line, names in contexts
         }

@@ -70,8 +70,8 @@ class Package:
                 cache.cache_clear()
 
     def _swapped_globals(self, file: str, text: str) -> list[Callable[[], None]]:
-        stem = Path(file).stem
-        module = sys.modules[self._name if stem == "__init__" else f"{self._name}.{stem}"]
+        parts = Path(file).relative_to(self._folder).with_suffix("").parts
+        module = sys.modules[".".join((self._name, *parts)).removesuffix(".__init__")]
         scratch = types.ModuleType(module.__name__)
         try:
             exec(compile(text, file, "exec"), vars(scratch))

@@ -1,4 +1,4 @@
-"""Runs mutants one after another in a process that has all tests collected; see `mutants.py`."""
+"""Runs mutants one after another in a process that has all tests collected; see `__main__.py`."""
 
 import collections
 import itertools
@@ -56,8 +56,8 @@ class Tests:
         names: set[str] = set()
         for block in mutant["near"]:
             names = names or {self._names[i] for line in block for i in lines.get(str(line), ())}
-        stem = mutant["file"].removesuffix(".py").lstrip("_")
-        own = f"tests/test_{stem}"
+        room, _, file = mutant["file"].rpartition("/")
+        own = f"tests/{room.lstrip('_')}/test_{file.removesuffix('.py')}".replace("//", "/")
         names = names or {name for name in self._seconds if name.startswith(own)}
         killers = names & self._killers[mutant["file"]]
         near = {name for name in names if name.startswith(own)} - killers
