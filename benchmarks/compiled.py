@@ -24,6 +24,8 @@ FIGURES = (
     "state bytes",
 )
 Costs = dict[str, float]
+Options = tuple[tuple[str, Any], ...] | None
+"""Names and values for `compiler_options`, hashable."""
 LIMIT = 1.02
 
 
@@ -35,8 +37,8 @@ def has(way: Way, case: Case) -> bool:
     return way.cohorts or case.cohorts == 1
 
 
-def costs(case: Case, way: Way, donated: bool) -> Costs:
-    """The figures of a step.
+def costs(case: Case, way: Way, donated: bool, options: Options = None) -> Costs:
+    """The figures of a step, compiled with these options, or with those of the process.
 
     Of gradients and update jitted apart these are the sums, and of temporary and peak bytes the
     larger ones. Peak bytes are those of arguments, outputs and temporaries together, donated
@@ -46,7 +48,7 @@ def costs(case: Case, way: Way, donated: bool) -> Costs:
     each = []
     for stage in stages(case, parts):
         jitted = jax.jit(stage.function, donate_argnums=stage.donated if donated else ())
-        compiled = jitted.lower(*stage.args).compile()
+        compiled = jitted.lower(*stage.args).compile(compiler_options=options and dict(options))
         analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
         held = memory.argument_size_in_bytes - memory.alias_size_in_bytes
         each.append(
@@ -66,10 +68,10 @@ def costs(case: Case, way: Way, donated: bool) -> Costs:
 _limits = functools.cache(costs)
 
 
-def limits(case: Case, way: Way, donated: bool) -> Costs:
+def limits(case: Case, way: Way, donated: bool, options: Options = None) -> Costs:
     """The figures of code split by hand that returns as much; it has one cohort in any case."""
     reference = WAYS[BY_HAND if way.whole else BY_HAND_PART]
-    return _limits(dataclasses.replace(case, cohorts=1), reference, donated)
+    return _limits(dataclasses.replace(case, cohorts=1), reference, donated, options)
 
 
 def ratio(figure: float, limit: float) -> float:

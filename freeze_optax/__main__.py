@@ -1,4 +1,4 @@
-"""So that `python -m freeze_optax` is the command line."""
+"""Makes `python -m freeze_optax` run the command line."""
 
 from freeze_optax._files.command_line import main
 

@@ -19,12 +19,12 @@ __all__ = ["modules"]
 
 
 def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:
-    """The modules of a Linen model by path, so that selectors can ask for their type.
+    """Returns the modules of a Linen model by path, so that selectors can ask for their type.
 
-    Linen keeps params apart from the modules that made them. This traces the model abstractly,
-    without computing anything or allocating memory, and notes each module that takes part,
-    whether written with `setup` or `nn.compact`, shared, or lifted by `nn.scan`, `nn.remat` or
-    `nn.vmap`.
+    Linen keeps params apart from the modules that made them. This function traces the model
+    abstractly, so it computes nothing and allocates no memory. It records each module that is
+    called, whether it is written with `setup` or `nn.compact`, shared, or lifted by `nn.scan`,
+    `nn.remat` or `nn.vmap`.
 
     Examples:
       >>> import jax
@@ -42,17 +42,17 @@ def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:
 
     Args:
       module: The model, not bound.
-      *args: The arguments of its `__call__`: arrays or `jax.ShapeDtypeStruct`s, which are traced,
-        and anything else, which is passed on as it is.
+      *args: The arguments of its `__call__`. Arrays and `jax.ShapeDtypeStruct`s are traced.
+        Anything else is passed on unchanged.
       **kwargs: The same by keyword; also the `method` and `mutable` of `module.init`.
 
     Returns:
-      A dict from paths relative to `variables["params"]`, `""` for the model itself, to modules.
-      These are not bound: they have the type and the attributes, but no variables.
+      A dict from paths relative to `variables["params"]` to modules, with `""` for the model
+      itself. The modules are not bound: they have the type and the attributes, but no variables.
 
     Raises:
-      TypeError: If `module` is no Linen module.
-      Exception: What the model itself raises of these arguments.
+      TypeError: If `module` is not a Linen module.
+      Exception: Any error that the model itself raises for these arguments.
     """
     if not isinstance(module, linen.Module):
         raise TypeError(
@@ -61,37 +61,37 @@ def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:
         )
     leaves, treedef = jax.tree.flatten((args, kwargs))
 
-    def trace() -> tuple[_Notes, Any]:
-        notes = _Notes()
+    def trace() -> tuple[_Recorder, Any]:
+        recorder = _Recorder()
 
         def init(arrays: list[Any]) -> Any:
-            given = iter(arrays)
-            args, kwargs = treedef.unflatten(next(given) if is_array(x) else x for x in leaves)
-            with linen.intercept_methods(notes.intercept), notes:
+            traced = iter(arrays)
+            args, kwargs = treedef.unflatten(next(traced) if is_array(x) else x for x in leaves)
+            with linen.intercept_methods(recorder.intercept), recorder:
                 return module.init(jax.random.key(0), *args, **kwargs)
 
-        return notes, jax.eval_shape(init, [x for x in leaves if is_array(x)])
+        return recorder, jax.eval_shape(init, [x for x in leaves if is_array(x)])
 
-    notes, variables = trace()
-    if not notes.cover(variables):
-        # What `nn.jit` has traced before is not run again. Without jit it is, but then a scan
-        # takes as long as its steps, so only where something is missing.
+    recorder, variables = trace()
+    if not recorder.covers(variables):
+        # A method under `nn.jit` that was traced before does not run again. Without jit it runs.
+        # But then a scan runs all of its steps, so this is done only if a module is missing.
         with jax.disable_jit():
-            notes, _ = trace()
-    return Modules(notes.found, more=notes.more)
+            recorder, _ = trace()
+    return Modules(recorder.by_path, more=recorder.more)
 
 
-class _Notes:
-    """The modules whose methods are called while a model is initialised.
+class _Recorder:
+    """Records the modules whose methods are called while a model is initialised.
 
     Attributes:
-      found: The first module at each path. A lifted module (`nn.scan`, `nn.remat`) is seen once
-        more as a wrapper at the path of the module that it stands in.
-      more: Others at the same path, as `nn.share_scope` puts them.
+      by_path: The first module at each path. A lifted module (`nn.scan`, `nn.remat`) is called once
+        more as a wrapper, at the path of the module that contains it.
+      more: Further modules at a path that has one already, which `nn.share_scope` puts there.
     """
 
     def __init__(self):
-        self.found: dict[str, linen.Module] = {}
+        self.by_path: dict[str, linen.Module] = {}
         self.more: list[tuple[str, linen.Module]] = []
         self._root: Any = None
         self._foreign = 0
@@ -100,15 +100,15 @@ class _Notes:
         self._root = None
 
     def __exit__(self, *_: object) -> None:
-        self._root = None  # It holds tracers.
+        self._root = None  # it holds tracers
 
     def intercept(self, fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Notes a module and calls its method; an interceptor for `linen.intercept_methods`."""
+        """Records a module and calls its method; an interceptor for `linen.intercept_methods`."""
         self._root = self._root or context.module
-        # A model that is initialised or applied inside of this one has paths of its own.
+        # The paths of another model, initialised or applied inside this one, are not ours.
         is_foreign = bool(self._foreign) or self._is_other_root(context.module)
         if not is_foreign:
-            self._note(context.module)
+            self._record(context.module)
         self._foreign += is_foreign
         try:
             return fun(*args, **kwargs)
@@ -116,29 +116,31 @@ class _Notes:
             self._foreign -= is_foreign
 
     def _is_other_root(self, module: Any) -> bool:
+        """Whether a module is the root of another model, not of the recorded one."""
         root = self._root
         is_lifted = isinstance(root, type(module)) or isinstance(module, type(root))
         return not module.path and module.scope is not root.scope and not is_lifted
 
-    def _note(self, module: Any) -> None:
-        if isinstance(module.parent, linen.Module):  # whose own methods may never be called
-            self._note(module.parent)
+    def _record(self, module: Any) -> None:
+        """Records a module, and before it the modules that it is in."""
+        if isinstance(module.parent, linen.Module):  # its own methods may never be called
+            self._record(module.parent)
         path = "/".join(module.path)
-        if path not in self.found:
-            self.found[path] = _unbound(module)
+        if path not in self.by_path:
+            self.by_path[path] = _unbound(module)
         elif type(module).__module__ != "flax.linen.transforms":
-            known = [self.found[path], *(other for p, other in self.more if p == path)]
-            if not any(isinstance(other, type(module)) for other in known):
+            recorded = [self.by_path[path], *(other for p, other in self.more if p == path)]
+            if not any(isinstance(other, type(module)) for other in recorded):
                 self.more.append((path, _unbound(module)))
 
-    def cover(self, variables: Any) -> bool:
-        """Whether there is a module for each of the params."""
+    def covers(self, variables: Any) -> bool:
+        """Whether each of the params belongs to a recorded module."""
         paths = Leaves(variables.get("params", {})).paths
-        return all(path.rpartition("/")[0] in self.found for path in paths)
+        return all(path.rpartition("/")[0] in self.by_path for path in paths)
 
 
 def _unbound(module: Any) -> linen.Module:
-    """A copy that holds nothing of the trace."""
+    """Returns a copy of a module that holds nothing of the trace."""
     fields = [field.name for field in dataclasses.fields(module) if field.init]
     values = {name: getattr(module, name) for name in fields if name not in ("parent", "name")}
     traced = {name: value for name, value in values.items() if _is_traced(value)}

@@ -1,7 +1,7 @@
 """Flax NNX: freezing with the model at hand, and editing an optimizer in place.
 
-An optimizer goes on with an exported state if that is what it starts with, as NNX keeps a state in
-Variables of its own; its `step` is NNX's, and in no export (`optimizer.step[...] = step`).
+NNX keeps a state in Variables of its own. So to continue with an exported state, let the optimizer
+start with it. Its `step` belongs to NNX and is not exported: set `optimizer.step[...] = step`.
 
     >>> import optax
     >>> import freeze_optax as fo
@@ -39,11 +39,11 @@ __all__ = ["freeze", "grad", "modules", "set_frozen", "thaw", "value_and_grad", 
 
 
 def modules(module: nnx.Module, /) -> Modules:
-    """The modules of an NNX model by path, so that selectors can ask for their type.
+    """Returns the modules of an NNX model by path, so that selectors can ask for their type.
 
-    The functions here that are given the model need no such table. `freezable` does inside an
-    `nnx.Optimizer`, which hands it an `nnx.State`: variables without their modules. NNX's own
-    filter `OfType(nnx.BatchNorm)` sees no modules either, and matches nothing.
+    The functions of this module that take the model need no such table. `freezable` needs one
+    inside an `nnx.Optimizer`, which passes it an `nnx.State`: variables without their modules. For
+    the same reason NNX's own filter `OfType(nnx.BatchNorm)` matches nothing there.
 
     Examples:
       >>> import optax
@@ -62,34 +62,34 @@ def modules(module: nnx.Module, /) -> Modules:
       module: The model.
 
     Returns:
-      A dict from paths, `""` for the model itself, to the very modules; a shared module is under
-      each of its paths. The params of a shared Variable are in an `nnx.State` once; the table
-      knows their other paths, so that selectors find them by any.
+      A dict from paths to the module objects of the model, with `""` for the model itself. A shared
+      module is under each of its paths. An `nnx.State` has the params of a shared Variable once, at
+      one of its paths. The table knows the other paths too, so selectors find them by any path.
 
     Raises:
-      TypeError: If `module` is none of NNX.
+      TypeError: If `module` is not an NNX module.
     """
     if not isinstance(module, nnx.Module):
         raise TypeError(f"an NNX module is needed here, not a {type(module).__name__}")
-    found: dict[str, nnx.Module] = {}
+    by_path: dict[str, nnx.Module] = {}
     paths: dict[int, list[str]] = {}
     for path, node in walk_nodes(module, _children):
         if isinstance(node, nnx.Module):
-            found[path] = node
+            by_path[path] = node
         elif is_variable(node):
             paths.setdefault(id(node), []).append(path)
     shared = [group for group in paths.values() if len(group) > 1]
     aliases: dict[str, str] = {}
     if shared:
-        own = {path_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
+        state_paths = {path_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
         for group in shared:
-            kept = [path for path in group if path in own]
-            aliases.update((path, kept[0]) for path in group if kept and path not in kept)
-    return Modules(found, aliases)
+            stored = [path for path in group if path in state_paths]
+            aliases.update((path, stored[0]) for path in group if stored and path not in stored)
+    return Modules(by_path, aliases)
 
 
 def _children(node: Any) -> list[tuple[KeyPath, Any]] | None:
-    # With `pytree=False` a class is a leaf to jax; its attributes are what its graph has.
+    # To jax an object of a class with `pytree=False` is a leaf. NNX looks into its attributes.
     below = children_of(node)
     if below is None and isinstance(node, nnx.Pytree):
         return [((k,), v) for k, v in sorted(vars(node).items()) if not k.startswith("_pytree__")]
@@ -98,7 +98,7 @@ def _children(node: Any) -> list[tuple[KeyPath, Any]] | None:
 
 @final
 class _OnModel(Selector):
-    """A spec for the variables of a model, with what only the model tells: types and aliases."""
+    """A spec for the variables of a model, with the modules and aliases that only the model has."""
 
     def __init__(self, spec: Spec, model: nnx.Module):
         self._selector, self._modules = as_selector(spec), modules(model)
@@ -114,7 +114,7 @@ class _OnModel(Selector):
 @final
 @dataclasses.dataclass(frozen=True)
 class _Variables:
-    """An NNX filter of the variables at some paths."""
+    """An NNX filter that matches the variables at some paths."""
 
     paths: frozenset[KeyPath]
 
@@ -127,23 +127,24 @@ class _Variables:
 
 
 def _trainable(leaves: Leaves, frozen: Sequence[Flag]) -> _Variables:
-    # One that is frozen by rows has to be differentiated as a whole.
+    """Returns the filter of the variables to differentiate, also those with some frozen rows."""
     flagged = nnx.to_flat_state(leaves.rebuild(flag is True for flag in frozen))
     flags = {tuple(path): Leaves(variable).values for path, variable in flagged}
-    parts = [path for path, inside in flags.items() if any(inside) and not all(inside)]
+    parts = [path for path, inner in flags.items() if any(inner) and not all(inner)]
     if parts:
         raise ValueError(
             f"NNX takes a Variable as a whole, but of {path_text(parts[0])!r} only some leaves are "
             "frozen; freeze all of them or none, or make a Variable of each"
         )
-    return _Variables(frozenset(path for path, inside in flags.items() if not any(inside)))
+    return _Variables(frozenset(path for path, inner in flags.items() if not any(inner)))
 
 
 def wrt(model: nnx.Module, where: Spec) -> Callable[[KeyPath, Any], bool]:
-    """An NNX filter of the `nnx.Param`s of a model that are trainable: all but the selected ones.
+    """Returns an NNX filter of the trainable `nnx.Param`s of a model: all but the selected ones.
 
-    For `nnx.Optimizer(wrt=…)` with a plain optax transformation, and `nnx.DiffState(0, …)`. Such
-    an optimizer can't thaw anything later; one of `freezable` with `wrt=nnx.Param` can.
+    It is for `nnx.Optimizer(wrt=…)` with a plain optax transformation, and for
+    `nnx.DiffState(0, …)`. Such an optimizer cannot thaw anything later. An optimizer of `freezable`
+    with `wrt=nnx.Param` can.
 
     Examples:
       >>> import optax
@@ -161,13 +162,13 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[KeyPath, Any], bool]:
       where: What is frozen: any spec, see `freeze_optax.mask`. Types are read from the model.
 
     Returns:
-      A hashable filter; two are equal if they let the same variables through. It holds paths, as
-      resolved now, and goes on fitting the model while its variables stay where they are.
+      A hashable filter. Two filters are equal if they match the same variables. A filter holds the
+      paths that the spec selects now, so it is right as long as the variables keep their paths.
 
     Raises:
       ValueError: If the spec does not fit the params, or freezes a part of a Variable.
-      IndexError: If it is one of the layers, by an index that is out of range.
-      TypeError: If `model` is no NNX module.
+      IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
+      TypeError: If `model` is not an NNX module.
     """
     leaves = Leaves(nnx.state(model, nnx.Param))
     flags = resolve(_OnModel(where, model), leaves)
@@ -183,10 +184,9 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[KeyPath, Any], bool]:
 def value_and_grad(
     fun: Callable[..., Any], frozen: Spec, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """As `nnx.value_and_grad`, but with no backward pass for frozen variables.
+    """As `nnx.value_and_grad`, but without a backward pass for frozen variables.
 
-    What `fun` does to the other state of the model (BatchNorm statistics, RNG counts) reaches the
-    model, as with NNX's own.
+    `fun` updates the other state of the model too (BatchNorm statistics, RNG counts), as with NNX.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -202,22 +202,22 @@ def value_and_grad(
       >>> updates = optimizer.update(model, grads)
 
     Args:
-      fun: Takes the model first, and gives a real scalar; with `has_aux`, a pair of that and
-        anything.
-      frozen: What not to differentiate: any spec, see `freeze_optax.mask`, most safely the
+      fun: Takes the model first and returns a real scalar; with `has_aux`, (scalar, anything).
+      frozen: What not to differentiate: any spec, see `freeze_optax.mask`. It is safest to pass the
         optimizer. Types are read from the model.
-      has_aux: Whether `fun` gives a pair.
+      has_aux: Whether `fun` returns a pair.
 
     Returns:
-      A function of the arguments of `fun`, the model by position, that gives the pair of its value
-      and the gradient, an `nnx.State` that `optimizer.update(model, grads)` takes: of the variables
-      of the optimizer if `frozen` is one, else of all `nnx.Param`s, with zeros at the frozen ones.
+      A function with the arguments of `fun`, the model by position. It returns the pair of the
+      value of `fun` and the gradient, an `nnx.State` that `optimizer.update(model, grads)` takes.
+      The gradient has the variables of the optimizer if `frozen` is one, else all `nnx.Param`s,
+      with zeros at the frozen ones.
 
     Raises:
-      ValueError: If `frozen` is the state of `freeze_optax.scheduled`; when called, if the spec
-        does not fit the params, or freezes some leaves of a tree in a Variable.
-      IndexError: When called, if the spec is one of the layers, by an index that is out of range.
-      TypeError: When called, if the first argument is no NNX module.
+      ValueError: If `frozen` is the state of `freeze_optax.scheduled`. When called, if the spec
+        does not fit the params, or freezes some leaves, but not all, of a tree in a Variable.
+      IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
+      TypeError: When called, if the first argument is not an NNX module.
     """
     if schedules_in_spec(frozen):
         raise ValueError(
@@ -231,15 +231,15 @@ def value_and_grad(
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(_OnModel(nothing if is_bare else frozen, model), leaves)
         argument = nnx.DiffState(0, _trainable(leaves, flags))
-        both = nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)
-        value, moved = both(model, *args, **kwargs)
-        return value, _with_zeros(leaves, flags, moved)
+        value_and_trainable_grad = nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)
+        value, gradient = value_and_trainable_grad(model, *args, **kwargs)
+        return value, _with_zeros(leaves, flags, gradient)
 
     return value_and_grad_fn
 
 
 def _filter_of(frozen: Spec) -> Any:
-    """Which variables a gradient has: those of the optimizer, where there is one."""
+    """Returns a filter of the variables of a gradient: the optimizer's, if `frozen` is one."""
     if isinstance(frozen, nnx.Optimizer):
         return frozen.wrt
     states = [] if isinstance(frozen, Selector | str) else states_in(frozen)
@@ -249,23 +249,25 @@ def _filter_of(frozen: Spec) -> Any:
     return lambda path, _: path_text(path) in nodes
 
 
-def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], moved: Any) -> Any:
-    zeros, gradients = Zeros(), dict(nnx.to_flat_state(moved))
-    whole = Leaves(
+def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
+    """Returns the gradient with zeros at all frozen variables and rows."""
+    zeros, by_path = Zeros(), dict(nnx.to_flat_state(gradient))
+    complete = Leaves(
         nnx.from_flat_state(
-            (path, gradients[path] if path in gradients else _zeros_like(variable, zeros))
+            (path, by_path[path] if path in by_path else _zeros_like(variable, zeros))
             for path, variable in nnx.to_flat_state(leaves.tree)
         )
     )
-    return whole.rebuild(
+    return complete.rebuild(
         scatter_rows(take_rows(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
-        for x, flag in zip(whole.values, frozen, strict=True)
+        for x, flag in zip(complete.values, frozen, strict=True)
     )
 
 
 def _zeros_like(variable: Any, zeros: Zeros) -> Any:
-    inside = Leaves(variable)
-    return inside.fill_leaves(map(zeros.gradient, inside.values))
+    """Returns a variable with zeros in the place of its leaves, for a gradient."""
+    leaves = Leaves(variable)
+    return leaves.fill_leaves(map(zeros.gradient, leaves.values))
 
 
 def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callable[..., Any]:
@@ -280,24 +282,22 @@ def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callab
       Array(False, dtype=bool)
 
     Args:
-      fun: Takes the model first, and gives a real scalar; with `has_aux`, a pair of that and
-        anything.
-      frozen: What not to differentiate: any spec, see `freeze_optax.mask`.
-      has_aux: Whether `fun` gives a pair.
+      fun: As for `value_and_grad`.
+      frozen: As for `value_and_grad`.
+      has_aux: As for `value_and_grad`.
 
     Returns:
-      A function of the arguments of `fun` that gives the gradient; with `has_aux`, the pair of
-      gradient and auxiliary value.
+      A function with the arguments of `fun` that returns the gradient; with `has_aux`, the pair of
+      the gradient and the auxiliary value.
 
     Raises:
-      ValueError, IndexError: As `value_and_grad`.
-      TypeError: When called, if the first argument is no NNX module.
+      TypeError, ValueError, IndexError: As for `value_and_grad`.
     """
-    both = value_and_grad(fun, frozen, has_aux=has_aux)
+    with_value = value_and_grad(fun, frozen, has_aux=has_aux)
 
     @functools.wraps(fun)
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        value, grads = both(model, *args, **kwargs)
+        value, grads = with_value(model, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn
@@ -306,7 +306,7 @@ def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callab
 def freeze(
     optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, keep_state: bool = False
 ) -> None:
-    """Freezes more variables, in place; as `freeze_optax.freeze`.
+    """Freezes more variables, in place, as `freeze_optax.freeze` does for a state.
 
     Examples:
       >>> import optax
@@ -318,21 +318,22 @@ def freeze(
       >>> fnnx.freeze(optimizer, model, "kernel")
 
     Args:
-      optimizer: One whose transformation is a `freezable`, or has one in it.
-      model: The model that it is for.
+      optimizer: An optimizer whose transformation is a `freezable`, or contains one.
+      model: The model that the optimizer updates.
       where: The variables to freeze: any spec, see `freeze_optax.mask`. Types are read from the
-        model, and a shared variable goes by each of its paths.
-      keep_state: Whether to park their state for `thaw` to go on with, rather than drop it.
+        model. A shared variable can be named by each of its paths.
+      keep_state: Whether to park the state of these variables for `thaw`. If False, it is dropped.
 
     Raises:
-      TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError, IndexError: As `freeze_optax.freeze`. Then nothing has changed.
+      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no `FreezeState`, or `model` is
+        not an NNX module.
+      ValueError, IndexError: As `freeze_optax.freeze`. After an error the optimizer is unchanged.
     """
     _edit_in_place(_edit.freeze, optimizer, model, where, keep_state=keep_state)
 
 
 def thaw(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec) -> None:
-    """Trains variables again, in place; as `freeze_optax.thaw`.
+    """Trains variables again, in place, as `freeze_optax.thaw` does for a state.
 
     Examples:
       >>> import optax
@@ -345,13 +346,12 @@ def thaw(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec) -> None:
       >>> fnnx.thaw(optimizer, model, "kernel")
 
     Args:
-      optimizer: One whose transformation is a `freezable`, or has one in it.
-      model: The model that it is for.
-      where: The variables to train: any spec, see `freeze_optax.mask`.
+      optimizer: As for `freeze`.
+      model: As for `freeze`.
+      where: The variables to train: any spec, as for `freeze`.
 
     Raises:
-      TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError, IndexError: As `freeze_optax.thaw`. Then nothing has changed.
+      TypeError, ValueError, IndexError: As for `freeze`.
     """
     _edit_in_place(_edit.thaw, optimizer, model, where)
 
@@ -359,7 +359,7 @@ def thaw(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec) -> None:
 def set_frozen(
     optimizer: nnx.Optimizer[Any], model: nnx.Module, frozen: Spec, keep_state: bool = False
 ) -> None:
-    """Freezes exactly these variables, in place; as `freeze_optax.set_frozen`.
+    """Freezes exactly these variables, in place, as `freeze_optax.set_frozen` does for a state.
 
     Examples:
       >>> import optax
@@ -372,14 +372,13 @@ def set_frozen(
       >>> fnnx.set_frozen(optimizer, model, "bias")
 
     Args:
-      optimizer: One whose transformation is a `freezable`, or has one in it.
-      model: The model that it is for.
-      frozen: What is to be frozen: any spec, see `freeze_optax.mask`.
-      keep_state: Whether to park the state of newly frozen variables rather than drop it.
+      optimizer: As for `freeze`.
+      model: As for `freeze`.
+      frozen: The variables that are frozen afterwards: any spec, as for `freeze`.
+      keep_state: As for `freeze`, for the variables that this call freezes.
 
     Raises:
-      TypeError: If `optimizer` is none or holds no `FreezeState`, or `model` is no NNX module.
-      ValueError, IndexError: As `freeze_optax.set_frozen`. Then nothing has changed.
+      TypeError, ValueError, IndexError: As for `freeze`.
     """
     _edit_in_place(_edit.set_frozen, optimizer, model, frozen, keep_state=keep_state)
 
@@ -387,6 +386,7 @@ def set_frozen(
 def _edit_in_place(
     edit: Callable[..., Any], optimizer: Any, model: nnx.Module, where: Spec, **options: bool
 ) -> None:
+    """Puts the edited state into the optimizer; an edit that raises leaves it unchanged."""
     if not isinstance(optimizer, nnx.Optimizer):
         name = edit.__name__
         raise TypeError(

@@ -1,10 +1,15 @@
-"""The ground every test stands on: eight virtual devices, strict dtype promotion."""
+"""The ground of every test: eight virtual devices, strict dtype promotion, quick compiling."""
 
+import gc
 import os
+import shutil
+import tempfile
 
-# Before jax starts: sharding is tested on any machine.
+from tests.support.compiling import QUICK_FLAGS
+
+# Before jax starts. Sharding is tested on any machine.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -25,6 +30,29 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs():
+    """Keeps compiled programs in a folder for the run, as many tests compile the same ones.
+
+    Each worker has a folder of its own: jax does not write these files in one piece.
+    """
+    folder = tempfile.mkdtemp(prefix="freeze_optax_tests_")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    shutil.rmtree(folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    # jax keeps each program for ever: without this a worker grows to gigabytes.
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""Edits of an optimizer state: freeze, thaw, adopt, release, and phases.
+"""Edits of an optimizer state: freeze, thaw, adopt, release and phases.
 
-Here live the edits that users call; the search for the one state in a tree; the two steps of an
-edit (new parts of a leaf, then another frozen set); the state that `init` gives to some leaves
-alone; and `Phases` and `scheduled`. The state itself lives in `_state`.
+This room holds the edits that users call, `Phases` and `scheduled`. It also holds what they use:
+the search for the one state in a tree (`state_holders`), the state that `init` makes for some
+leaves alone (`fresh_state`), and the two steps of an edit, which are to split leaves into new parts
+(`repartition`) and to change which parts are frozen (`transition`). The class of the state is in
+`_state`.
 """

@@ -1,4 +1,4 @@
-"""From a plain optimizer's state to ours and back."""
+"""The edits `adopt` and `release`: from the state of a plain optimizer to ours and back."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 
 def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> FreezeState:
-    """Takes over the state of the plain optimizer inside `tx`, with everything trainable.
+    """Turns the state of a plain optimizer into a `FreezeState` in which every leaf trains.
 
-    So a run that began without this library goes on with it, and no moment is lost.
+    A run that began without this library continues with it and loses no moment.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -37,31 +37,33 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
       >>> opt_state = fo.freeze(opt_state, params, "encoder")
 
     Args:
-      tx: A `freezable`; what it is to freeze does not count here.
-      inner_state: The state of the transformation inside it.
-      params: The params that the state is for.
+      tx: A `freezable`. The spec that it was made with has no effect here.
+      inner_state: The state of the transformation inside `tx`.
+      params: The params that the state belongs to.
 
     Returns:
-      The `FreezeState`; its arrays are the very ones. Leaves that cannot be trained are frozen.
+      The `FreezeState`. It holds the same array objects as `inner_state`, which does not change.
+      Leaves that cannot be trained are frozen.
 
     Raises:
-      TypeError: If `tx` is no `freezable`.
-      ValueError: If the state is none of that transformation, naming what differs.
+      TypeError: If `tx` is not a `freezable`.
+      ValueError: If `inner_state` is not a state of that transformation for these params. The
+        error names what differs.
     """
     plan = _plan_for("adopt", tx, params)
     leaves = param_leaves(params)
     frozen = tuple(not can_train(leaf) for leaf in leaves.values)
     plan = Plan.from_flags(plan.paths, frozen, plan.context)
     layout = plan.layout
-    places = layout.places(inner_state)
-    _check_shapes(plan, places, params)
-    pairs = zip(layout.owners, places, strict=True)
+    values = layout.places(inner_state)
+    _check_shapes(plan, values, params)
+    pairs = zip(layout.owners, values, strict=True)
     kept = [rewrap_variable(x, HOLE) if owner >= 0 and frozen[owner] else x for owner, x in pairs]
     return FreezeState(layout.rebuild(kept), (), plan)
 
 
 def release(state: Any, params: Any) -> Any:
-    """Gives back the state of the plain optimizer: the inverse of `adopt`.
+    """Returns the state of the plain optimizer: the inverse of `adopt`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,72 +76,83 @@ def release(state: Any, params: Any) -> Any:
 
     Args:
       state: A `FreezeState`, or any tree that holds exactly one.
-      params: The params that the state is for.
+      params: The params that the state belongs to.
 
     Returns:
-      The same tree with the inner state in its place. Its counters are those of the first cohort,
-      as a plain optimizer has one set of them; a leaf without state gets a fresh one.
+      The same tree with the plain inner state in the place of the `FreezeState`. Its counters are
+      those of the first cohort, because a plain optimizer has one set of counters. A leaf without
+      state gets fresh state.
 
     Raises:
       TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves.
+      ValueError: If `state` holds several `FreezeState`s; if it is the state of other params; or
+        if it cannot be edited, because it is one of `scheduled`, or because its transformation
+        mixes leaves in one array or refuses holes at `init`.
     """
-    whole = editable_state("release", state)
-    plan = whole.plan
+    freeze_state = editable_state("release", state)
+    plan = freeze_state.plan
     leaves = param_leaves(params)
     plan.flags(leaves, "params")
     table = plan.part_table or PartTable((i, None) for i in range(len(plan.paths)))
-    numbers = _numbers(plan, params)
+    is_number = _is_number(plan, params)
     complete = [
-        [(plan.cohorts[i] != DROPPED, table.parts[i][1]) for i in own] == [(True, None)]
-        for own in table.by_leaf
+        [(plan.cohorts[i] != DROPPED, table.parts[i][1]) for i in parts_of_leaf] == [(True, None)]
+        for parts_of_leaf in table.by_leaf
     ]
-    missing = [number and not done for number, done in zip(numbers, complete, strict=True)]
-    uncut = Plan.from_flags(plan.paths, [not flag for flag in missing], plan.context)
-    own, shared = plan.layout.split(whole.inner)
-    fresh, fresh_shared = own, shared
+    missing = [number and not done for number, done in zip(is_number, complete, strict=True)]
+    unsplit_plan = Plan.from_flags(plan.paths, [not flag for flag in missing], plan.context)
+    statistics, shared = plan.layout.split(freeze_state.inner)
+    fresh, fresh_shared = statistics, shared
     if any(missing):
-        fresh, fresh_shared = uncut.layout.split(init_leaves(uncut, params, missing))
+        fresh, fresh_shared = unsplit_plan.layout.split(init_leaves(unsplit_plan, params, missing))
 
     def statistic(place: Place, path: str) -> Any:
+        """Returns the statistics at one place: those of the state, completed with fresh ones."""
         prefix, leaf = place
         parts = table.by_leaf[leaf]
-        first = own.get((prefix, parts[0]), HOLE)
+        first = statistics.get((prefix, parts[0]), HOLE)
         if not missing[leaf]:
             return first
         value = fresh[place]
         for part in parts:
             rows = table.parts[part][1]
             if rows and plan.cohorts[part] != DROPPED:
-                value = _with_rows(value, rows, own.get((prefix, part), HOLE), path)
+                value = _with_rows(value, rows, statistics.get((prefix, part), HOLE), path)
         return rewrap_variable(first, value)
 
     if all(cohort == DROPPED for cohort in plan.cohorts):
-        kinds = (owner for owner in uncut.layout.owners if owner in (COUNTER, CLOCK))
+        kinds = (owner for owner in unsplit_plan.layout.owners if owner in (COUNTER, CLOCK))
         triples = zip(kinds, shared, fresh_shared, strict=True)
         shared = [rewrap_variable(x, new) if kind == COUNTER else x for kind, x, new in triples]
-    return replace_state(state, uncut.layout.join(statistic, shared))
+    return replace_state(state, unsplit_plan.layout.join(statistic, shared))
 
 
-def _with_rows(fresh: Any, rows: Rows, x: Any, path: str) -> Any:
-    """Fresh statistics of a leaf with those of some rows in their place."""
-    if not jax.tree.leaves(x):
+def _with_rows(fresh: Any, rows: Rows, kept: Any, path: str) -> Any:
+    """Returns the fresh statistics of a leaf with the kept statistics of some rows put in."""
+    if not jax.tree.leaves(kept):
         return fresh
-    if [(rows.count, *shape[1:]) for shape in array_shapes(fresh)] != array_shapes(x):
+    if [(rows.count, *shape[1:]) for shape in array_shapes(fresh)] != array_shapes(kept):
         raise ValueError(
-            f"{path!r} has {array_shapes(x)} for {rows!r}, which can't be put among the "
+            f"{path!r} has {array_shapes(kept)} for {rows!r}, which can't be put among the "
             f"other rows of {array_shapes(fresh)}"
         )
-    return jax.tree.map(lambda whole, own: put_rows(whole, rows, own), fresh, unwrap_variable(x))
+    return jax.tree.map(
+        lambda array, of_rows: put_rows(array, rows, of_rows), fresh, unwrap_variable(kept)
+    )
 
 
-def _numbers(plan: Plan, params: Any) -> list[bool]:
-    """For which leaves a plain optimizer keeps state: integers too, but init fails on the rest."""
+def _is_number(plan: Plan, params: Any) -> list[bool]:
+    """Returns, for each leaf, whether a plain optimizer keeps state for it.
+
+    Integers count, because a plain optimizer keeps state for them too. `init` fails on other
+    leaves.
+    """
     leaves = param_leaves(params)
-    return plan.in_own_order(leaves, [number_kind(leaf) != "other" for leaf in leaves.values])
+    return plan.in_plan_order(leaves, [number_kind(leaf) != "other" for leaf in leaves.values])
 
 
 def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
+    """Returns the plan of `tx` for these params; raises TypeError unless it is a `freezable`."""
     with ignoring_specs():
         state = abstract_init(as_transformation(verb, tx).init, params)
     if not isinstance(state, FreezeState):
@@ -150,16 +163,17 @@ def _plan_for(verb: str, tx: optax.GradientTransformation, params: Any) -> Plan:
     return state.plan
 
 
-def _check_shapes(plan: Plan, places: list[Any], params: Any) -> None:
-    wanted = _numbers(plan, params)
+def _check_shapes(plan: Plan, values: list[Any], params: Any) -> None:
+    """Raises ValueError if the statistics of a leaf have other shapes than `init` gives."""
+    is_number = _is_number(plan, params)
     layout = plan.layout
-    alone = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
-    expected = layout.places(alone)
-    rows = zip(layout.paths, layout.owners, places, expected, strict=True)
-    odd = [
+    fresh = abstract_init(lambda params: init_leaves(plan, params, is_number), params)
+    expected = layout.places(fresh)
+    entries = zip(layout.paths, layout.owners, values, expected, strict=True)
+    mismatches = [
         f"{path!r} has {array_shapes(x)}, where the params give {array_shapes(new)}"
-        for path, owner, x, new in rows
-        if owner >= 0 and wanted[owner] and array_shapes(x) != array_shapes(new)
+        for path, owner, x, new in entries
+        if owner >= 0 and is_number[owner] and array_shapes(x) != array_shapes(new)
     ]
-    if odd:
-        raise ValueError(f"the state is of other params: {few_clauses(odd)}")
+    if mismatches:
+        raise ValueError(f"the state is of other params: {few_clauses(mismatches)}")

@@ -1,4 +1,7 @@
-"""Freezing and thawing mid-training."""
+"""The edits `freeze`, `thaw` and `set_frozen`, for use in the middle of training.
+
+The three share their arguments and their errors. The docstring of `freeze` describes them.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,7 +20,9 @@ from freeze_optax._tree.lookahead import param_leaves
 
 
 def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> Any:
-    """Freezes more leaves, and thaws none; all others keep their very state.
+    """Freezes more leaves of a state, and thaws none.
+
+    All other leaves keep the same buffers of state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -32,36 +37,44 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
     Args:
       state: A `FreezeState`, or any tree that holds exactly one: the state of an `optax.chain`, a
         flax `TrainState`.
-      params: The params that the state is for.
+      params: The params that the state belongs to.
       where: The leaves to freeze: any spec, see `freeze_optax.mask`. A leaf that is frozen
-        already stays as it is, parked or not.
-      keep_state: Whether to park the state of these leaves, counters too, for `thaw` to go on
-        with, rather than drop it. As `freeze!` of Optimisers.jl, or `requires_grad = False` of
-        PyTorch, keeps it.
+        already does not change, and its state stays parked if it is parked.
+      keep_state: If False, the state of these leaves is dropped. If True, it is parked: it stays
+        in the state unchanged, step counters included, until `thaw` continues with it. `freeze!`
+        of Optimisers.jl and `requires_grad = False` of PyTorch keep it in the same way.
 
     Returns:
-      The same tree with the state replaced; the tree itself where nothing changes. What `state`
-      holds is not copied and does not change.
+      The same tree with its `FreezeState` replaced, or `state` itself if nothing changes. The
+      input `state` is not modified, and arrays of leaves that the edit does not affect are not
+      copied.
 
     Raises:
-      TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
-        or if a pattern selects nothing.
-      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If `state` holds no `FreezeState`, or a mask holds anything but bools.
+      ValueError: If `state` holds several `FreezeState`s; if it is the state of other params; if
+        it cannot be edited, because it is one of `scheduled`, or because its transformation mixes
+        leaves in one array or refuses holes at `init`; if a pattern selects nothing; or if one
+        of two leaves that share a buffer would be frozen and the other not.
+      IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
+        selected = plan.in_plan_order(leaves, as_selector(where).flags(leaves))
         return list(map(flag_or, plan.mask, selected))
 
     return _edit("freeze", state, params, target, keep_state)
 
 
 def thaw(state: Any, params: Any, where: Spec) -> Any:
-    """Trains leaves again: parked state goes on exactly where it stopped, dropped state afresh.
+    """Trains leaves again, with their parked state or with fresh state.
 
-    A leaf without state behaves like one of a fresh optimizer: it counts its own steps, so
-    Adam's bias correction does not take it for an old one. Schedules run on for all.
+    Parked state continues exactly where it stopped. A leaf whose state was dropped behaves like a
+    leaf of a fresh optimizer: it has a step count of its own, so Adam's bias correction starts
+    anew for it. Schedules run on for all leaves.
+
+    `thaw` also works inside a jitted function. There it uses the transformation that the state had
+    when jit traced the function. jit does not compare transformations, so pass only states of
+    that one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,34 +87,34 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
       {'encoder': False, 'head': False}
 
     Args:
-      state: A `FreezeState`, or any tree that holds exactly one.
-      params: The params that the state is for.
-      where: The leaves to train: any spec, see `freeze_optax.mask`. Those that train already
-        stay as they are, and those that cannot be trained stay frozen.
+      state: As for `freeze`.
+      params: As for `freeze`.
+      where: The leaves to train: any spec, see `freeze_optax.mask`. Leaves that train already do
+        not change. Leaves that cannot be trained stay frozen.
 
     Returns:
-      The same tree with the state replaced; the tree itself where nothing changes. New moments
-      have the sharding of their parameter. Works inside a jitted function too, for states of the
-      transformation that it was traced with, which jit does not compare.
+      As for `freeze`. New moments have the sharding of their parameter.
 
     Raises:
-      TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
-        or if a pattern selects nothing.
-      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError, ValueError, IndexError: As for `freeze`.
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = plan.in_own_order(leaves, as_selector(where).flags(leaves))
-        trainable = plan.in_own_order(leaves, [can_train(leaf) for leaf in leaves.values])
-        rows = zip(plan.mask, selected, trainable, strict=True)
-        return [flag_minus(frozen, a) if b else frozen for frozen, a, b in rows]
+        selected = plan.in_plan_order(leaves, as_selector(where).flags(leaves))
+        trainable = plan.in_plan_order(leaves, [can_train(leaf) for leaf in leaves.values])
+        triples = zip(plan.mask, selected, trainable, strict=True)
+        return [
+            flag_minus(frozen, thawed) if can_be_trained else frozen
+            for frozen, thawed, can_be_trained in triples
+        ]
 
     return _edit("thaw", state, params, target, keep_state=False)
 
 
 def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) -> Any:
-    """Freezes exactly these leaves: `freeze` and `thaw` in one.
+    """Freezes exactly these leaves and trains all others: `freeze` and `thaw` in one call.
+
+    Leaves that cannot be trained stay frozen.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -114,23 +127,21 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
       {'encoder': False, 'head': True}
 
     Args:
-      state: A `FreezeState`, or any tree that holds exactly one.
-      params: The params that the state is for.
-      frozen: What is to be frozen: any spec, see `freeze_optax.mask`; `Phases.at` gives one.
-      keep_state: Whether to park the state of newly frozen leaves rather than drop it.
+      state: As for `freeze`.
+      params: As for `freeze`.
+      frozen: The leaves that are frozen afterwards: any spec, see `freeze_optax.mask`.
+        `Phases.at` gives one.
+      keep_state: As for `freeze`, for the leaves that this call freezes.
 
     Returns:
-      The same tree with the state replaced; the tree itself where nothing changes.
+      As for `freeze`, and for `thaw` where a leaf trains again.
 
     Raises:
-      TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several, is of other params, or can't be edited, as it mixes leaves;
-        or if a pattern selects nothing.
-      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError, ValueError, IndexError: As for `freeze`.
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        return plan.in_own_order(leaves, resolve(frozen, leaves))
+        return plan.in_plan_order(leaves, resolve(frozen, leaves))
 
     return _edit("set_frozen", state, params, target, keep_state)
 
@@ -142,6 +153,7 @@ def _edit(
     target: Callable[[Plan, Leaves], list[Flag]],
     keep_state: bool,
 ) -> Any:
+    """Edits the one state in a tree; `target` gives the frozen flags of its leaves afterwards."""
     state = editable_state(verb, tree)
     leaves = param_leaves(params)
     state.plan.flags(leaves, "params")
@@ -150,15 +162,15 @@ def _edit(
         return tree
     check_mask(state.plan, leaves, mask, state.plan.layout.ties)
 
-    def abstract(plan: Plan, wanted: list[bool]) -> Any:
+    def inner_shapes(plan: Plan, wanted: list[bool]) -> Any:
         return abstract_init(lambda params: init_leaves(plan, params, wanted), params)
 
-    recut_state, frozen = repartition_state(state, mask, keep_state, abstract)
-    return replace_state(tree, apply_transition(recut_state, params, frozen, keep_state))
+    repartitioned, frozen = repartition_state(state, mask, keep_state, inner_shapes)
+    return replace_state(tree, apply_transition(repartitioned, params, frozen, keep_state))
 
 
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:
-    """Raises where leaves that share a buffer, or are of one of the groups, would part."""
+    """Raises if leaves of one shared buffer or one tied group are not frozen alike."""
     by_path = dict(zip(plan.paths, mask, strict=True))
     check_ties(leaves, plan.in_order_of(leaves, mask, "params"))
     for group in groups:

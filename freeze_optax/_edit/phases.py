@@ -1,4 +1,4 @@
-"""What is frozen from each step on, as data."""
+"""`Phases`: what is frozen from each step on, as data."""
 
 import bisect
 import operator
@@ -11,12 +11,12 @@ from freeze_optax._tree.leaves import Leaves
 
 
 class Phases:
-    """What is frozen from each step on: a plan of gradual unfreezing, as data.
+    """Maps first steps to specs: from each of these steps on, its spec says what is frozen.
 
-    Because what is frozen at a step depends on nothing but the step, a loop that says
-    `state = fo.set_frozen(state, params, phases.at(step))` can be interrupted and resumed
-    anywhere. Gradual unfreezing is of Howard and Ruder, `Universal Language Model Fine-tuning for
-    Text Classification <https://arxiv.org/abs/1801.06146>`_, 2018.
+    This is a schedule of gradual unfreezing, as data. What is frozen at a step depends only on the
+    step. So a loop that calls `state = fo.set_frozen(state, params, phases.at(step))` can be
+    interrupted and resumed at any step. Gradual unfreezing is from Howard and Ruder, `Universal
+    Language Model Fine-tuning for Text Classification <https://arxiv.org/abs/1801.06146>`_, 2018.
 
     Examples:
       >>> import freeze_optax as fo
@@ -27,15 +27,16 @@ class Phases:
       'encoder/layer_{0..9}'
 
     Args:
-      specs: From each step on, counted from 0, a spec; see `freeze_optax.mask`.
+      specs: A mapping from the first step of each phase, counted from 0, to a spec; see
+        `freeze_optax.mask`.
 
     Attributes:
-      starts: The first step of each phase, in order.
-      specs: The spec of each, in the same order.
+      starts: The first step of each phase, in ascending order.
+      specs: The spec of each phase, in the same order.
 
     Raises:
-      ValueError: If there is no phase, or one begins before step 0.
-      TypeError: If `specs` is no mapping, or a step no integer.
+      ValueError: If there is no phase, or a phase begins before step 0.
+      TypeError: If `specs` is not a mapping, or a step is not an integer.
     """
 
     def __init__(self, specs: Mapping[int, Spec]):
@@ -55,7 +56,7 @@ class Phases:
             raise ValueError(f"a phase begins at step {self.starts[0]}; steps count from 0")
 
     def at(self, step: int) -> Spec:
-        """The spec of the phase that a step is in.
+        """Returns the spec of the phase that contains a step.
 
         Examples:
           >>> import freeze_optax as fo
@@ -64,15 +65,16 @@ class Phases:
           ['encoder', 'encoder', nothing]
 
         Args:
-          step: The number of steps taken before this one; an integer, or an array that holds
-            one, outside of jit.
+          step: The number of steps taken before this one: an integer, or an array that holds one,
+            outside of jit.
 
         Returns:
-          The spec, as it was given.
+          The spec object that `Phases` was given.
 
         Raises:
           ValueError: If the step is before the first phase.
-          TypeError: If it is no integer, or traced: under jit use `freeze_optax.scheduled`.
+          TypeError: If the step is not an integer, or is traced. Under jit use
+            `freeze_optax.scheduled`.
         """
         index = bisect.bisect_right(self.starts, _as_int(step)) - 1
         if index < 0:
@@ -82,7 +84,7 @@ class Phases:
         return self.specs[index]
 
     def validate(self, params: Any) -> None:
-        """Resolves all phases, so that a typo in the last one shows before the first step.
+        """Resolves the specs of all phases, so that a typo in any of them raises at once.
 
         Examples:
           >>> import freeze_optax as fo
@@ -92,26 +94,26 @@ class Phases:
           ValueError: in the phase from step 500 on: pattern 'encoder/layer_0' selects no leaf; ...
 
         Args:
-          params: The params; may be abstract.
+          params: The params. Leaves may be abstract (`jax.ShapeDtypeStruct`).
 
         Raises:
-          ValueError: If a spec does not fit the params, naming its phase.
-          IndexError: If one names a layer that is not there (`fo.layers(pattern)[i]`).
-          TypeError: If a mask among them holds anything but bools.
+          ValueError: If a spec does not fit the params. The error names the phase.
+          IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
+          TypeError: If a mask among the specs holds anything but bools.
         """
         self.resolve(Leaves(params))
 
     def resolve(self, leaves: Leaves) -> tuple[tuple[Flag, ...], ...]:
-        """The frozen flags of each phase; raises as `validate` does."""
+        """Returns the frozen flags of the leaves in each phase; raises as `validate` does."""
         flags: list[tuple[Flag, ...]] = []
         for start, spec in zip(self.starts, self.specs, strict=True):
             try:
                 flags.append(tuple(resolve(spec, leaves)))
             except Exception as error:
-                where = f"in the phase from step {start} on"
+                phase = f"in the phase from step {start} on"
                 if type(error) in (ValueError, TypeError, IndexError):
-                    raise type(error)(f"{where}: {error}") from error
-                error.add_note(where)  # as jax's errors are not made of a text alone
+                    raise type(error)(f"{phase}: {error}") from error
+                error.add_note(phase)  # jax's errors take more than a text
                 raise
         return tuple(flags)
 
@@ -120,6 +122,7 @@ class Phases:
 
 
 def _as_int(step: Any) -> int:
+    """Returns a step as an `int`; raises TypeError for anything but a known integer."""
     try:
         return operator.index(step)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Phases inside one compiled program."""
+"""`scheduled`: a transformation that follows `Phases` inside one compiled program."""
 
 from typing import Any
 
@@ -25,16 +25,20 @@ from freeze_optax._tree.lookahead import param_leaves
 def scheduled(
     inner: optax.GradientTransformation, phases: Phases
 ) -> optax.GradientTransformationExtraArgs:
-    """Freezes what the phases say at each step, without a recompilation and off the host.
+    """Freezes at each step what the phases say, inside one compiled program.
 
-    For loops that never return to the host, as inside `lax.scan`; elsewhere `set_frozen` with
-    `Phases.at` keeps no state for what is still frozen. Leaves that train in some phase keep
-    their state throughout, parked while they are frozen, so the result equals that of the host
-    loop with `keep_state=True`; leaves that never train keep none. What a phase freezes costs
-    it no work: one `lax.switch` chooses among static updates, and `value_and_grad(fun,
-    frozen=state)` switches likewise, so the backward pass ends where it has to. Apply the updates
-    with `apply_updates(params, updates, frozen=state)`: that of optax flushes subnormal numbers
-    on a CPU here even under jit.
+    Nothing is recompiled when the phase changes. This is for loops that never return to the host,
+    such as `lax.scan`. In other loops use `set_frozen` with `Phases.at`: it keeps no state for
+    leaves that are still frozen.
+
+    A leaf that trains in some phase has state from the start. Its state is parked while the leaf is
+    frozen, so the result equals that of the host loop with `keep_state=True`. A leaf that never
+    trains has no state. What a phase freezes costs it no work: one `lax.switch` selects the static
+    update of the phase. `value_and_grad(fun, frozen=state)` switches in the same way, so the
+    backward pass goes no further than the leaves that train in the phase.
+
+    Apply the updates with `apply_updates(params, updates, frozen=state)`. `optax.apply_updates`
+    flushes subnormal numbers on a CPU here, even under jit.
 
     Examples:
       >>> import jax
@@ -54,17 +58,17 @@ def scheduled(
       [0.9, 0.7]
 
     Args:
-      inner: Any optax transformation whose init takes holes for params.
-      phases: What is frozen from each step on. Steps are counted by the calls of `update`.
+      inner: Any optax transformation whose `init` takes holes for params.
+      phases: What is frozen from each step on. A step is one call of `update`.
 
     Returns:
-      A transformation. Its state is a `ScheduledState`, a step counter and a `FreezeState`, which
-      as a spec says what no phase trains; it can't be edited. `init` raises ValueError if a spec
-      does not fit the params; `update` as that of `freezable`, and if a statistic has another
-      dtype in one phase than in another.
+      A transformation. Its state is a `ScheduledState`: a step counter and a `FreezeState`. As a
+      spec, this state selects the leaves that no phase trains. It cannot be edited. `init` raises
+      ValueError if a spec does not fit the params. `update` raises as that of `freezable`, and
+      ValueError if a statistic has another dtype in one phase than in another.
 
     Raises:
-      TypeError: If `inner` is no transformation, or `phases` are no `Phases`.
+      TypeError: If `inner` is not a transformation, or `phases` is not a `Phases`.
       ValueError: If the first phase begins after step 0.
     """
     if not isinstance(phases, Phases):
@@ -99,24 +103,24 @@ def scheduled(
                 f"update was given a {type(state).__name__} for its state, not the "
                 "ScheduledState that init gives; the order is update(gradients, state, params)"
             )
-        step, whole = state
-        plan = whole.plan
+        step, freeze_state = state
+        plan = freeze_state.plan
 
         def branch(frozen: tuple[bool, ...]) -> Any:
-            now = plan.with_frozen(frozen, plan.cohorts)
+            phase_plan = plan.with_frozen(frozen, plan.cohorts)
 
             def update(_: None) -> Any:
-                state = FreezeState(whole.inner, whole.ages, now)
-                moved, after = tx.update(updates, state, params, **extra)
-                return moved, after.inner, after.ages
+                state = FreezeState(freeze_state.inner, freeze_state.ages, phase_plan)
+                new_updates, after = tx.update(updates, state, params, **extra)
+                return new_updates, after.inner, after.ages
 
             return update
 
-        branches = _of_one_dtype([branch(frozen) for _, frozen in plan.schedule], plan)
-        moved, inner_state, ages = jax.lax.switch(state.phase, branches, None)
+        branches = _with_equal_dtypes([branch(frozen) for _, frozen in plan.schedule], plan)
+        new_updates, inner_state, ages = jax.lax.switch(state.phase, branches, None)
         after = FreezeState(inner_state, ages, plan)
         count: Any = optax.safe_increment(step)
-        return moved, ScheduledState(count, after)
+        return new_updates, ScheduledState(count, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -124,26 +128,27 @@ def scheduled(
 def _plan(
     leaves: Leaves, flags: tuple[tuple[Flag, ...], ...], phases: Phases, context: PlanContext
 ) -> Plan:
-    """A cohort for each set of leaves, or rows, that are always frozen and thawed together."""
+    """Returns the plan, with one cohort for all leaves or rows that freeze and thaw together."""
     parts: list[Part] = []
     patterns: list[tuple[bool, ...]] = []
     for leaf, in_phases in enumerate(zip(*flags, strict=True)):
-        for rows, pattern in _patterns(in_phases):
+        for rows, pattern in _rows_by_pattern(in_phases):
             parts.append((leaf, rows))
             patterns.append(pattern)
-    never = tuple(map(all, patterns))
-    kept = dict.fromkeys(p for p, dropped in zip(patterns, never, strict=True) if not dropped)
+    never_trains = tuple(map(all, patterns))
+    pairs = zip(patterns, never_trains, strict=True)
+    trained = dict.fromkeys(pattern for pattern, never in pairs if not never)
     table = PartTable(parts) if any(rows for _, rows in parts) else None
-    # Without counters there is nothing for cohorts to keep apart.
-    order = {p: i if context.layout(table).counters else 0 for i, p in enumerate(kept)}
+    # Cohorts differ in their counters alone, so without counters there is one cohort.
+    order = {p: i if context.layout(table).counters else 0 for i, p in enumerate(trained)}
     cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
     frozen = [tuple(pattern[i] for pattern in patterns) for i in range(len(phases.starts))]
     schedule = tuple(zip(phases.starts, frozen, strict=True))
-    return Plan(leaves.paths, never, cohorts, context, schedule, table)
+    return Plan(leaves.paths, never_trains, cohorts, context, schedule, table)
 
 
-def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ...]]]:
-    """The rows of a leaf that are always frozen and thawed together, each with when they are."""
+def _rows_by_pattern(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ...]]]:
+    """Splits a leaf into rows that freeze and thaw together; returns each with its pattern."""
     count = next((len(flag.mask) for flag in flags if isinstance(flag, Rows)), None)
     if count is None:
         return [(None, tuple(flag is True for flag in flags))]
@@ -155,29 +160,29 @@ def _patterns(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ..
     ]
 
 
-def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
-    """Gives the zeros of each branch the dtypes that the updates have where the leaf trains.
+def _with_equal_dtypes(branches: list[Any], plan: Plan) -> list[Any]:
+    """Gives the updates of all branches the same dtypes, as `lax.switch` requires.
 
-    A transformation may return another dtype than that of the params, and the branches of a
-    switch have to agree.
+    A transformation may return another dtype than that of the params. So the zeros of a frozen leaf
+    get the dtype that the updates of this leaf have in the phases that train it.
     """
     count = len(plan.paths)
     masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
-    shapes = [jax.eval_shape(branch, None) for branch in branches]
-    _check_dtypes([FreezeState(inner, ages, plan) for _, inner, ages in shapes])
-    moved = [Leaves(updates).values for updates, _, _ in shapes]
+    results = [jax.eval_shape(branch, None) for branch in branches]
+    _check_dtypes([FreezeState(inner, ages, plan) for _, inner, ages in results])
+    branch_updates = [Leaves(updates).values for updates, _, _ in results]
 
     def dtype_at(i: int) -> Any:
-        phases = zip(moved, masks, strict=True)
+        phases = zip(branch_updates, masks, strict=True)
         live = (values[i].dtype for values, mask in phases if mask[i % count] is not True)
         return next(live, None)
 
-    dtypes = [dtype_at(i) for i in range(len(moved[0]))]
+    dtypes = [dtype_at(i) for i in range(len(branch_updates[0]))]
 
     def cast(branch: Any) -> Any:
         def run(_: None) -> Any:
-            moved, *rest = branch(None)
-            leaves = Leaves(moved)
+            updates, *rest = branch(None)
+            leaves = Leaves(updates)
             pairs = zip(leaves.values, dtypes, strict=True)
             return leaves.rebuild(x if d is None else x.astype(d) for x, d in pairs), *rest
 
@@ -187,13 +192,14 @@ def _of_one_dtype(branches: list[Any], plan: Plan) -> list[Any]:
 
 
 def _check_dtypes(states: list[FreezeState]) -> None:
-    """Raises where a statistic comes out in another dtype than where it is parked."""
+    """Raises ValueError if a statistic has one dtype in a phase and another in another phase."""
     leaves = [Leaves(state) for state in states]
-    for path, *values in zip(leaves[0].paths, *(own.values for own in leaves), strict=True):
+    values_of_phases = [of_phase.values for of_phase in leaves]
+    for path, *values in zip(leaves[0].paths, *values_of_phases, strict=True):
         dtypes = dict.fromkeys(str(x.dtype) for x in values if not is_hole(x))
         if len(dtypes) > 1:
             raise ValueError(
                 f"the state at {path!r} is of {' in one phase and of '.join(dtypes)} in another, "
                 "which one program can't have; cast the gradients to the dtype of the params, or "
-                "let the optimizer keep its state in another (mu_dtype, accumulator_dtype)"
+                "set the dtype of the optimizer's state (mu_dtype, accumulator_dtype)"
             )

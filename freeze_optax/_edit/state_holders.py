@@ -1,4 +1,4 @@
-"""The trees that hold a state: what a chain, a `TrainState` or an `nnx.Optimizer` keeps."""
+"""The search for the one `FreezeState` in a tree: a chain's state, a `TrainState` and so on."""
 
 from typing import Any
 
@@ -9,34 +9,35 @@ from freeze_optax._state.freeze_state import FreezeState, states_in
 
 
 def only_state(verb: str, tree: Any) -> FreezeState:
-    """The one `FreezeState` in a tree."""
+    """Returns the one `FreezeState` in a tree; raises if there is none, or if there are several."""
     if isinstance(tree, optax.GradientTransformation):
         raise TypeError(
             f"{verb} takes an optimizer state, not a transformation; to choose what a new "
-            "state freezes write fo.freezable(inner, frozen), for one that there is fo."
-            + _example_call(verb, "opt_state")
+            "state freezes write fo.freezable(inner, frozen); for a state that exists already "
+            f"write fo.{_example_call(verb, 'opt_state')}"
         )
     states = states_in(tree)
     if not states:
         raise TypeError(
             f"{verb} was given a {type(tree).__name__} for its state, which holds no FreezeState; "
-            f"the order is {_example_call(verb, 'state')}, and the state one of fo.freezable"
+            f"the order is {_example_call(verb, 'state')}, with a state of fo.freezable"
         )
     if len(states) > 1:
         raise ValueError(
-            f"{verb} was given a {type(tree).__name__} with {len(states)} FreezeStates, and can't "
-            "tell which is meant; edit one of them and put it in its place"
+            f"{verb} was given a {type(tree).__name__} with {len(states)} FreezeStates, not one; "
+            "edit one of them alone and put the result in its place"
         )
     return states[0]
 
 
 def _example_call(verb: str, state: str) -> str:
+    """Returns the code of a call of `verb`, for error messages."""
     arguments = {"export_state": state, "import_state": "tx, params, exported"}
     return f"{verb}({arguments.get(verb, f'{state}, params, ...')})"
 
 
 def editable_state(verb: str, tree: Any) -> FreezeState:
-    """The one `FreezeState` in a tree, which must not be of `scheduled`."""
+    """Returns the one `FreezeState` in a tree; raises also if it is one of `scheduled`."""
     state = only_state(verb, tree)
     if state.plan.schedule:
         raise ValueError(
@@ -46,7 +47,7 @@ def editable_state(verb: str, tree: Any) -> FreezeState:
 
 
 def replace_state(tree: Any, state: Any) -> Any:
-    """The tree with another thing in the place of its `FreezeState`."""
+    """Returns the tree with `state` in the place of its `FreezeState`."""
 
     def is_state(x: Any) -> bool:
         return isinstance(x, FreezeState)

@@ -1,4 +1,4 @@
-"""The state with other parts frozen: statistics, counters and cohorts."""
+"""The second step of an edit: other parts frozen, with their statistics, counters and cohorts."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 _FRESH = 1 << 30
-"""Where the counters of newly made state come from: after all cohorts there are."""
+"""The cohort of newly made state, a number above those of all cohorts that exist."""
 
 
 def apply_transition(
     state: FreezeState, params: Any, frozen: tuple[bool, ...], keep_state: bool
 ) -> FreezeState:
-    """The state with other parts frozen."""
+    """Returns the state with exactly these parts frozen."""
     plan = state.plan
     layout = plan.layout
     places = layout.places(state.inner)
@@ -40,37 +40,40 @@ def apply_transition(
             return rewrap_variable(places[place], HOLE)
         return rewrap_variable(places[place], fresh[place]) if renewed[owner] else places[place]
 
-    moved = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
+    values = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))
     counters[_FRESH] = [fresh[place] for place in layout.counters]
     first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
     for place, counter in zip(layout.counters, first, strict=True):
-        moved[place] = rewrap_variable(places[place], _on_devices_of(counter, places[place]))
+        values[place] = rewrap_variable(places[place], _on_devices_of(counter, places[place]))
     ages = stack_ages([[unwrap_variable(counter) for counter in row] for row in others])
     pairs = zip(layout.counters, ages, strict=False)
     ages = tuple(
         rewrap_variable(places[place], _on_devices_of(age, places[place])) for place, age in pairs
     )
-    return FreezeState(layout.rebuild(moved), ages, plan.with_frozen(frozen, cohorts))
+    return FreezeState(layout.rebuild(values), ages, plan.with_frozen(frozen, cohorts))
 
 
 def _cohort_after(
     cohort: int, was_frozen: bool, is_frozen: bool, keep_state: bool, counted: bool
 ) -> tuple[int, bool] | None:
-    """Whose counters a leaf will have, and whether they stand still; None for no state.
+    """Returns the cohort whose counters a part will have, and whether these are parked.
 
-    A leaf keeps the counters of the cohort that it was in, which splits where only a part of it
-    is parked or goes on.
+    None means that the part will have no state. A part keeps the counters of its present cohort. A
+    cohort splits if only some of its parts are parked, or only some parked parts continue.
     """
     if is_frozen and (cohort == DROPPED or not (was_frozen or keep_state)):
         return None
-    if not counted:  # then cohorts have nothing to keep apart
+    if not counted:  # cohorts differ in their counters alone
         return (0, False)
     return (_FRESH if cohort == DROPPED else cohort, is_frozen)
 
 
 def _on_devices_of(new: Any, old: Any) -> Any:
-    """A counter on all the devices of another; Orbax stores none of one process among several."""
+    """Puts a counter on all the devices of another.
+
+    Among several processes Orbax cannot store an array that only one of them has.
+    """
     new, old = unwrap_variable(new), unwrap_variable(old)
     if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
         return new

@@ -1,4 +1,4 @@
-"""What an export holds: arrays of dtypes that every file format knows, and a text about them."""
+"""The two contents of an export: arrays of portable dtypes, and a text that describes them."""
 
 import json
 import reprlib
@@ -18,7 +18,7 @@ Check = Callable[[Any], bool]
 
 
 def _is(kind: type) -> Check:
-    return lambda x: type(x) is kind  # to isinstance a bool is an int
+    return lambda x: type(x) is kind  # for isinstance a bool is an int
 
 
 def _list_of(is_item: Check) -> Check:
@@ -62,27 +62,30 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def pack_text(about: Mapping[str, Any]) -> np.ndarray:
-    """What is to be said of the arrays, as an array."""
-    text = json.dumps({"format": FORMAT, "sum": _sum(about), **about})
+    """Returns the description of the exported arrays as an array of bytes."""
+    text = json.dumps({"format": FORMAT, "sum": _checksum(about), **about})
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def _sum(about: Mapping[str, Any]) -> int:
-    """A checksum: one digit changed in the rows of a part, say, makes a plan as good as any."""
+def _checksum(about: Mapping[str, Any]) -> int:
+    """Returns a checksum of the description.
+
+    It is needed because one changed digit, in the rows of a part say, can give another valid plan.
+    """
     text = json.dumps([about[name] for name in _LISTS], sort_keys=True)
     return zlib.crc32(text.encode())
 
 
 def unpack_text(exported: Any) -> dict[str, Any]:
-    """What was said of the arrays, each entry of its type and as long as the others.
+    """Returns the description of the exported arrays, after checking the type of each entry.
 
     Args:
-      exported: The export, or whatever was given for one.
+      exported: The export, or anything that a user passed for one.
 
     Raises:
-      ValueError: If it is none, or damaged, naming what is wrong.
+      ValueError: If it is not an export, or is damaged. The error names what is wrong.
     """
-    about = _text(exported)
+    about = _description(exported)
     if about.get("format") != FORMAT:
         raise ValueError(
             "this is no export of fo.export_state that this version reads: its format is "
@@ -91,36 +94,40 @@ def unpack_text(exported: Any) -> dict[str, Any]:
     for name in _LISTS:
         _check_list(name, about)
     _check_lengths(about)
-    if about.get("sum") != _sum(about):
+    if about.get("sum") != _checksum(about):
         raise ValueError(
-            "the export is damaged: what its 'about' says has changed since, as its checksum is "
-            f"{_sum(about)}, not {_SHORT.repr(about.get('sum'))}"
+            "the export is damaged: its 'about' was changed after the export; its checksum is "
+            f"{_checksum(about)}, not {_SHORT.repr(about.get('sum'))}"
         )
     return about
 
 
 def _check_list(name: str, about: dict[str, Any]) -> None:
-    check, what = _LISTS[name]
-    given = about.get(name, ...)
-    if name == "parts" and given is None:
+    """Raises ValueError if an entry of the description is not a list of the right items."""
+    check, wanted = _LISTS[name]
+    items = about.get(name, ...)
+    if name == "parts" and items is None:
         return
-    if type(given) is not list:
-        found = "missing" if given is ... else _SHORT.repr(given)
-        raise ValueError(f"the export is damaged: its {name!r} is {found}, not a list")
-    for i, item in enumerate(given):
+    if type(items) is not list:
+        shown = "missing" if items is ... else _SHORT.repr(items)
+        raise ValueError(f"the export is damaged: its {name!r} is {shown}, not a list")
+    for i, item in enumerate(items):
         if not check(item):
-            found = _SHORT.repr(item)
-            raise ValueError(f"the export is damaged: its {name!r} has {found} at {i}, not {what}")
+            shown = _SHORT.repr(item)
+            raise ValueError(
+                f"the export is damaged: its {name!r} has {shown} at {i}, not {wanted}"
+            )
 
 
-def _text(exported: Any) -> dict[str, Any]:
+def _description(exported: Any) -> dict[str, Any]:
+    """Returns the description in an export, parsed from JSON but not yet checked."""
     try:
         if not isinstance(exported, Mapping):
             raise TypeError(f"it is a {type(exported).__name__}")
-        text = np.asarray(exported["about"])
-        if text.dtype.kind not in "iu":
-            raise TypeError(f"it is of the dtype {text.dtype}")
-        about = json.loads(text.astype(np.uint8).tobytes())
+        encoded = np.asarray(exported["about"])
+        if encoded.dtype.kind not in "iu":
+            raise TypeError(f"it is of the dtype {encoded.dtype}")
+        about = json.loads(encoded.astype(np.uint8).tobytes())
         if not isinstance(about, dict):
             raise TypeError(f"it says {_SHORT.repr(about)}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -132,18 +139,19 @@ def _text(exported: Any) -> dict[str, Any]:
 
 
 def _check_lengths(about: dict[str, Any]) -> None:
+    """Raises ValueError if the flags are not as many as the parts of the leaves."""
     parts = about["paths" if about["parts"] is None else "parts"]
     flags = [(name, about[name]) for name in ("frozen", "cohorts")]
-    for name, found in (*flags, *(("schedule", flags) for _, flags in about["schedule"])):
-        if len(found) != len(parts):
+    for name, values in (*flags, *(("schedule", flags) for _, flags in about["schedule"])):
+        if len(values) != len(parts):
             raise ValueError(
-                f"the export is damaged: its {name!r} is for {len(found):,} parts of leaves, and "
+                f"the export is damaged: its {name!r} is for {len(values):,} parts of leaves, and "
                 f"there are {len(parts):,}"
             )
 
 
 def describe_leaf(leaf: Any) -> dict[str, Any]:
-    """What to note of a leaf, abstract or not: shape, dtype, and of a typed PRNG key which kind."""
+    """Returns the shape and dtype of a leaf, and the implementation of a typed PRNG key."""
     entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     return {**entry, "key": str(_key_impl(leaf))} if _is_key(leaf) else entry
 
@@ -153,22 +161,23 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(leaf: Any) -> Any:
-    found: list[Any] = []
-    # Of abstract keys jax does not tell it, of traced ones it does.
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-    return found[0]
+    """Returns the implementation of a typed PRNG key, abstract or not."""
+    impls: list[Any] = []
+    # jax.random.key_impl takes traced keys, but no abstract ones.
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
+    return impls[0]
 
 
 def encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any]]:
-    """A leaf as an array of a dtype that NumPy knows, and what to note of it.
+    """Returns a leaf as an array of a dtype that NumPy knows, and its description.
 
     Args:
       leaf: An array or a Python number.
 
     Returns:
-      The leaf itself where it may be stored as it is, else its bits; and its shape and dtype.
+      The leaf itself if it needs no encoding, else its bits; and its shape and dtype.
     """
-    # A Python number, set by hand, gets the dtype that it will have after the next update.
+    # A user may have set a Python number. It gets the dtype that the next update would give it.
     array = leaf if is_array(leaf) else jnp.asarray(leaf)
     entry = describe_leaf(array)
     if _is_key(array):
@@ -183,29 +192,29 @@ def encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
-    """The leaf again.
+    """Returns the leaf that an array encodes.
 
     Args:
-      array: The array that was stored, from NumPy or JAX; whatever, for one without elements.
-      leaf: What it has to become, abstract.
+      array: The stored array, from NumPy or JAX. It is ignored if the leaf has no elements.
+      leaf: The abstract leaf (`jax.ShapeDtypeStruct`) that the result must match.
       path: The path of the leaf.
 
     Returns:
-      The leaf, on no certain device unless it is sharded over several.
+      The leaf. It is on no particular device, unless the array is sharded over several devices.
 
     Raises:
-      ValueError: If the array is not that of such a leaf, naming the path.
+      ValueError: If the array does not encode such a leaf. The error names the path.
     """
     is_key = _is_key(leaf)
-    kept = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
-    shape, stored = kept.shape, _stored_dtype(kept.dtype)
+    encoded = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+    shape, stored = encoded.shape, _stored_dtype(encoded.dtype)
     if 0 in shape:
         array = np.zeros(shape, stored)
     is_from_numpy = isinstance(array, np.ndarray | np.generic)
-    is_one = is_from_numpy or isinstance(array, jax.Array)
-    if not is_one or array.shape != shape or array.dtype != stored:
-        what = f"{array.dtype}{list(array.shape)}" if is_one else type(array).__name__
-        raise ValueError(f"the export is damaged: {path!r} is {what}, not {stored}{list(shape)}")
+    is_array_type = is_from_numpy or isinstance(array, jax.Array)
+    if not is_array_type or array.shape != shape or array.dtype != stored:
+        shown = f"{array.dtype}{list(array.shape)}" if is_array_type else type(array).__name__
+        raise ValueError(f"the export is damaged: {path!r} is {shown}, not {stored}{list(shape)}")
     if is_from_numpy or len(array.sharding.device_set) == 1:
         array = jnp.asarray(np.asarray(array))
     if is_key:
@@ -214,6 +223,7 @@ def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
 
 
 def _from_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    """Returns an array that was stored as its bits in its own dtype again."""
     if array.dtype == dtype:
         return array
     if jnp.issubdtype(dtype, jnp.integer):
@@ -223,7 +233,7 @@ def _from_bits(array: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _stored_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype that an array is stored with: its own, or that of its bits."""
+    """Returns the dtype that an array is stored with: its own, or that of its bits."""
     if dtype.kind in "biufc" and dtype.isbuiltin == 1:
         return dtype
     if jnp.issubdtype(dtype, jnp.integer):

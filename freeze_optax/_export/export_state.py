@@ -1,4 +1,4 @@
-"""A state as plain arrays that any checkpointer stores."""
+"""`export_state`: a state as plain arrays that any checkpointer stores."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from freeze_optax._tree.leaves import Leaves
 
 
 def export_state(state: Any) -> dict[str, Any]:
-    """Gives a state as a nested dict of string keys and arrays, for any checkpointer.
+    """Returns a state as a nested dict of string keys and arrays, for any checkpointer.
 
-    There is no custom node in it and no hole, and no array without elements. Names that a file
-    format might not like (keys with slashes, dots or quotes) stand in an array of their own.
-    Typed PRNG keys go as their key data, and dtypes that NumPy lacks as their bits.
+    The dict has no custom node, no hole and no array without elements. Names that a file format may
+    refuse (keys with slashes, dots or quotes) are text in one of the arrays. Typed PRNG keys are
+    stored as their key data, and dtypes that NumPy does not have as their bits.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,12 +34,12 @@ def export_state(state: Any) -> dict[str, Any]:
         of `scheduled`.
 
     Returns:
-      `{"about": uint8 array, "leaves": {number: array}}`. Arrays that are stored as they are are
-      the very ones, sharded as they are.
+      `{"about": uint8 array, "leaves": {number: array}}`. An array that needs no encoding is the
+      same object as in `state`, with its sharding. `state` does not change.
 
     Raises:
       TypeError: If `state` holds no `FreezeState`.
-      ValueError: If it holds several.
+      ValueError: If `state` holds several `FreezeState`s.
     """
     plan = only_state("export_state", state).plan
     entries, arrays = list[dict[str, Any]](), dict[str, Any]()
@@ -64,4 +64,5 @@ def export_state(state: Any) -> dict[str, Any]:
 
 
 def encoded_rows(rows: Rows | None) -> Any:
+    """Returns rows as their count and a hex string of their bits; None for all rows."""
     return rows and [len(rows.mask), np.packbits(rows.mask).tobytes().hex()]

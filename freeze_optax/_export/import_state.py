@@ -1,4 +1,4 @@
-"""A state as plain arrays that any checkpointer stores, and back."""
+"""`import_state`: the inverse of `export_state`."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,10 +34,10 @@ def import_state(
     exported: Mapping[str, Any],
     frozen: Spec | None = None,
 ) -> Any:
-    """Makes the state again that was exported, with the plan that it had.
+    """Makes the exported state again, with the plan that it had.
 
-    A run goes on with it bitwise as it would have. Nothing in the export is evaluated, and all of
-    it is checked before anything is built.
+    A run continues with it bitwise as it would have without the export. Nothing in the export is
+    evaluated, and all of it is checked before anything is built.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,21 +51,22 @@ def import_state(
       {'encoder': False, 'head': False}
 
     Args:
-      tx: The transformation; what it freezes at `init` does not count here.
-      params: The params that the state is for.
-      exported: What `export_state` gave, its arrays from NumPy or JAX.
-      frozen: What to freeze in its stead, as `set_frozen` would: surviving leaves keep their
-        state, the rest start afresh. By default what was frozen in the export.
+      tx: The transformation of the state. What it freezes at `init` has no effect here.
+      params: The params that the state belongs to.
+      exported: What `export_state` returned, with arrays from NumPy or JAX.
+      frozen: What to freeze instead, as `set_frozen` would: leaves that train before and after keep
+        their state, newly trained ones get fresh state. By default the leaves that are frozen in
+        the export.
 
     Returns:
-      The state, with its statistics sharded as their parameters. One that gradients of a wider
-      dtype had widened stays so.
+      The state. Its statistics have the sharding of their parameters. A statistic that gradients of
+      a wider dtype had widened keeps that dtype.
 
     Raises:
-      ValueError: If the export is damaged, or of other params or another transformation, naming
-        the paths on both sides; if `frozen` does not fit the params; or if one of two leaves that
-        share a buffer would be frozen and the other not.
-      TypeError: If `tx` is no transformation, or its state holds no `FreezeState`.
+      ValueError: If the export is damaged, or is one of other params or of another transformation;
+        the error names the paths on both sides. Also if `frozen` does not fit the params, or if one
+        of two leaves that share a buffer would be frozen and the other not.
+      TypeError: If `tx` is not a transformation, or its state holds no `FreezeState`.
     """
     about = unpack_text(exported)
     with ignoring_specs(), collect_ties() as groups:
@@ -83,9 +84,9 @@ def import_state(
     return tree
 
 
-def _decoded_leaves(entries: list[dict[str, Any]], given: Any, template: Leaves) -> list[Any]:
-    """The leaves of the state, which have to be those of a template."""
-    arrays = {} if given is None else given  # some formats know no empty dict
+def _decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves) -> list[Any]:
+    """Returns the leaves of the state; raises ValueError if they are not those of the template."""
+    arrays = {} if stored is None else stored  # some formats know no empty dict
     if not isinstance(arrays, Mapping):
         raise ValueError(
             f"the export is damaged: its 'leaves' is a {type(arrays).__name__}, not a dict"
@@ -93,13 +94,13 @@ def _decoded_leaves(entries: list[dict[str, Any]], given: Any, template: Leaves)
     pairs = zip(template.paths, template.values, strict=True)
     leaves = [(path, leaf) for path, leaf in pairs if not is_hole(leaf)]
     if len(leaves) == len(entries):
-        both = zip(leaves, entries, strict=True)
-        leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in both]
-    found = [(entry["path"], _description(entry)) for entry in entries]
+        leaf_entries = zip(leaves, entries, strict=True)
+        leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in leaf_entries]
+    in_export = [(entry["path"], _description(entry)) for entry in entries]
     expected = [(path, _description(describe_leaf(leaf))) for path, leaf in leaves]
-    if found != expected:
-        odd = _differences(dict(found), dict(expected))
-        raise ValueError(f"the export is not of a state of this transformation: {odd}")
+    if in_export != expected:
+        differences = _differences(dict(in_export), dict(expected))
+        raise ValueError(f"the export is not of a state of this transformation: {differences}")
     # In order, not by path: a key with a slash can make two leaves share one.
     return [
         decode_leaf(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)
@@ -110,26 +111,28 @@ _WIDE = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
 
 
 def _widened(leaf: Any, name: str) -> Any:
-    """The leaf in a wider float, as gradients in one make it of what `init` gave."""
-    # What the export says is looked up: NumPy would parse it, as code where it has commas.
+    """Returns the leaf in the exported dtype if gradients of that dtype can widen it so."""
+    # The name is looked up here, because NumPy would parse it, and evaluates a name with commas.
     if name not in _WIDE or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
-    # Where jax is without 64 bits this is another, and there can be no such leaf.
+    # Without its 64-bit mode jax gives the 32-bit dtype here; no 64-bit leaf can exist then.
     wider = jax.dtypes.canonicalize_dtype(name)
     try:
         with jax.numpy_dtype_promotion("standard"):
             is_wider = jnp.promote_types(leaf.dtype, wider) == wider != leaf.dtype
-    except ValueError:  # to jax floats of eight bits widen to nothing
+    except ValueError:  # jax does not promote floats of eight bits
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, wider) if is_wider else leaf
 
 
 def _description(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns shape and dtype of an entry, and the kind of a PRNG key, for comparison."""
     key = entry.get("key")
     return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
 
 
 def _decoded_rows(rows: Any) -> Rows | None:
+    """Returns rows from their count and their bits; raises ValueError if these do not fit."""
     if rows is None:
         return None
     count, bits = rows
@@ -143,7 +146,7 @@ def _decoded_rows(rows: Any) -> Rows | None:
 
 
 def _part_table(parts: Any, leaves: list[Any]) -> PartTable | None:
-    """The parts again, which have to be parts of these leaves."""
+    """Returns the table of the parts; raises ValueError if they are not parts of these leaves."""
     if parts is None:
         return None
     numbers = [leaf for leaf, _ in parts]
@@ -152,23 +155,26 @@ def _part_table(parts: Any, leaves: list[Any]) -> PartTable | None:
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
     table = PartTable((leaf, _decoded_rows(rows)) for leaf, rows in parts)
-    for leaf, own in zip(leaves, table.by_leaf, strict=True):
-        masks = [rows.mask for i in own if (rows := table.parts[i][1])]
+    for leaf, parts_of_leaf in zip(leaves, table.by_leaf, strict=True):
+        masks = [rows.mask for i in parts_of_leaf if (rows := table.parts[i][1])]
         shape = getattr(leaf, "shape", ())[:1]
-        is_whole = len(own) == 1 and not masks
-        if any(mask.shape != shape for mask in masks) or (len(masks) != len(own) and not is_whole):
+        is_whole = len(parts_of_leaf) == 1 and not masks
+        if any(mask.shape != shape for mask in masks) or (
+            len(masks) != len(parts_of_leaf) and not is_whole
+        ):
             raise ValueError(f"its rows are not those of a leaf of shape {shape}")
         if masks and np.sum(masks, axis=0).max() > 1:
             raise ValueError("two of its parts have one row")
     return table
 
 
-def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
+def _plan(about: dict[str, Any], initial_plan: Plan, params: Any) -> Plan:
+    """Returns the exported plan; raises ValueError unless it is a plan for these params."""
     paths = tuple(about["paths"])
-    if paths != own.paths:
+    if paths != initial_plan.paths:
         raise ValueError(
             "the export is of other params: "
-            + path_differences(paths, own.paths, "in it", "in the params")
+            + path_differences(paths, initial_plan.paths, "in it", "in the params")
         )
     frozen, cohorts = tuple(about["frozen"]), tuple(about["cohorts"])
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
@@ -177,56 +183,58 @@ def _plan(about: dict[str, Any], own: Plan, params: Any) -> Plan:
         table = _part_table(about["parts"], leaves)
     except ValueError as error:
         raise ValueError(f"the export is damaged: {error}") from error
-    plan = Plan(own.paths, frozen, cohorts, own.context, schedule, table)
-    if schedule != own.schedule or (schedule and plan != own):
+    plan = Plan(initial_plan.paths, frozen, cohorts, initial_plan.context, schedule, table)
+    if schedule != initial_plan.schedule or (schedule and plan != initial_plan):
         raise ValueError("the export is of other phases than those of the transformation")
     if schedule:
-        return own
+        return initial_plan
     _check_trainable(plan, leaves)
-    if not _can_be(plan):
+    if not _is_possible(plan):
         raise ValueError("the export is damaged: its cohorts and frozen flags do not agree")
     return plan
 
 
 def _owners(plan: Plan) -> Iterable[int]:
-    """For each part the index of its leaf."""
+    """Returns for each part the index of its leaf."""
     return (
         [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.cohorts))
     )
 
 
-def _can_be(plan: Plan) -> bool:
-    """Whether some edits of a state come to this plan, which is not that of phases."""
+def _is_possible(plan: Plan) -> bool:
+    """Whether edits of a state can lead to this plan, which is not one of phases."""
     parts = zip(plan.cohorts, _owners(plan), plan.frozen, strict=True)
-    kept = [part for part in parts if part[0] != DROPPED or not part[2]]
-    cohorts, leaves = {part[0] for part in kept}, {part[1] for part in kept}
+    with_state = [part for part in parts if part[0] != DROPPED or not part[2]]
+    cohorts, leaves = {part[0] for part in with_state}, {part[1] for part in with_state}
     if cohorts != set(range(len(cohorts))):
         return False
-    if len(cohorts) < 2 and len(leaves) == len(kept) and not plan.parked:
+    if len(cohorts) < 2 and len(leaves) == len(with_state) and not plan.parked:
         return True
     if not plan.layout.counters:
         return len(cohorts) < 2
-    # Parts have cohorts of their own where their counters differ, or stand still.
-    alike = {(cohort, frozen) for cohort, _, frozen in kept}
-    return len(alike) == len(cohorts) and len(set(kept)) == len(kept)
+    # A part has a cohort of its own if its counters differ from those of the others, or are parked.
+    kinds = {(cohort, frozen) for cohort, _, frozen in with_state}
+    return len(kinds) == len(cohorts) and len(set(with_state)) == len(with_state)
 
 
 def _check_trainable(plan: Plan, leaves: list[Any]) -> None:
-    """Raises where a leaf that trains in an export, or is parked, can't be trained any more."""
+    """Raises ValueError if a leaf with state in the export cannot be trained in the params."""
     for cohort, leaf in zip(plan.cohorts, _owners(plan), strict=True):
         if cohort != DROPPED and not can_train(leaves[leaf]):
             raise ValueError(
                 f"the export is of other params: {plan.paths[leaf]!r} trains in it, or is parked, "
-                f"but is {_kind(leaves[leaf])} in the params, which can't be trained; pass the "
-                "params that go with it"
+                f"but is {_short_type(leaves[leaf])} in the params, which can't be trained; pass "
+                "the params of the export"
             )
 
 
-def _kind(leaf: Any) -> str:
+def _short_type(leaf: Any) -> str:
+    """Returns the dtype and shape of an array, or the type of anything else, for an error."""
     return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else f"a {type(leaf).__name__}"
 
 
 def _abstract_state(plan: Plan, params: Any) -> FreezeState:
+    """Returns a state with this plan, as shapes."""
     wanted = [cohort != DROPPED for cohort in plan.cohorts]
     inner = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
     rows = max(plan.cohorts, default=0)
@@ -244,17 +252,17 @@ def _is_sharded(x: Any) -> bool:
 
 
 def _place(state: FreezeState, params: Any) -> FreezeState:
-    """The state with the statistics of each param beside it, as `init` makes them.
+    """Puts the statistics of each param where `init` makes them: beside the param.
 
-    That is on the same devices, and in an NNX Variable of the same kind, if it stands in one.
+    They get the devices of the param. If the param is in an NNX Variable, they get one of its kind.
     """
     leaves = param_leaves(params)
     boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
-    boxes = state.plan.in_own_order(
+    boxes = state.plan.in_plan_order(
         leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
     )
     if not any(is_variable(box) or _is_sharded(box) for box in boxes):
-        return state  # of a transformation, it may be, that mixes the leaves
+        return state  # so a transformation that mixes leaves, and has no layout, can pass
     layout, table = state.plan.layout, state.plan.part_table
 
     def beside(x: Any, param: Any) -> Any:
@@ -271,10 +279,13 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
     return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
 
 
-def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
-    if given.keys() != expected.keys() or given == expected:
+def _differences(exported: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Describes how the leaves of an export differ from those of the state."""
+    if exported.keys() != expected.keys() or exported == expected:
         return path_differences(
-            tuple(given), tuple(expected), "in the export", "in the state to be"
+            tuple(exported), tuple(expected), "in the export", "in the state to be"
         )
-    differing = [path for path, what in given.items() if what != expected[path]]
-    return few_clauses([f"{path!r} is {given[path]}, not {expected[path]}" for path in differing])
+    differing_paths = [path for path, entry in exported.items() if entry != expected[path]]
+    return few_clauses(
+        [f"{path!r} is {exported[path]}, not {expected[path]}" for path in differing_paths]
+    )

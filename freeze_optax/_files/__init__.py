@@ -1,6 +1,6 @@
 """Checkpoint files and the command line.
 
-Here live the readers of headers, one for each format, which give names, shapes and dtypes and read
-no array; the limits that protect them from crafted files; and the command `freeze-optax`. The
-tables that the command prints come from `_report`.
+This room holds the readers of headers, one for each format. They return names, shapes and dtypes
+and read no array. It also holds the limits that protect the readers from crafted files, and the
+command `freeze-optax`. `_report` makes the tables that the command prints.
 """

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: names, shapes and dtypes, its arrays unread."""
+"""The names, shapes and dtypes in a checkpoint of any format; no array is read."""
 
 import operator
 from collections import OrderedDict
@@ -18,20 +18,22 @@ _Named = Iterable[tuple[str, Any]]
 
 
 def read_headers(checkpoint: Path) -> dict[str, Any]:
-    """The leaves in a checkpoint, abstract, by their key paths.
+    """Returns the leaves of a checkpoint, abstract, by their key paths.
 
     Dots in stored names separate components, as slashes do. Nothing is unpickled or evaluated.
 
     Args:
-      checkpoint: A `.safetensors` or `.npz` file, one that `flax.serialization` wrote, a folder of
-        `.safetensors` files, or an Orbax checkpoint: its own folder, or one with nothing else.
+      checkpoint: A `.safetensors` or `.npz` file, a file that `flax.serialization` wrote, a folder
+        of `.safetensors` files, or an Orbax checkpoint: its own folder, or one that contains only
+        it.
 
     Returns:
-      For each path a `jax.ShapeDtypeStruct`, or a number. A tree of params as it stands.
+      A dict from each path to a `jax.ShapeDtypeStruct`, or to a number. It can be used as a tree of
+      params.
 
     Raises:
       OSError: If there is no such file.
-      ValueError: If it is none of these, or broken.
+      ValueError: If the file has none of these formats, or is broken.
       ImportError: If the package that reads it, of the extra `freeze_optax[cli]`, is missing.
     """
     budget = NameBudget(sum(map(plain_size, _files(checkpoint))))
@@ -40,10 +42,12 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
     for name, leaf in read(checkpoint):
         path = name.replace(".", "/")
         if path in headers:
-            raise ValueError(f"{checkpoint} has two arrays at {path!r}, where dots are slashes")
+            raise ValueError(
+                f"{checkpoint} has two arrays at {path!r}; dots in stored names count as slashes"
+            )
         if leaf is not None:
             headers[path] = leaf
-    # In the order of a nested dict of these, where the end of a name comes before all characters.
+    # The order is that of a nested dict: there the end of a name sorts before all characters.
     ordered = OrderedDict(sorted(headers.items(), key=lambda item: item[0].replace("/", "\0")))
     try:
         _spend(budget, ordered)
@@ -53,28 +57,30 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """The files that have the names in them."""
+    """Returns the files that contain the names of the leaves."""
     if not checkpoint.is_dir():
         return [checkpoint]
     return _shards(checkpoint) or [*checkpoint.glob("_METADATA"), *checkpoint.glob("*/_METADATA")]
 
 
 def _shards(folder: Path) -> list[Path]:
+    """Returns the `.safetensors` files in a folder, sorted."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def _spend(budget: NameBudget, paths: Iterable[str]) -> None:
-    """Makes budget for leaves, and for all nodes above them."""
-    before = list[str]()
+    """Takes budget for the leaves and for all nodes above them."""
+    keys_before = list[str]()
     for path in paths:
         keys = path.split("/")
-        shared = sum(takewhile(bool, starmap(operator.eq, zip(keys, before, strict=False))))
-        budget.take(keys, len(keys) - shared)
-        before = keys
+        common = sum(takewhile(bool, starmap(operator.eq, zip(keys, keys_before, strict=False))))
+        budget.take(keys, len(keys) - common)
+        keys_before = keys
 
 
 def _of_file(file: Path) -> _Named:
-    # By what is in it: checkpoints of Flax have no suffix, and others the wrong one at times.
+    """Returns the leaves of a file by their stored names, for the format of its first bytes."""
+    # Not by the suffix: checkpoints of Flax have none, and others may have a wrong one.
     with file.open("rb") as opened:
         start = opened.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -84,6 +90,7 @@ def _of_file(file: Path) -> _Named:
 
 
 def _of_folder(folder: Path) -> _Named:
+    """Returns the leaves of a folder by their stored names."""
     shards = _shards(folder)
     if shards:
         return (pair for file in shards for pair in read_safetensors_headers(file))
@@ -91,6 +98,7 @@ def _of_folder(folder: Path) -> _Named:
 
 
 def _msgpack(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a MessagePack file by their stored names."""
     try:
         with file.open("rb") as opened:
             leaves = read_msgpack_headers(opened)

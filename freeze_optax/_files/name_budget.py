@@ -1,25 +1,26 @@
-"""The memory that the names in a file may take."""
+"""A limit for the memory that the names in a file may take."""
 
 from collections.abc import Sequence
 
 _DEEPEST = 1_024
-"""As deep as the MessagePack libraries go. Key paths as deep as a file can be take its square."""
+"""The limit of the MessagePack libraries. Memory for key paths grows with the depth squared."""
 
 _LONGEST = 10_000
 """The most characters of a path."""
 
 _NODE, _FREE, _TIMES, _MOST = 1_000, 100_000_000, 100, 1_000_000_000
-"""Of memory, in bytes: what a node takes beside its path, about; what any file may take; how many
-times its size it may take beyond that; and what no file may take more of."""
+"""The memory of a node without its path, in bytes, roughly. Then the limit for a file: the bytes
+that any file may take, the multiple of its size that is added, and the bytes that no file exceeds.
+"""
 
 
 class NameBudget:
-    """What memory the names in a file may still take.
+    """Counts the memory that the names in a file take, up to a limit.
 
-    Short files can stand for long paths, as the path of a leaf has in it all the names above.
+    A short file can stand for long paths, because the path of a leaf contains all names above it.
 
     Args:
-      size: Of the file, in bytes.
+      size: The size of the file, in bytes.
     """
 
     def __init__(self, size: int):
@@ -27,14 +28,14 @@ class NameBudget:
         self._left = self._most
 
     def take(self, keys: Sequence[str], nodes: int = 1) -> None:
-        """Makes budget for a node.
+        """Takes budget for a node.
 
         Args:
           keys: The components of its path.
-          nodes: How many there are that have no budget yet: itself, and maybe some above it.
+          nodes: How many nodes have no budget yet: the node itself, and perhaps some above it.
 
         Raises:
-          ValueError: If there is none left, or the path goes too far.
+          ValueError: If no budget is left, or the path is too long or too deep.
         """
         if len(keys) > _DEEPEST:
             raise ValueError(f"it is nested more than {_DEEPEST:,} deep")
@@ -48,5 +49,5 @@ class NameBudget:
         if self._left < 0:
             raise ValueError(
                 f"its names would take over {self._most:,} bytes of memory, the limit for "
-                f"{self._size:,} in a file"
+                f"a file of {self._size:,} bytes"
             )

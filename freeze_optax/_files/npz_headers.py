@@ -14,23 +14,24 @@ import numpy as np
 from freeze_optax._files.abstract_arrays import as_abstract_array
 from freeze_optax._tree.messages import quoted_list
 
-# NumPy has no names for the dtypes of machine learning, and stores them as bytes without meaning.
-# Of two bytes there is one. Of one byte there are several, float8s and integers of four bits: the
-# first stands for them all, as left out they would not be counted, and their bytes are right.
+# NumPy does not know the dtypes of machine learning, and stores them as raw bytes. Only one of them
+# has two bytes. Several have one byte, float8s and integers of four bits: float8_e4m3fn stands for
+# all of these. Without it they would not be counted at all, and with it their bytes are right.
 _RAW: dict[str, Any] = {"V2": jnp.bfloat16, "V1": jnp.float8_e4m3fn}
 
 _INFLATED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1_032}
-"""The compressions of NumPy, each with the most bytes that it makes of one. Python decompresses
-others without a limit: four kilobytes of bzip2 may be gigabytes."""
+"""The compressions that NumPy uses, each with the most bytes that it can make of one byte. Python
+decompresses others without a limit: four kilobytes of bzip2 may be gigabytes."""
 
 _NPY = {(1, 0): 2, (2, 0): 4}
-"""For each version of a header of numbers, how many bytes its length has."""
+"""For each version of an array header, the bytes that its length field has."""
 
 _LONGEST_NPY = 10_000
-"""The most bytes of a header. NumPy reads no more either, but measures only what it has read."""
+"""The most bytes of a header. NumPy has the same limit, but checks it after reading."""
 
 
 def read_npz_headers(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of an `.npz` file, abstract, with their names."""
     try:
         with zipfile.ZipFile(file) as archive:
             members, size = archive.infolist(), file.stat().st_size
@@ -46,26 +47,27 @@ def read_npz_headers(file: Path) -> Iterator[tuple[str, Any]]:
     except OSError:
         raise
     except Exception as error:
-        # NumPy reads a header as a Python literal, so a broken one raises what a parser does.
-        raise ValueError(f"{file} is no whole .npz file: {error}") from error
+        # NumPy parses a header as a Python literal, so a broken one may raise any parser error.
+        raise ValueError(f"{file} is not a valid .npz file: {error}") from error
 
 
 def _check_claim(member: zipfile.ZipInfo, size: int) -> None:
-    """Raises where a member is more than can be in a file of this size."""
+    """Raises ValueError if a member claims more bytes than a file of this size can contain."""
     if member.compress_type not in _INFLATED:
         raise ValueError(
-            f"{member.filename!r} is compressed as NumPy does not; write it with np.savez or "
-            "np.savez_compressed"
+            f"{member.filename!r} has a compression that NumPy does not use; write it with "
+            "np.savez or np.savez_compressed"
         )
     stored = min(member.compress_size, size)
     if member.file_size > _INFLATED[member.compress_type] * stored:
         raise ValueError(
-            f"{member.filename!r} is said to have {member.file_size:,} bytes, which {stored:,} in "
-            "the file can't be"
+            f"{member.filename!r} claims to have {member.file_size:,} bytes, but its {stored:,} "
+            "bytes in the file can't hold them"
         )
 
 
 def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
+    """Returns the array that a member of an archive contains, abstract."""
     version = np.lib.format.read_magic(member)
     if version not in _NPY:
         raise ValueError(f"an array in it has a header of version {version}")
@@ -82,5 +84,5 @@ def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
     dtype = np.dtype(_RAW.get(stored.str.lstrip("<>|"), stored) if raw else stored)
     leaf = as_abstract_array(shape, dtype)
     if not stored.hasobject and member.tell() + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"an array of shape {shape} and dtype {dtype} has not as many bytes")
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} has the wrong size")
     return leaf

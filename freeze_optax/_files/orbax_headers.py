@@ -13,12 +13,13 @@ from freeze_optax._tree.messages import quoted_list
 
 
 def read_orbax_headers(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of an Orbax checkpoint, abstract, with their names."""
     below = sorted(path for path in folder.iterdir() if path.is_dir())
     items = [path for path in (folder, *below) if (path / "_METADATA").exists()]
     if not items:
         raise ValueError(
-            f"{folder} holds no .safetensors file and no item of an Orbax checkpoint; of the "
-            "folder of a CheckpointManager name one step"
+            f"{folder} holds no .safetensors file and no item of an Orbax checkpoint; in the "
+            "folder of a CheckpointManager, name one step"
         )
     if len(items) > 1:
         raise ValueError(f"{folder} holds several items, name one: {quoted_list(map(str, items))}")
@@ -30,13 +31,13 @@ def read_orbax_headers(folder: Path) -> Iterator[tuple[str, Any]]:
         if not file.is_dir():
             plain_size(file)
     try:
-        # Declared as a path of another library; one of pathlib does, but no relative one.
+        # The declared type is a path of another library. A pathlib one works if it is absolute.
         item: Any = items[0].resolve()
         tree = checkpoint.PyTreeCheckpointHandler().metadata(item)
         leaves = Leaves(getattr(tree, "tree", tree))  # older versions give the tree itself
         for path, leaf in zip(leaves.paths, leaves.values, strict=True):
-            # What is no array, as text is not, has no shape.
+            # Anything but an array, such as text, has no shape.
             yield path, as_abstract_array(leaf.shape, leaf.dtype) if is_array(leaf) else None
     except Exception as error:
-        # A broken file raises what the parsers of JSON, and the stores behind it, do.
-        raise ValueError(f"{items[0]} is no whole Orbax checkpoint: {error}") from error
+        # A broken file may raise any error of the JSON parsers and of the stores behind Orbax.
+        raise ValueError(f"{items[0]} is not a valid Orbax checkpoint: {error}") from error

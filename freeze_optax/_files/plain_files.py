@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def plain_size(file: Path) -> int:
-    """The size of a file; an error if it is no plain one, as to open a pipe is to wait."""
+    """Returns the size of a plain file; raises for anything else, because a pipe blocks `open`."""
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{file} is no plain file; copy what it gives into one")
+        raise ValueError(f"{file} is not a plain file; copy its contents into one")
     return status.st_size

@@ -34,6 +34,7 @@ _SAFETENSORS: dict[str, Any] = {
 
 
 def read_safetensors_headers(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of a `.safetensors` file, abstract, with their names."""
     try:
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415
     except ImportError as error:
@@ -41,19 +42,20 @@ def read_safetensors_headers(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118
-                piece = opened.get_slice(name)
-                dtype = piece.get_dtype()
+                array = opened.get_slice(name)
+                dtype = array.get_dtype()
                 if dtype not in _SAFETENSORS:
-                    raise ValueError(f"{file} has {name!r} in the dtype {dtype}, which jax has not")
-                shape = tuple(piece.get_shape())
+                    raise ValueError(f"{file} has {name!r} in the dtype {dtype}, not one of jax")
+                shape = tuple(array.get_shape())
                 if len(shape) > MOST_AXES:
                     raise ValueError(f"{file} has {name!r} of over {MOST_AXES} axes")
                 yield name, jax.ShapeDtypeStruct(shape, _SAFETENSORS[dtype])
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole .safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a valid .safetensors file: {error}") from error
 
 
 def missing_package(package: str) -> ImportError:
+    """Returns the error for a package of the extra `freeze_optax[cli]` that is missing."""
     return ImportError(
         f"this checkpoint is read with {package}; install it with: pip install 'freeze_optax[cli]'"
     )

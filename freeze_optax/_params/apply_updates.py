@@ -1,4 +1,4 @@
-"""Applying updates."""
+"""Apply updates to the params, without touching the frozen leaves."""
 
 import functools
 import operator
@@ -19,11 +19,11 @@ from freeze_optax._tree.messages import path_differences, quoted_list
 
 
 def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
-    """As `optax.apply_updates`, but a frozen leaf is returned as the very same object.
+    """Adds the updates to the params as `optax.apply_updates`, but returns frozen leaves unchanged.
 
-    So its every bit stays, in eager mode too, where `p + 0` turns -0.0 into 0.0 and flushes
-    subnormal numbers; and in eager mode, or with the params donated to `jax.jit`, its buffer is
-    not copied.
+    A frozen leaf is returned as the same object. So every bit of it stays, in eager mode too, where
+    `p + 0` turns -0.0 into 0.0 and flushes subnormal numbers. Its buffer is not copied in eager
+    mode, and under `jax.jit` it is not copied if the params are donated.
 
     Examples:
       >>> import freeze_optax as fo
@@ -33,18 +33,21 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
       (True, 2.5)
 
     Args:
-      params: A tree.
-      updates: A tree with a leaf, a hole or None for each leaf of `params`; those at frozen ones
-        are not looked at.
-      frozen: What to leave as it is: any spec, see `freeze_optax.mask`; usually the optimizer
-        state. Of a leaf that is frozen in part, those rows. Also left is each leaf whose update is
-        None or a hole (`optax.MaskedNode`), and each that cannot be trained.
+      params: A pytree.
+      updates: A pytree with a leaf, a hole (`optax.MaskedNode`) or None for each leaf of `params`.
+        The updates of frozen leaves are not read.
+      frozen: Which leaves stay unchanged: any spec, see `freeze_optax.mask`; usually the optimizer
+        state. Where a leaf is frozen in part, its frozen rows stay unchanged. A leaf whose update
+        is None or a hole, and a leaf that cannot be trained, stays unchanged too.
 
     Returns:
-      A tree like `params`: at other leaves the sum, in the dtype of the param.
+      A tree like `params`. Unchanged leaves are the same objects; every other leaf is the sum of
+      param and update, in the dtype of the param.
 
     Raises:
       ValueError: If the updates or the spec do not fit the params.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(params)
     flags = resolve(frozen, leaves, partitioned=True)
@@ -66,17 +69,17 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
 def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
     if np.ndim(update) and not frozen.fits(update, partitioned=True):
         raise ValueError(
-            f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf of "
-            f"{leaves.values[i].shape}, of which {~frozen!r} train; give an update of all rows or "
-            "of these"
+            f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf is of "
+            f"shape {leaves.values[i].shape}, and {~frozen!r} train; give an update of all rows or "
+            "of the rows that train"
         )
 
 
 def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
-    """The param with the update added to the rows that train; either may be of these alone."""
-    own = take_rows_if_whole(param, live)
-    new = add(own, take_rows_if_whole(update, live) if np.ndim(update) else update)
-    return new if own is param else put_rows(param, live, new)
+    """Adds the update to the rows that train; param and update may hold all rows or only these."""
+    live_param = take_rows_if_whole(param, live)
+    new = add(live_param, take_rows_if_whole(update, live) if np.ndim(update) else update)
+    return new if live_param is param else put_rows(param, live, new)
 
 
 def _add(param: Any, update: Any) -> Any:
@@ -84,34 +87,35 @@ def _add(param: Any, update: Any) -> Any:
 
 
 def _add_unless_zero(param: Any, update: Any) -> Any:
-    """The sum, but every bit of `param` where the update is -0.0, as `scheduled` has it.
+    """Adds, but keeps every bit of `param` where the update is -0.0, as for a frozen leaf.
 
-    What is frozen then shows in the updates alone; and where XLA does not see that they are
-    constant, its addition flushes subnormals on a CPU.
+    With the state of `scheduled` only the updates show what is frozen. Where XLA does not see that
+    an update is constant, its addition flushes subnormals on a CPU.
     """
     parts = (jnp.real(update), jnp.imag(update)) if jnp.iscomplexobj(update) else (update,)
-    still = functools.reduce(operator.and_, map(_is_negative_zero, parts))
-    return jnp.where(still, jnp.asarray(param), _add(param, update))
+    is_unchanged = functools.reduce(operator.and_, map(_is_negative_zero, parts))
+    return jnp.where(is_unchanged, jnp.asarray(param), _add(param, update))
 
 
 def _is_negative_zero(x: Any) -> jax.Array:
-    # `signbit` is for 16 bits and more. Of the small formats those without -0.0 have neither
-    # subnormal numbers that an addition would flush nor NaNs that it would change.
+    # `signbit` works for 16 bits and more. Some of the smaller formats have no -0.0. Those have
+    # no subnormal numbers that an addition would flush, and no NaNs that it would change.
     x = jnp.asarray(x)
     x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 16 else x
     return (x == 0) & jnp.signbit(x)
 
 
 def _align(leaves: Leaves, updates: Any) -> list[Any]:
-    own = Leaves(updates)
-    if own.treedef == leaves.treedef:
-        return own.values
+    """Returns the update, a hole or None for each leaf of the params."""
+    update_leaves = Leaves(updates)
+    if update_leaves.treedef == leaves.treedef:
+        return update_leaves.values
     try:
         values = leaves.treedef.flatten_up_to(updates)
     except (ValueError, TypeError):
         raise ValueError(
             "the updates are of other params: "
-            + path_differences(own.paths, leaves.paths, "in the updates", "in the params")
+            + path_differences(update_leaves.paths, leaves.paths, "in the updates", "in the params")
         ) from None
     nodes = [
         path

@@ -1,4 +1,4 @@
-"""Setting leaves by their path."""
+"""Set leaves by their path."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
 def assign(params: Any, values: Mapping[str, Any]) -> Any:
-    """Sets leaves, each named by its exact path; dtype and sharding stay the leaf's.
+    """Sets leaves, each named by its exact path, and keeps their dtype and sharding.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -25,125 +25,138 @@ def assign(params: Any, values: Mapping[str, Any]) -> Any:
 
     Args:
       params: Any pytree.
-      values: For each path an array or a scalar, which broadcasts to the shape of the leaf.
+      values: A mapping from the exact path of a leaf to an array or a scalar. The value must
+        broadcast to the shape of the leaf, and is cast to its dtype.
 
     Returns:
-      A tree like `params`; the other leaves are the very objects, and `params` is unchanged.
+      A tree like `params` with the new values. All other leaves are the same objects, and `params`
+      is unchanged.
 
     Raises:
       ValueError: If a path names no leaf, or more than one; if a value does not broadcast to the
-        shape of its leaf, or has no like in its dtype (a fraction for an integer). Then nothing
-        is set.
-      TypeError: If `values` is no mapping of strings, if a leaf or a value is no array or number,
-        or if a value is traced, but its leaf no array of JAX. Then nothing is set.
+        shape of its leaf, or its dtype can't hold the value (a fraction for an integer). Then
+        nothing is set.
+      TypeError: If `values` is not a mapping with string keys; if a leaf or a value is not an
+        array or a number; or if a value is traced, but its leaf is not an array of JAX. Then
+        nothing is set.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"fo.assign takes a dict {{path: value}}, not a {type(values).__name__}")
     leaves = Leaves(params)
-    places: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for i, path in enumerate(leaves.paths):
-        places.setdefault(path, []).append(i)
+        indices.setdefault(path, []).append(i)
     new = list(leaves.values)
     for path, value in values.items():
-        i = _index(path, places)
+        i = _index_of(path, indices)
         new[i] = _set(path, new[i], value)
     return leaves.rebuild(new)
 
 
-def _index(path: str, places: Mapping[str, Sequence[int]]) -> int:
+def _index_of(path: str, indices: Mapping[str, Sequence[int]]) -> int:
+    """Returns the index of the one leaf at a path."""
     if not isinstance(path, str):
         raise TypeError(f"fo.assign takes paths, 'dense/kernel' say, but got the key {path!r}")
-    found = places.get(path, ())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"fo.assign can't tell which of {len(found)} leaves at {path!r} is meant")
-    below = [other for other in places if other.startswith(f"{path}/")]
-    hint = f"it is a node, with {quoted_list(below)}" if below else nearest_names(path, places)
+    at_path = indices.get(path, ())
+    if len(at_path) == 1:
+        return at_path[0]
+    if at_path:
+        raise ValueError(
+            f"fo.assign can't tell which of {len(at_path)} leaves at {path!r} is meant"
+        )
+    below = [other for other in indices if other.startswith(f"{path}/")]
+    hint = f"it is a node, with {quoted_list(below)}" if below else nearest_names(path, indices)
     raise ValueError(f"fo.assign was given {path!r}, which is no leaf; {hint}")
 
 
 def _set(path: str, leaf: Any, value: Any) -> Any:
-    own = np.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
-    if not isinstance(own, jax.Array | np.ndarray | np.generic):
+    """Returns the value as a leaf of the same kind, shape, dtype and sharding as `leaf`."""
+    old = np.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
+    if not isinstance(old, jax.Array | np.ndarray | np.generic):
         what = "abstract" if is_array(leaf) else f"a {type(leaf).__name__}"
         raise TypeError(f"fo.assign sets arrays and numbers, but the leaf at {path!r} is {what}")
-    given = _array(path, value)
-    _check(path, own, given)
-    if isinstance(own, jax.Array):
-        return _on_devices_of(own, given)
-    if isinstance(given, Tracer):
+    array = _as_array(path, value)
+    _check_fits(path, old, array)
+    if isinstance(old, jax.Array):
+        return _on_devices_of(old, array)
+    if isinstance(array, Tracer):
         raise TypeError(
             f"the value for {path!r} is traced, but the leaf is a {type(leaf).__name__}, which "
-            "can't be; make the params arrays of JAX"
+            "can't hold a traced value; make the params arrays of JAX"
         )
-    new = np.broadcast_to(np.asarray(given), own.shape).astype(own.dtype)
+    new = np.broadcast_to(np.asarray(array), old.shape).astype(old.dtype)
     if isinstance(leaf, np.ndarray):
         return new
     return new[()] if isinstance(leaf, np.generic) else type(leaf)(new.item())
 
 
-def _array(path: str, value: Any) -> Any:
+def _as_array(path: str, value: Any) -> Any:
     try:
-        given = value if isinstance(value, jax.Array) else np.asarray(value)
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the value for {path!r} is no array: {error}") from error
-    if given.dtype == object:
+    if array.dtype == object:
         raise TypeError(
             f"the value for {path!r} is a {type(value).__name__}, not an array or a number"
         )
-    return given
+    return array
 
 
 _RANKS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def _rank(dtype: Any) -> int | None:
-    """How general the numbers of a dtype are; None for what is no number (a PRNG key)."""
+    """Returns how general the numbers of a dtype are; None if it has no numbers (a PRNG key)."""
     return next((i for i, group in enumerate(_RANKS) if jnp.issubdtype(dtype, group)), None)
 
 
-def _check(path: str, own: Any, given: Any) -> None:
-    both = (
-        f"the leaf {path!r} is {own.dtype}{list(own.shape)}, the value {given.dtype}"
-        f"{list(given.shape)}"
+def _check_fits(path: str, old: Any, new: Any) -> None:
+    """Raises if a new value does not fit the shape or the dtype of its leaf."""
+    old_and_new = (
+        f"the leaf {path!r} is {old.dtype}{list(old.shape)}, the value {new.dtype}{list(new.shape)}"
     )
-    mine, other = _rank(own.dtype), _rank(given.dtype)
-    if given.dtype != own.dtype and (mine is None or other is None):
-        raise TypeError(f"{both}; only numbers are cast")
+    old_rank, new_rank = _rank(old.dtype), _rank(new.dtype)
+    if new.dtype != old.dtype and (old_rank is None or new_rank is None):
+        raise TypeError(f"{old_and_new}; only numbers are cast")
     try:
-        fits = np.broadcast_shapes(given.shape, own.shape) == own.shape
+        fits = np.broadcast_shapes(new.shape, old.shape) == old.shape
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{both}, which does not broadcast to that shape")
-    if mine is not None and other is not None and (other > mine or _is_beyond(given, own.dtype)):
-        raise ValueError(f"{both}, which that dtype can't hold; cast it first")
+        raise ValueError(f"{old_and_new}, which does not broadcast to that shape")
+    if (
+        old_rank is not None
+        and new_rank is not None
+        and (new_rank > old_rank or _is_beyond(new, old.dtype))
+    ):
+        raise ValueError(f"{old_and_new}, which that dtype can't hold; cast it first")
 
 
-def _is_beyond(given: Any, dtype: Any) -> bool:
-    """Whether a cast wraps an integer or makes a number infinite; not asked of traced values."""
-    if isinstance(given, Tracer) or given.dtype == dtype:
+def _is_beyond(value: Any, dtype: Any) -> bool:
+    """Whether a cast wraps an integer or makes a number infinite; False for traced values."""
+    if isinstance(value, Tracer) or value.dtype == dtype:
         return False
-    numbers = np.asarray(given)
+    numbers = np.asarray(value)
     with np.errstate(all="ignore"):
         cast = numbers.astype(dtype)
         if jnp.issubdtype(dtype, jnp.integer):
             return bool((cast != numbers).any())
-        # As complex: NumPy knows of no finiteness in the small formats.
+        # By way of complex numbers, as NumPy's `isfinite` does not take the small formats.
         return bool((np.isfinite(numbers) & ~np.isfinite(cast.astype(np.complex128))).any())
 
 
-def _on_devices_of(own: jax.Array, given: Any) -> Any:
-    if isinstance(own, Tracer) or isinstance(given, Tracer):
-        cast = given if _rank(own.dtype) is None else jnp.asarray(given, own.dtype)
-        return jnp.broadcast_to(cast, own.shape)
-    # By way of the host: a copy, as two leaves set to one array would share its buffer and
-    # donating the params would delete the user's; and on no device that the leaf is not on.
-    if _rank(own.dtype) is None:
-        data = jnp.asarray(np.array(jax.random.key_data(given)))
-        new = jax.random.wrap_key_data(data, impl=jax.random.key_impl(given))
+def _on_devices_of(old: jax.Array, value: Any) -> Any:
+    """Returns a copy of the value with the shape, dtype and sharding of `old`."""
+    if isinstance(old, Tracer) or isinstance(value, Tracer):
+        cast = value if _rank(old.dtype) is None else jnp.asarray(value, old.dtype)
+        return jnp.broadcast_to(cast, old.shape)
+    # The copy goes by way of the host, for two reasons. Without a copy, two leaves set to one array
+    # would share its buffer, and donating the params would delete the user's array. And a copy on
+    # the device could end on a device that the leaf is not on.
+    if _rank(old.dtype) is None:
+        data = jnp.asarray(np.array(jax.random.key_data(value)))
+        new = jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
     else:
-        new = jnp.asarray(np.array(given).astype(own.dtype))
-    new = jnp.broadcast_to(new, own.shape)
-    return jax.device_put(new, own.sharding) if own.committed else new
+        new = jnp.asarray(np.array(value).astype(old.dtype))
+    new = jnp.broadcast_to(new, old.shape)
+    return jax.device_put(new, old.sharding) if old.committed else new

@@ -17,10 +17,10 @@ from freeze_optax._tree.leaves import Leaves
 def value_and_grad(
     fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, holes: bool = False
 ) -> Callable[..., Any]:
-    """Differentiates `fun` in its first argument with no backward pass for frozen leaves.
+    """Differentiates `fun` in its first argument, without a backward pass for frozen leaves.
 
-    As `jax.value_and_grad`, except that integer, PRNG key and non-array leaves need nothing
-    special: they are frozen.
+    The function works as `jax.value_and_grad`, with one difference: integers, PRNG keys and leaves
+    that are not arrays are allowed. They count as frozen.
 
     Examples:
       >>> import freeze_optax as fo
@@ -31,24 +31,27 @@ def value_and_grad(
       (60.0, 0.0, 20.0)
 
     Args:
-      fun: Takes the params first, and gives a real scalar; with `has_aux`, a pair of that and
-        anything.
-      frozen: What not to differentiate: any spec, see `freeze_optax.mask`. Passing the optimizer
-        state keeps gradients and updates in agreement.
-      has_aux: Whether `fun` gives a pair.
-      holes: Whether frozen leaves get `optax.MaskedNode()`, which costs no memory even as the
-        carry of a scan, instead of zeros.
+      fun: A function that takes the params as its first argument and returns a real scalar; with
+        `has_aux`, a pair of that scalar and any pytree.
+      frozen: Which leaves not to differentiate: any spec, see `freeze_optax.mask`. Pass the
+        optimizer state, so that gradients and updates agree on what is frozen.
+      has_aux: Whether `fun` returns a pair.
+      holes: Whether the gradient has `optax.MaskedNode()` at frozen leaves instead of zeros. These
+        holes cost no memory, even as the carry of a scan.
 
     Returns:
-      A function of the arguments of `fun` that gives the pair of its value and the gradient. The
-      gradient has the structure of the params: zeros at frozen leaves, or holes; where the
-      dtype has no gradient, zeros of dtype `jax.dtypes.float0`. Where a leaf is frozen in part it
-      has zeros at those rows, or with `holes` the rows that train alone.
+      A function that takes the arguments of `fun` and returns a pair: the value of `fun`, and the
+      gradient. The gradient has the structure of the params. At frozen leaves it has zeros, or
+      holes with `holes=True`; the zeros have the dtype `jax.dtypes.float0` where the dtype of the
+      leaf has no gradient. Where a leaf is frozen in part, the gradient has zeros at the frozen
+      rows, or with `holes=True` only the rows that train.
 
     Raises:
-      ValueError: At once with the state of `scheduled` and `holes`, or with two such states; when
-        called, if the spec does not fit the params.
-      IndexError: When called, if a layer is not there (`fo.layers(pattern)[i]`).
+      ValueError: At once, for the state of `scheduled` together with `holes`, or for two such
+        states. At the call, if the spec does not fit the params.
+      IndexError: At the call, if a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If a transformation is passed as `frozen`. At the call, if a mask holds anything
+        but bools.
     """
     selector = as_selector(frozen)
     schedules = schedules_in_spec(frozen)
@@ -58,8 +61,8 @@ def value_and_grad(
         )
     if schedules and holes:
         raise ValueError(
-            "with the state of fo.scheduled, what is frozen changes while the program runs, and "
-            "the structure of its gradients can't; leave holes out"
+            "with the state of fo.scheduled, what is frozen changes while the program runs, but "
+            "the structure of its gradients can't change; leave holes out"
         )
 
     @functools.wraps(fun)
@@ -72,12 +75,12 @@ def value_and_grad(
         def differentiate(flags: Sequence[Flag]) -> Any:
             return _value_and_grad(of_params, leaves, flags, has_aux, holes)
 
-        always = resolve(selector, leaves)
+        always_frozen = resolve(selector, leaves)
         if not schedules:
-            return differentiate(always)
+            return differentiate(always_frozen)
         (state,) = schedules
         phases = [
-            functools.partial(differentiate, list(map(flag_or, always, phase)))
+            functools.partial(differentiate, list(map(flag_or, always_frozen, phase)))
             for phase in state.phases(leaves)
         ]
         return jax.lax.switch(state.phase, phases)
@@ -88,13 +91,15 @@ def value_and_grad(
 def _value_and_grad(
     fun: Callable[[Any], Any], leaves: Leaves, flags: Sequence[Flag], has_aux: bool, holes: bool
 ) -> tuple[Any, Any]:
-    # Only the trainable leaves are an argument: what is closed over is a constant to the
-    # differentiation, which then builds no backward pass for it, whatever its dtype.
+    # Only the trainable leaves are an argument. JAX treats what the function closes over as a
+    # constant, so it builds no backward pass for it, whatever its dtype.
     def of_trainable(trainable: list[Any]) -> Any:
-        moving = iter(trainable)
-        both = zip(leaves.values, flags, strict=True)
+        remaining = iter(trainable)
+        pairs = zip(leaves.values, flags, strict=True)
         return fun(
-            leaves.rebuild(x if flag is True else _live_leaf(x, flag, moving) for x, flag in both)
+            leaves.rebuild(
+                x if flag is True else _live_leaf(x, flag, remaining) for x, flag in pairs
+            )
         )
 
     live = [
@@ -102,23 +107,26 @@ def _value_and_grad(
         for x, flag in zip(leaves.values, flags, strict=True)
         if flag is not True
     ]
-    value, moved = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
-    zeros, moving = Zeros(), iter(moved)
-    both = zip(leaves.values, flags, strict=True)
+    value, gradients = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
+    zeros, remaining = Zeros(), iter(gradients)
+    pairs = zip(leaves.values, flags, strict=True)
     if holes:
-        return value, leaves.rebuild(HOLE if flag is True else next(moving) for _, flag in both)
+        return value, leaves.rebuild(HOLE if flag is True else next(remaining) for _, flag in pairs)
     return value, leaves.fill_leaves(
-        zeros.gradient(x) if flag is True else _with_zero_rows(next(moving), flag)
-        for x, flag in both
+        zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag)
+        for x, flag in pairs
     )
 
 
 def _live_rows(leaf: Any, frozen: Flag) -> Any:
+    """Returns the rows of a leaf that train; the leaf itself if all do."""
     return take_rows(leaf, ~frozen) if isinstance(frozen, Rows) else leaf
 
 
-def _live_leaf(leaf: Any, frozen: Flag, moving: Iterator[Any]) -> Any:
-    return with_live_rows(leaf, next(moving), ~frozen) if isinstance(frozen, Rows) else next(moving)
+def _live_leaf(leaf: Any, frozen: Flag, remaining: Iterator[Any]) -> Any:
+    """Returns the whole leaf that `fun` needs, made with the next trainable argument."""
+    live = next(remaining)
+    return with_live_rows(leaf, live, ~frozen) if isinstance(frozen, Rows) else live
 
 
 def _with_zero_rows(gradient: Any, frozen: Flag) -> Any:
@@ -128,7 +136,7 @@ def _with_zero_rows(gradient: Any, frozen: Flag) -> Any:
 def grad(
     fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, holes: bool = False
 ) -> Callable[..., Any]:
-    """As `value_and_grad`, without the value.
+    """Differentiates `fun` as `value_and_grad` does, and leaves the value out.
 
     Examples:
       >>> import freeze_optax as fo
@@ -137,26 +145,25 @@ def grad(
       {'encoder': MaskedNode(), 'head': Array(2., dtype=float32, weak_type=True)}
 
     Args:
-      fun: Takes the params first, and gives a real scalar; with `has_aux`, a pair of that and
-        anything.
-      frozen: What not to differentiate: any spec, see `freeze_optax.mask`.
-      has_aux: Whether `fun` gives a pair.
-      holes: Whether frozen leaves get `optax.MaskedNode()` instead of zeros.
+      fun: As for `value_and_grad`.
+      frozen: As for `value_and_grad`: any spec, see `freeze_optax.mask`.
+      has_aux: As for `value_and_grad`.
+      holes: As for `value_and_grad`.
 
     Returns:
-      A function of the arguments of `fun` that gives the gradient; with `has_aux`, the pair of
-      gradient and auxiliary value.
+      A function that takes the arguments of `fun` and returns the gradient; with `has_aux`, the
+      pair of the gradient and the auxiliary value. The gradient is that of `value_and_grad`.
 
     Raises:
-      ValueError: At once with the state of `scheduled` and `holes`, or with two such states; when
-        called, if the spec does not fit the params.
-      IndexError: When called, if a layer is not there (`fo.layers(pattern)[i]`).
+      ValueError: As `value_and_grad`, at once or at the call.
+      IndexError: As `value_and_grad`, at the call.
+      TypeError: As `value_and_grad`, at once or at the call.
     """
-    both = value_and_grad(fun, frozen, has_aux=has_aux, holes=holes)
+    fun_with_grad = value_and_grad(fun, frozen, has_aux=has_aux, holes=holes)
 
     @functools.wraps(fun)
     def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        value, grads = both(params, *args, **kwargs)
+        value, grads = fun_with_grad(params, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn

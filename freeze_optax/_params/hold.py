@@ -1,4 +1,4 @@
-"""Keeping leaves that no optimizer owns."""
+"""Keep leaves that change outside the optimizer."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from freeze_optax._tree.variables import is_variable
 
 
 def hold(new: Any, old: Any, where: Spec) -> Any:
-    """`new` with the selected leaves of `old`: keeps what no optimizer owns.
+    """Returns `new` with the selected leaves of `old`, to freeze leaves that no optimizer updates.
 
-    BatchNorm statistics change in the forward pass, not through gradients, so freezing them is a
-    choice of its own: hold them. Here the spec counts as it is written; an integer counter that
-    is not selected moves on.
+    BatchNorm statistics change in the forward pass and not through gradients. So `freezable` does
+    not freeze them; `hold` does. The raw spec counts here: an integer counter that is not selected
+    keeps its new value.
 
     Examples:
       >>> import freeze_optax as fo
@@ -27,41 +27,46 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
       {'bn_0': {'mean': 0.0, 'steps': 2}, 'bn_1': {'mean': 0.7, 'steps': 2}}
 
     Args:
-      new: A tree.
-      old: A tree of the same structure.
-      where: The leaves to take from `old`: any spec, see `freeze_optax.mask`.
+      new: A pytree, after the forward pass.
+      old: A pytree of the same structure, from before.
+      where: Which leaves to take from `old`: any spec, see `freeze_optax.mask`. Where it selects
+        some rows of a leaf, only these are taken.
 
     Returns:
-      A tree of the structure of `new`; the leaves are the very objects.
+      A tree of the structure of `new`. Its leaves are the same objects as in `new` or `old`; only
+      a leaf that is selected in part is a new array. `new` and `old` are unchanged.
 
     Raises:
       ValueError: If the trees differ in structure, or the spec does not fit them; or if a selected
-        NNX Variable is in both trees, so that nothing of what it was is left.
+        NNX Variable is in both trees, so that its old value is lost.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If a mask holds anything but bools.
     """
-    after, before = Leaves(new), Leaves(old)
-    if after.treedef != before.treedef:
+    new_leaves, old_leaves = Leaves(new), Leaves(old)
+    if new_leaves.treedef != old_leaves.treedef:
         raise ValueError(
             "`new` and `old` are different trees: "
-            + path_differences(after.paths, before.paths, "in `new`", "in `old`")
+            + path_differences(new_leaves.paths, old_leaves.paths, "in `new`", "in `old`")
         )
-    held = as_selector(where).flags(after)
-    _check_copied(new, old, after.fill_leaves(held))
-    triples = zip(after.values, before.values, held, strict=True)
-    return after.rebuild(_held(n, o, flag) for n, o, flag in triples)
+    held = as_selector(where).flags(new_leaves)
+    _check_copied(new, old, new_leaves.fill_leaves(held))
+    triples = zip(new_leaves.values, old_leaves.values, held, strict=True)
+    return new_leaves.rebuild(_hold_leaf(n, o, flag) for n, o, flag in triples)
 
 
-def _held(new: Any, old: Any, flag: Flag) -> Any:
+def _hold_leaf(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Rows):
         return put_rows(new, flag, take_rows_bitwise(old, flag))
     return old if flag else new
 
 
 def _check_copied(new: Any, old: Any, held: Any) -> None:
-    # `nnx.state` gives the model's own Variables, which go on changing with it.
+    """Raises if a selected Variable of `new` is the same object in `old`."""
+    # `nnx.state` returns the model's own Variables, which change when the model changes.
     trees = [Leaves(tree, stop=is_variable).values for tree in (new, old, held)]
     triples = zip(*trees, strict=True)
     if any(a is b and is_variable(a) and any(jax.tree.leaves(flag)) for a, b, flag in triples):
         raise ValueError(
-            "`new` and `old` hold the very same Variables, so what they were is gone; keep a copy "
+            "`new` and `old` hold the same Variables, so their old values are lost; keep a copy "
             "before they change: old = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))"
         )

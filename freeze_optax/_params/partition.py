@@ -1,4 +1,4 @@
-"""A tree in two: what trains and the rest, each with holes where the other has leaves."""
+"""Split a tree into what trains and the rest, each with holes where the other has leaves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,17 +30,20 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
 
     Args:
       tree: Any pytree.
-      frozen: What belongs to the rest: any spec, see `freeze_optax.mask`. Leaves that cannot be
-        trained belong there too.
+      frozen: Which leaves go to the rest: any spec, see `freeze_optax.mask`. Leaves that cannot be
+        trained go there too.
 
     Returns:
-      Two trees of the structure of `tree`, with `optax.MaskedNode()`, a node without leaves,
-      wherever the other one has the leaf. The leaves are the very objects. Of a leaf that is
-      frozen in part the trainable tree has the array of the rows that train; the rest keeps the
-      other rows, in a node that knows which they are.
+      A pair of trees of the structure of `tree`: the trainable leaves, and the rest. Each tree has
+      a hole, `optax.MaskedNode()` (a node without leaves), where the other one has the leaf. The
+      leaves are the same objects as in `tree`. Where a leaf is frozen in part, the trainable tree
+      has an array of the rows that train, and the rest has the frozen rows in a node that knows
+      their indices.
 
     Raises:
-      ValueError: If the spec does not fit the tree; IndexError and TypeError as `mask`.
+      ValueError: If the spec does not fit the tree.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(tree)
     flags = resolve(frozen, leaves)
@@ -48,7 +51,7 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
 
 
 def split_by_flags(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
-    """`partition`, with the flags at hand."""
+    """Splits leaves as `partition` does, by flags that are resolved already."""
     pairs = list(zip(leaves.values, frozen, strict=True))
     trainable = leaves.rebuild(_selected(leaf, flag_not(flag)) for leaf, flag in pairs)
     rest = leaves.rebuild(
@@ -65,7 +68,7 @@ def _selected(leaf: Any, flag: Flag) -> Any:
 
 
 def merge(trainable: Any, rest: Any) -> Any:
-    """Puts together what `partition` has split.
+    """Joins the two trees that `partition` gives into one again.
 
     Examples:
       >>> import jax
@@ -76,14 +79,16 @@ def merge(trainable: Any, rest: Any) -> Any:
 
     Args:
       trainable: A tree with holes (`optax.MaskedNode`).
-      rest: A tree of the same structure with leaves in these holes and holes elsewhere.
+      rest: A tree of the same structure, with leaves where `trainable` has holes and holes
+        elsewhere.
 
     Returns:
-      The tree with all leaves, the very objects. Where both have a hole, it stays one.
+      A tree with the leaves of both, the same objects. Only a leaf that is frozen in part is a new
+      array, made of its rows. Where both trees have a hole, the hole stays.
 
     Raises:
-      ValueError: If the structures differ, both trees have a leaf at one path, or rows of a leaf
-        that is frozen in part are not those that the rest lacks.
+      ValueError: If the structures differ; if both trees have a leaf at one path; or if the rows
+        in `trainable` are not those that `rest` lacks, where a leaf is frozen in part.
     """
     left, right = Leaves(trainable, stop=is_hole_or_parts), Leaves(rest, stop=is_hole_or_parts)
     if any(map(_is_part, left.values)):
@@ -98,41 +103,44 @@ def merge(trainable: Any, rest: Any) -> Any:
             + path_differences(left.paths, right.paths, "in `trainable`", "in `rest`")
         )
     pairs = list(zip(left.values, right.values, strict=True))
-    # Paths are text that costs time to make, and this runs in each trace of a loss.
-    both = [i for i, (a, b) in enumerate(pairs) if not (is_hole(a) or is_hole(b) or _is_part(b))]
-    if both:
+    # Errors alone read the paths: their text takes time to make, and a loss calls this in each
+    # of its traces.
+    twice = [i for i, (a, b) in enumerate(pairs) if not (is_hole(a) or is_hole(b) or _is_part(b))]
+    if twice:
         raise ValueError(
-            f"both parts have a leaf at {quoted_list(left.paths[i] for i in both)}; each leaf "
+            f"both parts have a leaf at {quoted_list(left.paths[i] for i in twice)}; each leaf "
             "belongs to one of them, with optax.MaskedNode() in the other, as fo.partition "
             "gives them"
         )
-    odd = [
+    problems = [
         f"{left.paths[i]!r} {problem}"
         for i, (a, b) in enumerate(pairs)
-        if _is_part(b) and (problem := _misfit(a, b))
+        if _is_part(b) and (problem := _row_problem(a, b))
     ]
-    if odd:
-        raise ValueError(f"the rows of the two parts are not of one leaf: {few_clauses(odd)}")
-    return left.rebuild(_merged(a, b) for a, b in pairs)
+    if problems:
+        raise ValueError(f"the rows of the two parts are not of one leaf: {few_clauses(problems)}")
+    return left.rebuild(_merge_leaf(a, b) for a, b in pairs)
 
 
 def _is_part(x: Any) -> bool:
     return isinstance(x, Parts)
 
 
-def _misfit(left: Any, right: Parts) -> str:
-    """What is wrong with rows that train for the rest of their leaf; empty if nothing is."""
-    (rows,), (still,) = right.rows, right.values
-    expected = (len(rows.mask) - rows.count, *still.shape[1:])
+def _row_problem(left: Any, right: Parts) -> str:
+    """Says why rows that train do not fit the frozen rows of a leaf; empty if they do."""
+    (rows,), (frozen,) = right.rows, right.values
+    expected = (len(rows.mask) - rows.count, *frozen.shape[1:])
     if is_hole(left):
         return f"is a hole in `trainable`, where `rest` lacks rows of shape {expected}"
     if np.shape(left) != expected:
         return f"is of shape {np.shape(left)}, where `rest` lacks rows of shape {expected}"
-    mine, other = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, still))
-    return "" if mine == other else f"is {mine} in `trainable` and {other} in `rest`"
+    left_dtype, right_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, frozen))
+    if left_dtype == right_dtype:
+        return ""
+    return f"is {left_dtype} in `trainable` and {right_dtype} in `rest`"
 
 
-def _merged(left: Any, right: Any) -> Any:
+def _merge_leaf(left: Any, right: Any) -> Any:
     if isinstance(right, Parts):
         (rows,) = right.rows
         return join_parts(Parts((*right.values, left), (rows, ~rows)))

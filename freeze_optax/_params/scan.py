@@ -1,4 +1,4 @@
-"""A scan over stacked layers that knows which of them are frozen."""
+"""Scan over stacked layers, with no backward pass for the frozen ones."""
 
 import itertools
 from collections.abc import Callable
@@ -21,13 +21,14 @@ def scan(
     frozen: Spec,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    """As `jax.lax.scan` over stacked layers, without a backward pass for those that are frozen.
+    """Scans over stacked layers as `jax.lax.scan`, without a backward pass for frozen layers.
 
-    One scan over all layers computes the gradient of all: it can't tell that some rows of what it
-    scans over don't matter. So this scans over each run of layers that are frozen, or are not, by
-    itself. Nothing goes back through those below the first that trains, and through frozen ones
-    above it only what it needs. The result is the same. What remains beside a stack that was
-    split by hand is a copy of the layers that train.
+    One scan over all layers computes the gradients of all of them, the frozen ones too. So this
+    function runs one scan for each run of consecutive frozen layers, and one for each run of
+    consecutive layers that train. The result is the same. The backward pass stops at the first
+    layer that trains. For frozen layers above it, the backward pass computes only the gradient of
+    the carry, not that of their weights. Compared with a stack that was split by hand, the cost is
+    one copy of the layers that train.
 
     Examples:
       >>> import jax
@@ -43,18 +44,21 @@ def scan(
       [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [8.0, 8.0]]
 
     Args:
-      f: As for `jax.lax.scan`: takes the carry and one layer, gives the next carry and an output.
+      f: A function as for `jax.lax.scan`: takes the carry and one layer, and returns the next
+        carry and an output.
       init: The first carry.
-      xs: The layers, stacked: a tree of arrays with the same leading axis.
-      frozen: Which rows of them are frozen: any spec for `xs`, see `freeze_optax.mask`. A layer
-        counts as frozen if all its leaves are.
+      xs: The stacked layers: a pytree of arrays with the same leading axis, one row for each layer.
+      frozen: Which layers, the rows of `xs`, are frozen: any spec for `xs`, see
+        `freeze_optax.mask`. A layer counts as frozen if all its leaves that can train are frozen.
       unroll: As for `jax.lax.scan`.
 
     Returns:
-      The last carry, and the outputs stacked, as `jax.lax.scan` gives them.
+      A pair of the last carry and the stacked outputs, as `jax.lax.scan` gives them.
 
     Raises:
-      ValueError: If the spec does not fit `xs`, or the leaves have not one leading axis.
+      ValueError: If the spec does not fit `xs`, or the leaves do not have the same leading axis.
+      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
+      TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(xs)
     lengths = {np.shape(x)[:1] for x in leaves.values}
@@ -66,14 +70,14 @@ def scan(
     ((count,),) = lengths
     if count == 0:
         return jax.lax.scan(f, init, xs, unroll=unroll)
-    still = np.ones(count, bool)
+    is_frozen = np.ones(count, bool)
     for leaf, flag in zip(leaves.values, resolve(frozen, leaves), strict=True):
         if can_train(leaf):
-            still &= flag_vector(flag, count)
+            is_frozen &= flag_vector(flag, count)
     constants = jax.lax.stop_gradient(xs)
 
-    # By index, as a slice would copy the frozen layers.
-    def of_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
+    # Frozen layers are read by index, as a slice would copy them.
+    def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         def at_index(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
@@ -81,10 +85,11 @@ def scan(
 
     outputs: list[Any] = []
     carry, start = init, 0
-    for is_still, run in itertools.groupby(still.tolist()):
+    for run_is_frozen, run in itertools.groupby(is_frozen.tolist()):
         stop = start + len(list(run))
-        if is_still:
-            carry, output = jax.lax.scan(of_frozen, carry, jnp.arange(start, stop), unroll=unroll)
+        if run_is_frozen:
+            indices = jnp.arange(start, stop)
+            carry, output = jax.lax.scan(apply_frozen, carry, indices, unroll=unroll)
         else:
             layers = jax.tree.map(lambda x, a=start, b=stop: jax.lax.slice_in_dim(x, a, b), xs)
             carry, output = jax.lax.scan(f, carry, layers, unroll=unroll)

@@ -1,4 +1,4 @@
-"""Zeros for leaves that do not change."""
+"""Zero gradients and zero updates of frozen leaves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,25 +12,26 @@ from freeze_optax._tree.kinds import can_train, is_array, is_numpy_only, number_
 
 
 class Zeros:
-    """Makes zeros like leaves, from nothing but once per shape and dtype.
+    """Makes zeros like leaves, and computes them only once per shape and dtype.
 
-    In a large model most leaves share their shape with many others. Under a trace these share one
-    constant, as tracing and compile time grow with every equation. Outside, each leaf gets a
-    buffer of its own, as two leaves on one buffer could not both be donated; but to copy one is
-    three times as fast as to make another.
+    In a large model most leaves share their shape with many others. Under a trace these leaves
+    share one constant, as tracing time and compile time grow with every equation. Outside a trace
+    each leaf gets a buffer of its own, as two leaves that share a buffer can't both be donated. It
+    is a copy of the first one, as a copy is three times as fast as new zeros.
     """
 
     def __init__(self):
         self._made: dict[Any, Any] = {}
 
     def gradient(self, leaf: Any) -> Any:
-        """The gradient of something that does not depend on `leaf`."""
+        """Returns the gradient of a function that does not depend on `leaf`."""
         return self._like(leaf, _gradient)
 
     def update(self, leaf: Any) -> Any:
-        """What leaves `leaf` as it is, bit for bit, when it is added.
+        """Returns the update that keeps every bit of `leaf` when it is added.
 
-        That is -0.0: `-0.0 + 0.0` is 0.0, but `x + -0.0` is x for every x.
+        The update is -0.0, as `x + -0.0` is x for every x. With 0.0 a negative zero would change:
+        `-0.0 + 0.0` is 0.0.
         """
         return self._like(leaf, _update)
 
@@ -38,8 +39,8 @@ class Zeros:
         is_traced = isinstance(leaf, Tracer)
         if not is_traced and not isinstance(leaf, jax.Array):
             return make(leaf)
-        place = None if is_traced else (leaf.sharding, leaf.committed)
-        key = (make, leaf.aval, place)
+        placement = None if is_traced else (leaf.sharding, leaf.committed)
+        key = (make, leaf.aval, placement)
         if key not in self._made:
             self._made[key] = make(leaf)
             return self._made[key]

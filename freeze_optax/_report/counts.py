@@ -1,4 +1,4 @@
-"""What leaves come to: parameters and bytes, trainable and frozen."""
+"""Counts of leaves: parameters and bytes, trainable and frozen."""
 
 import dataclasses
 import math
@@ -16,28 +16,28 @@ Status: TypeAlias = Literal["trainable", "frozen", "partial"]
 
 
 def count_elements(leaf: Any) -> int:
-    """How many parameters a leaf is: one for each element, none if it is no array or number."""
+    """Returns the number of parameters in a leaf; 0 if it is neither an array nor a number."""
     if is_array(leaf):
-        # A shape may hold NumPy's integers, which wrap, and which JSON does not know.
+        # A shape may hold NumPy integers. Their products overflow, and JSON cannot store them.
         return math.prod(map(operator.index, leaf.shape))
     return int(number_kind(leaf) != "other")
 
 
 def leaf_bytes(leaf: Any) -> int:
-    """The bytes of a leaf, as jax counts them: abstract ones, keys and Python numbers too."""
+    """Returns the bytes of a leaf as jax counts them, also of an abstract array or a number."""
     if not is_array(leaf):
         return jnp.result_type(leaf).itemsize if count_elements(leaf) else 0
     return count_elements(leaf) * leaf.dtype.itemsize
 
 
 def total_bytes(tree: Any) -> int:
-    """The bytes of all leaves of a tree."""
+    """Returns the bytes of all leaves of a tree."""
     return sum(map(leaf_bytes, jax.tree.leaves(tree)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What params come to, in numbers and in bytes.
+    """Counts of params: how many there are, how many train, and their bytes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,13 +51,13 @@ class Counts:
       (8, 12, 8, 12)
 
     Attributes:
-      total: How many there are, as every element of an array counts as one.
-      trainable: How many of them train.
-      frozen: How many don't.
-      trainable_bytes: Bytes of those that train.
-      frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of their optimizer state; None if not known.
-      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
+      total: The number of parameters. Every element of an array counts as one.
+      trainable: The number of parameters that train.
+      frozen: The number of parameters that do not train.
+      trainable_bytes: The bytes of the parameters that train.
+      frozen_bytes: The bytes of the parameters that do not train.
+      state_bytes: The bytes of their optimizer state; None if not known.
+      saved_bytes: How many bytes more that state would have with nothing frozen; None if not known.
     """
 
     total: int = 0
@@ -71,63 +71,71 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class LeafCounts(Counts):
-    """The counts of some leaves; tallies add up.
+    """The counts of some leaves, which can be added.
 
     Attributes:
-      live: As `trainable`, but what shares a buffer counts each time.
-      still: As `frozen`, but likewise.
+      trainable_with_aliases: As `trainable`, but each of the leaves that share a buffer counts.
+      frozen_with_aliases: As `frozen`, but each of the leaves that share a buffer counts.
     """
 
-    live: int = 0
-    still: int = 0
+    trainable_with_aliases: int = 0
+    frozen_with_aliases: int = 0
 
     @classmethod
     def of_leaf(cls, leaf: Any, flag: Flag, is_alias: bool) -> "LeafCounts":
-        """One leaf.
+        """Returns the counts of one leaf.
 
         Args:
           leaf: An array, abstract or not, or anything else.
           flag: Whether it is frozen, or which of its rows are.
-          is_alias: Whether it has been counted already, at another path.
+          is_alias: Whether it shares a buffer with a leaf that is counted already.
         """
         count, size = count_elements(leaf), leaf_bytes(leaf)
         if isinstance(flag, bool):
-            still, still_size = (count, size) if flag else (0, 0)
+            frozen, frozen_size = (count, size) if flag else (0, 0)
         else:
-            still, still_size = (n // len(flag.mask) * flag.count for n in (count, size))
-        live, live_size = count - still, size - still_size
+            frozen, frozen_size = (n // len(flag.mask) * flag.count for n in (count, size))
+        trainable, trainable_size = count - frozen, size - frozen_size
         if is_alias:
-            return cls(live=live, still=still)
-        return cls(count, live, still, live_size, still_size, live=live, still=still)
+            return cls(trainable_with_aliases=trainable, frozen_with_aliases=frozen)
+        return cls(
+            count,
+            trainable,
+            frozen,
+            trainable_size,
+            frozen_size,
+            trainable_with_aliases=trainable,
+            frozen_with_aliases=frozen,
+        )
 
     def with_state(self, state_bytes: int | None, saved_bytes: int | None) -> "LeafCounts":
-        """The same, with these bytes of optimizer state."""
+        """Returns the same counts with these bytes of optimizer state."""
         return dataclasses.replace(self, state_bytes=state_bytes, saved_bytes=saved_bytes)
 
     @classmethod
-    def sum(cls, tallies: Iterable["LeafCounts"]) -> "LeafCounts":
-        """All of them together."""
-        columns = zip(*map(_values, [cls(), *tallies]), strict=True)
+    def sum(cls, counts: Iterable["LeafCounts"]) -> "LeafCounts":
+        """Returns the sum of counts; None in one of them makes None in the sum."""
+        columns = zip(*map(_values, [cls(), *counts]), strict=True)
         values: list[Any] = [None if None in column else sum(column) for column in columns]
         return cls(*values)
 
     def times(self, count: int) -> "LeafCounts":
-        """So many of these."""
+        """Returns the counts of `count` such groups of leaves."""
         values: list[Any] = [None if x is None else count * x for x in _values(self)]
         return LeafCounts(*values)
 
     @property
     def status(self) -> Status:
-        """Whether all of it trains, nothing, or a part."""
-        if self.live and self.still:
+        """Whether all of the leaves train, none of them, or a part."""
+        if self.trainable_with_aliases and self.frozen_with_aliases:
             return "partial"
-        return "trainable" if self.live else "frozen"
+        return "trainable" if self.trainable_with_aliases else "frozen"
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts by their names."""
+        """Returns the counts by their names."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Counts)}
 
 
-def _values(tally: LeafCounts) -> tuple[Any, ...]:
+def _values(counts: LeafCounts) -> tuple[Any, ...]:
     # Not dataclasses.astuple, which copies deeply: that is slow for trees of many thousand leaves.
-    return tuple(vars(tally).values())
+    return tuple(vars(counts).values())

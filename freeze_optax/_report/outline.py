@@ -1,4 +1,4 @@
-"""The nodes of a tree of params, repeated layers folded into one, and which of them tell."""
+"""The outline of a tree of params: its nodes, with repeated layers folded, and which to show."""
 
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -13,62 +13,64 @@ _SPECIAL = re.compile(r"[*?\[\]{}]")
 
 
 class Entry(NamedTuple):
-    """A leaf to be shown.
+    """A leaf for the outline.
 
     Attributes:
       path: Its key path.
-      tally: What it comes to.
-      kind: Layers are alike if this is equal for the leaves at each place of them.
-      note: What to say beside its name.
+      counts: Its counts.
+      kind: Two layers are alike if the kinds of the leaves at each of their places are equal.
+      same_as: The path of the leaf that it shares its buffer with, to show beside its name.
     """
 
     path: str
-    tally: LeafCounts
+    counts: LeafCounts
     kind: Hashable
-    note: str = ""
+    same_as: str = ""
 
 
 class Node:
-    """A node of the outline, or several that are alike.
+    """A node of the outline. It may stand for several nodes of the tree that are alike.
 
     Attributes:
-      name: The last component of its path; a glob where it stands for several.
-      count: How many it stands for.
-      tally: What they come to, together.
-      note: What to say beside the name.
+      name: The last component of its path; a glob if it stands for several nodes.
+      count: How many nodes it stands for.
+      counts: The sum of the counts of these nodes.
+      same_as: The path to show beside the name, see `Entry`.
       children: The nodes below one of them.
+      leaf_counts: The counts of the leaves at its path.
+      kinds: The kinds of these leaves; later one number for all that is in the node.
     """
 
     def __init__(self, name: str):
-        self.name, self.count, self.note = name, 1, ""
+        self.name, self.count, self.same_as = name, 1, ""
         self.children: list[Node] = []
-        self.tallies: list[LeafCounts] = []
+        self.leaf_counts: list[LeafCounts] = []
         self.kinds: list[Hashable] = []
-        self.tally = LeafCounts()
+        self.counts = LeafCounts()
 
     @property
     def stem(self) -> Hashable:
-        """What the names of repeated layers have in common: all but the last number in them."""
+        """The name without its last number, which repeated layers have in common."""
         match = _NUMBERED.fullmatch(self.name)
         return (match[1], match[3]) if match else id(self)
 
 
 class Line(NamedTuple):
-    """A node in its place.
+    """A node with its place in the outline.
 
     Attributes:
-      level: How many nodes are above it, less the root.
+      level: How many nodes are above it, not counting the root.
       node: The node.
-      tally: What all nodes of this path come to, together.
-      is_only: Whether neither it nor a node above it has another beside it.
+      counts: The sum of the counts of all nodes that its path stands for.
+      is_only: Whether the node and all nodes above it are without siblings.
       parents: How many nodes the path above it stands for.
-      text: Its key path, not a glob unless a component of it is.
-      glob: The same as a glob.
+      text: Its key path; a component of it is a glob if it stands for several nodes.
+      glob: The same as a glob: it matches also where a name has special characters.
     """
 
     level: int
     node: Node
-    tally: LeafCounts
+    counts: LeafCounts
     is_only: bool = True
     parents: int = 1
     text: str = ""
@@ -76,22 +78,22 @@ class Line(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Its key path; where it stands for several nodes, a glob that matches these alone."""
+        """Its key path; if it stands for several nodes, a glob that matches these alone."""
         return self.glob if self.parents * self.node.count > 1 else self.text
 
 
 def build_outline(entries: Iterable[Entry], folded: bool) -> Node:
-    """The nodes above the entries, in natural order: `layer_2` before `layer_10`.
+    """Builds the outline of some leaves, in natural order: `layer_2` before `layer_10`.
 
     Args:
       entries: The leaves, in the order of the tree.
-      folded: Whether nodes side by side that differ in a number alone, and have the same below
-        them, become one.
+      folded: Whether siblings become one node if their names differ only in a number and the same
+        is below them.
 
     Returns:
       The root.
     """
-    # No recursion anywhere here: a tree may be deeper than Python's stack.
+    # Nothing here is recursive, because a tree may be deeper than Python's stack.
     nodes = {"": Node("")}
     for entry in entries:
         node, path = nodes[""], ""
@@ -101,21 +103,24 @@ def build_outline(entries: Iterable[Entry], folded: bool) -> Node:
                 nodes[path] = Node(component)
                 node.children.append(nodes[path])
             node = nodes[path]
-        # Several leaves may have one path, as a slash in a key separates components too.
-        node.tallies.append(entry.tally)
+        # Several leaves may have one path, because a slash in a key separates components too.
+        node.leaf_counts.append(entry.counts)
         node.kinds.append(entry.kind)
-        node.note = entry.note
+        node.same_as = entry.same_as
     numbers: dict[Hashable, int] = {}
     for node in reversed(nodes.values()):
         node.children = _arrange(node.children, folded)
-        node.tally = LeafCounts.sum([*node.tallies, *(child.tally for child in node.children)])
+        node.counts = LeafCounts.sum(
+            [*node.leaf_counts, *(child.counts for child in node.children)]
+        )
         below = tuple((child.name, *child.kinds) for child in node.children)
-        # A number for each kind that there is, or kinds would grow with the depth.
+        # Each different kind gets a number. Nested tuples would grow with the depth.
         node.kinds = [numbers.setdefault((*node.kinds, below), len(numbers))]
     return nodes[""]
 
 
 def _arrange(nodes: Sequence[Node], folded: bool) -> list[Node]:
+    """Sorts siblings in natural order; folds those that are alike if `folded`."""
     series: dict[str, list[Node]] = {}
     for node in nodes:
         series.setdefault(re.sub(r"\d+", "0", node.name), []).append(node)
@@ -133,17 +138,19 @@ def _arrange(nodes: Sequence[Node], folded: bool) -> list[Node]:
 
 
 def _fold(alike: list[Node]) -> list[Node]:
+    """Returns one node for nodes that are alike; the nodes themselves if no glob fits."""
     name = _glob([node.name for node in alike])
     if len(alike) == 1 or name is None:
         return alike
-    one = Node(name)
-    one.count, one.tally = len(alike), LeafCounts.sum(node.tally for node in alike)
-    one.note, one.children, one.kinds = alike[0].note, alike[0].children, alike[0].kinds
-    return [one]
+    folded = Node(name)
+    folded.count, folded.counts = len(alike), LeafCounts.sum(node.counts for node in alike)
+    first = alike[0]
+    folded.same_as, folded.children, folded.kinds = first.same_as, first.children, first.kinds
+    return [folded]
 
 
 def _glob(names: list[str]) -> str | None:
-    """The glob for names that differ in their last number, ascending; None if there is none."""
+    """Returns the glob of names that differ in their last number, in order; None if none fits."""
     parts = [match.groups() for match in map(_NUMBERED.fullmatch, names) if match]
     if not parts or _SPECIAL.search(parts[0][0] + parts[0][2]):
         return None
@@ -156,12 +163,13 @@ def _glob(names: list[str]) -> str | None:
     pieces = [f"{{{run[0]}..{run[-1]}}}" if len(run) > 1 else run[0] for run in runs]
     inside = pieces[0] if len(pieces) == 1 else f"{{{','.join(pieces)}}}"
     glob = f"{parts[0][0]}{inside}{parts[0][2]}"
-    return glob if expand_braces(glob) == names else None  # their digits may be of several widths
+    # The braces give other names if the numbers have different widths, such as 9 and 010.
+    return glob if expand_braces(glob) == names else None
 
 
 def walk_lines(root: Node) -> Iterator[Line]:
-    """All nodes below the root, or the root if there are none, each before those below it."""
-    stack = [Line(-1, root, root.tally)]
+    """Yields all nodes below the root, parents first; only the root if it has no children."""
+    stack = [Line(-1, root, root.counts)]
     while stack:
         line = stack.pop()
         if line.level >= 0 or not root.children:
@@ -171,7 +179,7 @@ def walk_lines(root: Node) -> Iterator[Line]:
             Line(
                 line.level + 1,
                 child,
-                child.tally.times(parents),
+                child.counts.times(parents),
                 line.is_only and siblings == 1,
                 parents,
                 _below(line, line.text, child.name),
@@ -182,21 +190,23 @@ def walk_lines(root: Node) -> Iterator[Line]:
 
 
 def _below(line: Line, path: str, name: str) -> str:
+    """Returns the path of a node below a line."""
     return f"{path}/{name}" if line.level >= 0 else name
 
 
 def _literal(name: str) -> str:
-    """The glob that matches a name and nothing else."""
+    """Returns the glob that matches a name and nothing else."""
     return _SPECIAL.sub(r"[\g<0>]", name)
 
 
 def shown_lines(root: Node, depth: int | None) -> list[Line]:
-    """The nodes to show, in order, each before those below it.
+    """Returns the lines to show, parents first.
 
     Args:
-      root: Of an outline.
-      depth: How many levels to show whole. None for what tells: nodes with params, and what is
-        below them if only a part of it trains, or if there is but one node to begin with.
+      root: The root of an outline.
+      depth: How many levels to show. If None, only nodes with params are shown. Then what is below
+        a node is shown if only a part of it trains, or if neither it nor a node above it has
+        siblings.
     """
     if depth is not None:
         return [line for line in walk_lines(root) if line.level < depth]
@@ -205,9 +215,9 @@ def shown_lines(root: Node, depth: int | None) -> list[Line]:
     for line in walk_lines(root):
         if closed is not None and line.level > closed:
             continue
-        has_params = line.tally.live or line.tally.still
+        has_params = line.counts.trainable_with_aliases or line.counts.frozen_with_aliases
         if has_params:
             shown.append(line)
-        is_open = line.tally.status == "partial" or line.is_only
+        is_open = line.counts.status == "partial" or line.is_only
         closed = None if has_params and is_open else line.level
     return shown

@@ -1,4 +1,4 @@
-"""A picture of a tree of params."""
+"""The plot of a tree of params."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -6,29 +6,29 @@ from typing import Any
 from freeze_optax._report.counts import Status
 from freeze_optax._report.outline import Line, Node, shown_lines, walk_lines
 
-# Blue and orange, for those who tell few colours apart; partial nodes stay in the background.
+# Colour-blind readers can distinguish blue and orange. Partial nodes are a light grey.
 _COLOURS: dict[Status, str] = {"trainable": "#f0a04b", "frozen": "#8fb3d9", "partial": "#e4e4e4"}
 _LEVEL_WIDTH, _LEAST_WIDTH, _BLOCK_HEIGHT, _HEIGHTS = 1.7, 5.0, 0.03, (7.0, 11.0)
-"""Inches; the last is the least and the most."""
+"""In inches; `_HEIGHTS` is the least and the greatest height of the figure."""
 _MOST_NAMES = 350
 _MARGINS = {"left": 0.01, "right": 0.99, "bottom": 0.07, "top": 0.94}
 _INCH, _TITLE, _FONT, _LEAST_FONT, _INDENT, _EDGE = 72, 11.0, 8.0, 5.0, 4.0, 0.8
-"""Points: an inch, the letters, the room beside them, the lines between blocks."""
+"""In points: an inch, the font sizes, the space beside a name, the lines between blocks."""
 _LINE, _CHARACTER = 1.3, 0.6
-"""How much room a line and a letter take, in sizes of the letters."""
+"""The height of a line and the width of a character, as multiples of the font size."""
 
 
 def draw_outline(root: Node, depth: int | None, title: str, ax: Any) -> Any:
-    """Draws the nodes of an outline as blocks: height means parameters, colour what is frozen.
+    """Draws the nodes of an outline as blocks: the height is the parameters, the colour the status.
 
-    A column is a level, and what is right of a block is below it in the tree. A name is written
-    where there is room for it.
+    Each column is a level of the tree. The blocks right of a block are the nodes below it. A name
+    is written where there is room for it.
 
     Args:
-      root: Of the outline.
-      depth: How many levels to draw, None for all.
-      title: What to write above.
-      ax: The matplotlib axes, None for new ones.
+      root: The root of the outline.
+      depth: How many levels to draw; None for all.
+      title: The title.
+      ax: The matplotlib axes to draw into; None for new ones.
 
     Returns:
       The axes.
@@ -42,13 +42,13 @@ def draw_outline(root: Node, depth: int | None, title: str, ax: Any) -> Any:
         ) from error
     blocks = list(walk_lines(root)) if depth is None else shown_lines(root, depth)
     levels = max((max(block.level, 0) for block in blocks), default=0) + 1
-    total = max(root.tally.total, 1)
+    total = max(root.counts.total, 1)
     if ax is None:
         _, ax = plt.subplots(figsize=_size(levels, len(blocks)), gridspec_kw=_MARGINS)
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     scale, room = _INCH * box.height / total, _INCH * box.width / levels - 2 * _INDENT
     for line, top in _tops(blocks, levels):
-        level, height, colour = max(line.level, 0), line.tally.total, _COLOURS[line.tally.status]
+        level, height, colour = max(line.level, 0), line.counts.total, _COLOURS[line.counts.status]
         edge: dict[str, Any] = {"ec": ax.get_facecolor(), "lw": min(_EDGE, height * scale / 8)}
         ax.add_patch(Rectangle((level, top), 1, height, fc=colour, **edge))
         font = min(_FONT, height * scale / _LINE)
@@ -60,41 +60,43 @@ def draw_outline(root: Node, depth: int | None, title: str, ax: Any) -> Any:
     fit = _INCH * box.width / (_CHARACTER * len(title))
     ax.set_title(title, loc="left", fontsize=min(_TITLE, fit))
     ax.axis("off")
-    found = {block.tally.status for block in blocks if block.tally.total}
-    keys = [Patch(color=colour, label=s) for s, colour in _COLOURS.items() if s in found]
-    ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False)
+    statuses = {block.counts.status for block in blocks if block.counts.total}
+    handles = [Patch(color=colour, label=s) for s, colour in _COLOURS.items() if s in statuses]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False)
     return ax
 
 
 def _size(levels: int, count: int) -> tuple[float, float]:
+    """Returns the width and height of a new figure, in inches."""
     least, most = _HEIGHTS
     block = _BLOCK_HEIGHT
-    if levels == 1:  # no block beside them tells what those too low for a name are
+    if levels == 1:  # each block needs its name here, for no other column shows what it is
         block = 1.2 * _LINE * _LEAST_FONT / _INCH
         most = block * _MOST_NAMES
     return max(_LEAST_WIDTH, _LEVEL_WIDTH * levels), min(max(block * count, least), most)
 
 
 def _tops(blocks: Iterable[Line], levels: int) -> Iterator[tuple[Line, int]]:
-    """Where each block begins: below the last one of its level, or beside the one above it."""
+    """Yields each block with its top: at the end of its column, or at the top of its parent."""
     tops = [0] * (levels + 1)
     for line in blocks:
         level = max(line.level, 0)
         top = tops[level]
-        tops[level], tops[level + 1] = top + line.tally.total, top
+        tops[level], tops[level + 1] = top + line.counts.total, top
         yield line, top
 
 
 def _label(line: Line, room: int) -> str:
-    """The name, and the number of parameters if both fit into so many characters."""
-    name, count = line.node.name, _short(line.tally.total)
+    """Returns the name, with the number of parameters if both fit into `room` characters."""
+    name, count = line.node.name, _short(line.counts.total)
     if len(name) + len(count) + 2 <= room:
         return f"{name}  {count}"
     return name if len(name) <= room else name[: max(room - 1, 1)] + "…"
 
 
 def _short(count: int) -> str:
+    """Returns a number with at most three digits and a unit: 14.8M."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= 0.9995 * unit:  # which three digits round up to it
+        if count >= 0.9995 * unit:  # three digits round this up to the unit
             return f"{count / unit:.3g}{name}"
     return str(count)

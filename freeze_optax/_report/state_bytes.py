@@ -1,4 +1,4 @@
-"""What an optimizer state takes, and for which leaf."""
+"""The bytes of an optimizer state, in all and for each leaf."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
@@ -19,11 +19,12 @@ from freeze_optax._tree.messages import path_differences
 
 
 class StateBytes(NamedTuple):
-    """Bytes of optimizer state.
+    """The bytes of an optimizer state.
 
     Attributes:
-      total: All of it, counters and clocks too.
-      by_leaf: The statistics of each leaf; None where leaves can't be told apart.
+      total: The bytes of the whole state, counters and clocks included.
+      by_leaf: The bytes of the statistics of each leaf; None if the state mixes leaves in one
+        array.
     """
 
     total: int
@@ -32,7 +33,10 @@ class StateBytes(NamedTuple):
 
 @final
 class _Resolved(Selector):
-    """What a spec came to: it may read values, which there are none of where shapes are traced."""
+    """A spec that is resolved already.
+
+    The spec itself may read the values of leaves, which do not exist where shapes are traced.
+    """
 
     def __init__(self, flags: Sequence[Flag]):
         self._flags = flags
@@ -45,22 +49,22 @@ class _Resolved(Selector):
 def state_bytes(
     params: Any, frozen: Spec, flags: Sequence[Flag], optimizer: Any
 ) -> tuple[StateBytes | None, StateBytes | None]:
-    """The optimizer state of params with these frozen, and with nothing frozen.
+    """Returns the bytes of the state with these params frozen, and with nothing frozen.
 
     Args:
       params: The params, abstract or not.
-      frozen: Any spec. Where it is a state, or a list of nothing else, this is the one.
-      flags: What the spec came to, for each leaf.
-      optimizer: A transformation: with a `freezable` in it, what that is told to freeze does
-        not count. None if `frozen` is a state, whose own transformation is taken then.
+      frozen: Any spec. If it is a state, or a list of nothing but states, that state is counted.
+      flags: The frozen flags of the leaves, to which the spec resolved.
+      optimizer: A transformation. If it contains a `freezable`, the spec of that has no effect.
+        None if `frozen` is a state: then its own transformation is used.
 
     Returns:
-      Both, None for what is not known: where there is neither an optimizer nor a state, or a
+      The two, each None if not known. That is the case without an optimizer and a state, and if a
       state has lost its transformation in pickling.
 
     Raises:
-      TypeError: If the optimizer is none.
-      ValueError: If there are several `freezable`s in it, or the state is not one of it.
+      TypeError: If `optimizer` is not a transformation.
+      ValueError: If `optimizer` contains several `freezable`s, or the state is not one of it.
     """
     state, leaves = state_in_spec(frozen), param_leaves(params)
     steps = [schedule.step for schedule in schedules_in_spec(frozen)] if state else []
@@ -83,29 +87,30 @@ def state_bytes(
 
 
 def _inner_of(state: FreezeState | None) -> Any:
+    """Returns the transformation inside a state, if there is a state."""
     return state.plan.context.inner if state else None
 
 
 def _find_inner(
     optimizer: Any, params: Any, is_stepped: bool
 ) -> tuple[Any, int, FreezeState | None]:
-    """The transformation that sees the trainable leaves, and the bytes of state around it.
+    """Returns the transformation that sees the trainable leaves, and the bytes of state around it.
 
-    Where that is the optimizer itself, also its state with nothing frozen: to make this, if only
-    of shapes, is what a summary of a large model takes its time for.
+    If that is the optimizer itself, its state with nothing frozen is returned too. To make this,
+    even as shapes, takes most of the time of a summary of a large model.
 
     Args:
       optimizer: The optimizer.
       params: The params.
-      is_stepped: Whether the step of a schedule in it does not count, as a state has its own.
+      is_stepped: Whether to leave out the step of a schedule in it, because a state has its own.
     """
     if not callable(getattr(optimizer, "init", None)):
         raise TypeError(
-            f"the optimizer is a {type(optimizer).__name__}, not a transformation, such as "
-            "optax.adamw(1e-3) is"
+            f"the optimizer is a {type(optimizer).__name__}, not a transformation; pass one such "
+            "as optax.adamw(1e-3)"
         )
-    specless = _without_specs(optimizer)
-    unfrozen = abstract_init(freezable(specless).init, params)
+    without_specs = _without_specs(optimizer)
+    unfrozen = abstract_init(freezable(without_specs).init, params)
     states = states_in(unfrozen.inner)
     if not states:
         return optimizer, 0, unfrozen
@@ -114,13 +119,15 @@ def _find_inner(
             f"the state of the optimizer holds {len(states)} FreezeStates; pass a transformation "
             "with one freezable in it, or with none"
         )
-    whole = abstract_init(specless.init, params)
-    steps = [schedule.step for schedule in schedules_in(whole)] if is_stepped else []
-    around = total_bytes(whole) - total_bytes([states_in(whole), steps])
+    complete = abstract_init(without_specs.init, params)
+    steps = [schedule.step for schedule in schedules_in(complete)] if is_stepped else []
+    around = total_bytes(complete) - total_bytes([states_in(complete), steps])
     return _inner_of(states[0]), around, None
 
 
 def _without_specs(optimizer: Any) -> optax.GradientTransformation:
+    """Returns the optimizer with every `freezable` in it freezing nothing."""
+
     def init(params: Any) -> Any:
         with ignoring_specs():
             return optimizer.init(params)
@@ -129,32 +136,43 @@ def _without_specs(optimizer: Any) -> optax.GradientTransformation:
 
 
 def _abstract_state(inner: Any, params: Any, flags: Sequence[Flag]) -> FreezeState:
+    """Returns the state that `inner` would have with these leaves frozen, as shapes."""
     return abstract_init(freezable(inner, _Resolved(flags)).init, params)
 
 
 def _check_optimizer(inner: Any, params: Any, state: FreezeState, leaves: Leaves) -> None:
+    """Raises ValueError if the state has other leaves than one of the optimizer would have."""
     plan = state.plan
     stateless = plan.mask_of(tuple(cohort == DROPPED for cohort in plan.cohorts))
-    own = _abstract_state(inner, params, plan.in_order_of(leaves, stateless, "params"))
-    # Each path once, as a leaf that is cut by rows has one for all of its parts.
-    ours, theirs = (tuple(dict.fromkeys(Leaves(x.inner).paths)) for x in (state, own))
-    if set(ours) != set(theirs):
-        odd = path_differences(ours, theirs, "in the state", "in one of the optimizer")
+    expected = _abstract_state(inner, params, plan.in_order_of(leaves, stateless, "params"))
+    # Without repeats, because the parts of a leaf that is split by rows have one path.
+    state_paths, expected_paths = (
+        tuple(dict.fromkeys(Leaves(x.inner).paths)) for x in (state, expected)
+    )
+    if set(state_paths) != set(expected_paths):
+        differences = path_differences(
+            state_paths, expected_paths, "in the state", "in one of the optimizer"
+        )
         raise ValueError(
-            f"the state is not one of the optimizer that was given: {odd}; pass the optimizer "
-            "that made the state, or none"
+            f"the state is not one of the optimizer that was given: {differences}; pass the "
+            "optimizer that made the state, or none"
         )
 
 
 def _state_bytes(state: FreezeState, leaves: Leaves, around: int) -> StateBytes:
+    """Returns the bytes of a state and of what is around it."""
     return StateBytes(total_bytes(state) + around, _statistics(state, leaves))
 
 
 def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
+    """Returns the bytes of the statistics of each leaf; None for all if the state mixes leaves."""
     plan = state.plan
     try:
         statistics, _ = plan.layout.split(state.inner)
-    except (ValueError, TypeError):  # a part of the state mixes the leaves, or refuses holes
+    except (
+        ValueError,
+        TypeError,
+    ):  # the state mixes leaves in one array, or its init refuses holes
         return [None] * len(leaves.values)
     sizes = [0] * len(plan.paths)
     for (_, part), value in statistics.items():

@@ -1,4 +1,4 @@
-"""What is frozen, and what that saves, to be looked at."""
+"""`summary`: a table of what is frozen and what that saves."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ from freeze_optax._tree.messages import printable
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 
-# For notebooks, where a page may be white or black: green, yellow and cyan to be read on both. No
-# other of the eight is in a summary. What is dim is half-way between the page and its text.
+# For notebooks, whose page may be white or black: green, yellow and cyan are readable on both. A
+# summary uses no other of the eight colours. Dim text has a colour between page and text.
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _ANSI = [*[_BLACK] * 2, (30, 140, 70), (170, 115, 0), *[_BLACK] * 2, (20, 140, 150), _BLACK]
 _THEME = TerminalTheme(_WHITE, _BLACK, _ANSI)
@@ -43,7 +43,9 @@ _ROOT = "(the params)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row(Counts):
-    """A subtree of the params in a `Summary`; of optimizer state it has the statistics alone.
+    """The counts of one subtree of the params in a `Summary`.
+
+    Its `state_bytes` are those of the statistics of the subtree, without counters and clocks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -53,9 +55,12 @@ class Row(Counts):
       [('head', 'trainable', 2), ('layer_{0..1}', 'frozen', 6)]
 
     Attributes:
-      path: Its key path; where repeated layers are folded, a glob that matches them all.
+      path: The key path of the subtree; if repeated layers are folded, a glob that matches them
+        all.
       status: `"trainable"`, `"frozen"` or `"partial"`.
-      same_as: The path of the leaf with which it shares its buffer, and which counts for both.
+      same_as: The path of the leaf that this one shares its buffer with. That leaf counts for both.
+      total, trainable, frozen: As for `Summary`.
+      trainable_bytes, frozen_bytes, state_bytes, saved_bytes: As for `Summary`.
     """
 
     path: str
@@ -65,10 +70,10 @@ class Row(Counts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Summary(Counts):
-    """What is frozen, subtree by subtree; a table for terminals and notebooks.
+    """What is frozen, for each subtree; terminals and notebooks show it as a table.
 
-    `freeze_optax.summary` makes it. It has the counts of all params, with counters and clocks in
-    `state_bytes`, and is equal to another with the same counts and rows.
+    `freeze_optax.summary` makes it. Its counts are those of all params; `state_bytes` includes
+    counters and clocks. Two summaries are equal if their counts and rows are equal.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -84,14 +89,14 @@ class Summary(Counts):
       trainable: 2 of 5 parameters (40.00%)
 
     Attributes:
-      total: How many parameters there are, as every element of an array counts as one.
-      trainable: How many of them train.
-      frozen: How many don't.
-      trainable_bytes: Bytes of those that train.
-      frozen_bytes: Bytes of those that don't.
-      state_bytes: Bytes of the optimizer state; None if not known.
-      saved_bytes: Bytes more that it would take with nothing frozen; None if not known.
-      rows: The subtrees, each a `Row`, before those in it.
+      total: The number of parameters. Every element of an array counts as one.
+      trainable: The number of parameters that train.
+      frozen: The number of parameters that do not train.
+      trainable_bytes: The bytes of the parameters that train.
+      frozen_bytes: The bytes of the parameters that do not train.
+      state_bytes: The bytes of the optimizer state; None if not known.
+      saved_bytes: How many bytes more that state would have with nothing frozen; None if not known.
+      rows: The subtrees, a `Row` for each; a subtree comes before those in it.
     """
 
     rows: list[Row]
@@ -113,7 +118,7 @@ class Summary(Counts):
         return f"trainable: {self.trainable:,} of {self.total:,} parameters ({percent:.2f}%)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes by their names, the rows as dicts: ready for JSON.
+        """Returns the attributes by their names, and the rows as dicts, ready for JSON.
 
         Examples:
           >>> import json
@@ -124,7 +129,7 @@ class Summary(Counts):
           'encoder'
 
         Returns:
-          A dict of numbers, of None for what is not known, and of `rows`, a list of dicts.
+          A dict of numbers, with None for what is not known, and of `rows`, a list of dicts.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         public = {name: value for name, value in fields.items() if not name.startswith("_")}
@@ -132,7 +137,7 @@ class Summary(Counts):
         return {**public, "rows": rows}
 
     def to_markdown(self) -> str:
-        """The table in Markdown, paths written in full.
+        """Returns the table in Markdown, with all paths in full.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -149,7 +154,7 @@ class Summary(Counts):
           trainable: 2 of 5 parameters (40.00%)
 
         Returns:
-          A table, and below it the lines that the printed one ends with.
+          The table, and below it the same lines that end the printed table.
         """
         header = ["", *self._columns]
         cells = [[_named(row), *self._cells(row)] for row in self.rows]
@@ -158,7 +163,7 @@ class Summary(Counts):
         return "\n\n".join(["\n".join(table), *self._notes(), self.headline])
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the params: height means parameters, colour what is frozen.
+        """Draws the params as blocks: the height shows the parameters, the colour the status.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -192,7 +197,7 @@ class Summary(Counts):
         parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
         notes = [f"parameters: {parts[0]}, of which {parts[1]} train"]
         if self.state_bytes is not None:
-            # After a thaw it may be a few bytes more: the counters of another cohort.
+            # After a thaw the state may be a few bytes larger: another cohort has its own counters.
             saved = self.saved_bytes or 0
             less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
@@ -215,7 +220,9 @@ class Summary(Counts):
         yield Text(self.headline, "bold", overflow="fold")
 
     def render(self, console: Console) -> str:
-        """What a console would print, in its colours; lines longer than it, if it is too narrow.
+        """Returns the text that a console would print, in its colours.
+
+        The lines are longer than the console if it is too narrow for the table.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -226,7 +233,7 @@ class Summary(Counts):
           True
 
         Args:
-          console: A console of rich. It is made as wide as the table needs.
+          console: A console of rich. This sets its width to that of the table, if it is narrower.
 
         Returns:
           The text, without a line break at its end.
@@ -249,11 +256,12 @@ class Summary(Counts):
 
 
 def _named(row: Row) -> str:
+    """Returns the path of a row in Markdown, and the path that it shares a buffer with."""
     return _code(row.path) + (f" = {_code(row.same_as)}" if row.same_as else "")
 
 
 def _code(path: str) -> str:
-    """A path as code in Markdown: between more backticks than there are in it."""
+    """Returns a path as code in Markdown, between more backticks than it contains."""
     path = printable(path) or _ROOT
     fence = "`" * (1 + max(map(len, re.findall("`+", path)), default=0))
     space = " " if path.startswith("`") or path.endswith("`") else ""
@@ -261,10 +269,11 @@ def _code(path: str) -> str:
 
 
 def _name(line: Line) -> str:
+    """Returns the name of a line for the table, shortened if it is a long glob."""
     if line.level < 0:
         return _ROOT
     name = printable(line.node.name) or '""'
-    # A glob may list hundreds of numbers: every other layer, say. The row has them all.
+    # A glob may list hundreds of numbers, of every other layer say. `Row.path` has all of them.
     is_long = line.node.count > 1 and len(name) > _LONGEST
     return f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 4 :]}" if is_long else name
 
@@ -272,11 +281,11 @@ def _name(line: Line) -> str:
 def summary(
     params: Any, frozen: Spec = nothing, optimizer: Any = None, depth: int | None = None
 ) -> Summary:
-    """Counts what is frozen and what trains, subtree by subtree, and what that saves.
+    """Counts what is frozen and what trains, for each subtree, and the bytes that this saves.
 
-    Every element of an array counts as a parameter; leaves that share a buffer count once, and
-    leaves that cannot be trained (integers, PRNG keys) as frozen. Nothing is computed and no
-    memory taken: leaves may be abstract, and states are.
+    Every element of an array counts as a parameter. Leaves that share a buffer count once. Leaves
+    that cannot be trained (integers, PRNG keys) count as frozen. Nothing is computed and no memory
+    is allocated for arrays: params may be abstract, and optimizer states are made abstractly.
 
     Examples:
       >>> import jax
@@ -301,45 +310,46 @@ def summary(
       1536
 
     Args:
-      params: The params, a pytree of arrays; `jax.ShapeDtypeStruct` will do.
-      frozen: What is frozen: any spec, see `freeze_optax.mask`. Of an optimizer state, or a tree
-        or list with one, the bytes are counted as they are, parked leaves and cohorts included, and
-        the step of `freeze_optax.scheduled`; what else stands around the `freezable` (an
-        accumulator, say) counts if `optimizer` is given.
-      optimizer: The optimizer whose state is to be counted: a plain one, or one with a `freezable`
-        in it, whose own spec does not count here. Not needed where `frozen` is a state.
-      depth: How many levels of the tree to show, every node of them in a row of its own. Without
-        it repeated layers are folded, and a subtree is opened where only a part of it trains.
+      params: The params, a pytree of arrays or `jax.ShapeDtypeStruct`s.
+      frozen: What is frozen: any spec, see `freeze_optax.mask`. If it is an optimizer state, or a
+        tree or list with one, the bytes of that state are counted, with parked leaves, cohorts and
+        the step of `freeze_optax.scheduled`. State around the `freezable` (an accumulator, say)
+        counts only if `optimizer` is passed.
+      optimizer: The optimizer whose state is counted: a plain one, or one that contains a
+        `freezable`, whose own spec has no effect here. Not needed if `frozen` is a state.
+      depth: How many levels of the tree to show, with a row for every node. If None, repeated
+        layers are folded, and a subtree is opened only if a part of it trains.
 
     Returns:
-      The summary: printed, a table; see its attributes, `to_dict`, `to_markdown` and `plot`.
+      The summary. It prints as a table; see its attributes, `to_dict`, `to_markdown` and `plot`.
 
     Raises:
-      ValueError: If the spec does not fit the params, or freezes one of two leaves that share a
-        buffer, if `depth` is negative, if the optimizer holds several `freezable`s, or if
-        `frozen` is a state that is not one of the optimizer.
-      IndexError: If the spec is one of the layers, by an index that is out of range.
-      TypeError: If the params are None, a mask holds anything but bools, `optimizer` is no
-        transformation, or `depth` no integer.
+      ValueError: If the spec does not fit the params or freezes only one of two leaves that share a
+        buffer; if `depth` is negative; if `optimizer` contains several `freezable`s; or if `frozen`
+        is a state that `optimizer` does not make.
+      IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
+      TypeError: If `params` is None, a mask holds anything but bools, `optimizer` is not a
+        transformation, or `depth` is not an integer.
     """
     depth = None if depth is None else _levels(depth)
     leaves = param_leaves(params)
     flags = resolve(frozen, leaves)
     check_ties(leaves, flags)
-    now, whole = state_bytes(params, frozen, flags, optimizer)
-    root = build_outline(_entries(leaves, flags, now, whole), folded=depth is None)
+    present, unfrozen = state_bytes(params, frozen, flags, optimizer)
+    root = build_outline(_entries(leaves, flags, present, unfrozen), folded=depth is None)
     shown = shown_lines(root, depth)
-    counts = root.tally.to_dict()
-    counts["state_bytes"] = now.total if now else None
-    counts["saved_bytes"] = whole.total - now.total if now and whole else None
+    counts = root.counts.to_dict()
+    counts["state_bytes"] = present.total if present else None
+    counts["saved_bytes"] = unfrozen.total - present.total if present and unfrozen else None
     rows = [
-        Row(**x.tally.to_dict(), path=x.path, status=x.tally.status, same_as=x.node.note)
+        Row(**x.counts.to_dict(), path=x.path, status=x.counts.status, same_as=x.node.same_as)
         for x in shown
     ]
     return Summary(**counts, rows=rows, _root=root, _lines=shown, _depth=depth)
 
 
 def _levels(depth: Any) -> int:
+    """Returns `depth` as an `int`; raises unless it is a number of levels."""
     if isinstance(depth, bool) or not hasattr(depth, "__index__"):
         raise TypeError(f"depth is a number of levels, an int, not {depth!r}")
     if depth < 0:
@@ -348,16 +358,17 @@ def _levels(depth: Any) -> int:
 
 
 def _entries(
-    leaves: Leaves, flags: list[Flag], now: StateBytes | None, whole: StateBytes | None
+    leaves: Leaves, flags: list[Flag], present: StateBytes | None, unfrozen: StateBytes | None
 ) -> Iterator[Entry]:
+    """Yields the leaves for the outline, with their counts and the bytes of their state."""
     same = first_of_buffer(leaves)
     unknown: list[int | None] = [None] * len(leaves.values)
-    state = now.by_leaf if now else unknown
-    unfrozen = whole.by_leaf if whole else unknown
+    present_bytes = present.by_leaf if present else unknown
+    unfrozen_bytes = unfrozen.by_leaf if unfrozen else unknown
     for i, (path, leaf, flag) in enumerate(zip(leaves.paths, leaves.values, flags, strict=True)):
-        kept, most = state[i], unfrozen[i]
-        saved = None if kept is None or most is None else most - kept
-        tally = LeafCounts.of_leaf(leaf, flag, i in same).with_state(kept, saved)
+        size, full_size = present_bytes[i], unfrozen_bytes[i]
+        saved = None if size is None or full_size is None else full_size - size
+        counts = LeafCounts.of_leaf(leaf, flag, i in same).with_state(size, saved)
         kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
-        note = leaves.paths[same[i]] if i in same else ""
-        yield Entry(path, tally, (tally, kind, note), note)
+        same_as = leaves.paths[same[i]] if i in same else ""
+        yield Entry(path, counts, (counts, kind, same_as), same_as)

@@ -1,4 +1,4 @@
-"""Leaves cut by rows: which parts of them keep state apart from each other."""
+"""Leaves in parts: sets of rows of one leaf that keep separate state."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -16,17 +16,19 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.variables import is_variable, unwrap_variable
 
 Part = tuple[int, Rows | None]
-"""The index of a leaf, and the rows of it, None for all."""
+"""The index of a leaf, and which rows of it are in the part; None for all rows."""
 
 
 @final
 @jax.tree_util.register_pytree_with_keys_class
 class Parts(Transparent):
-    """Some rows of one leaf, in several arrays: a node where a tree like the params has a leaf.
+    """A node that holds some rows of one leaf, in several arrays.
+
+    It takes the place of the leaf in a tree like the params.
 
     Attributes:
       values: The arrays.
-      rows: Which rows of the leaf each of them holds. Static.
+      rows: For each array, which rows of the leaf it holds. Static.
     """
 
     def __init__(self, values: Iterable[Any], rows: tuple[Rows, ...]):
@@ -46,12 +48,12 @@ class Parts(Transparent):
 
 
 def is_hole_or_parts(x: Any) -> bool:
-    """Whether `x` stands for one leaf of the params: a hole, or its parts."""
+    """Returns whether `x` takes the place of one leaf of the params, as a hole or `Parts`."""
     return isinstance(x, optax.MaskedNode | Parts)
 
 
 def join_parts(value: Any) -> Any:
-    """The rows that there are, in order, from one array or from parts; holes are passed over."""
+    """Returns the rows in `Parts` as one array, in order, without holes; else `value` itself."""
     if not isinstance(value, Parts):
         return value
     pairs = zip(value.rows, map(unwrap_variable, value.values), strict=True)
@@ -61,14 +63,14 @@ def join_parts(value: Any) -> Any:
 
 @final
 class PartTable:
-    """The parts of all leaves, in order; hashable, and never changes.
+    """Lists the parts of all leaves, in order. It is hashable and immutable.
 
-    A part has its own statistics: a leaf that is frozen in part has one for the rows that train,
-    and one more for rows that were thawed, or parked, at another time. Rows in no part keep
-    no state.
+    Each part has its own statistics. A leaf that is frozen in part has one part for the rows that
+    train, and one more part for rows that were thawed, or parked, at another time. Rows that are
+    in no part keep no state.
 
     Attributes:
-      parts: The parts; each leaf has one at least.
+      parts: The parts. Each leaf has at least one.
     """
 
     def __init__(self, parts: Iterable[Part]):
@@ -77,7 +79,11 @@ class PartTable:
 
     @classmethod
     def from_flags(cls, flags: Sequence[Flag]) -> "PartTable | None":
-        """One part for each leaf, without the rows that are frozen; None if there are no such."""
+        """Returns one part for each leaf, without its frozen rows; None if no rows are frozen.
+
+        Args:
+          flags: For each leaf, whether it is frozen, or which of its rows are.
+        """
         if not any(isinstance(flag, Rows) for flag in flags):
             return None
         live = [flag_not(flag) for flag in flags]
@@ -90,11 +96,11 @@ class PartTable:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PartTable, (self.parts,)  # Python's hashes are of one process only.
+        return PartTable, (self.parts,)  # A Python hash is valid in one process only.
 
     @functools.cached_property
     def by_leaf(self) -> list[list[int]]:
-        """For each leaf the indices of its parts."""
+        """For each leaf, the indices of its parts."""
         grouped: list[list[int]] = []
         for part, (leaf, _) in enumerate(self.parts):
             if leaf == len(grouped):
@@ -103,89 +109,100 @@ class PartTable:
         return grouped
 
     def mask(self, frozen: Sequence[bool]) -> tuple[Flag, ...]:
-        """What is frozen of each leaf, when these parts are."""
+        """Returns what is frozen of each leaf when these parts are frozen."""
         return tuple(
-            flag_not(self._where(own, [not frozen[i] for i in own])) for own in self.by_leaf
+            flag_not(self._rows_where(parts, [not frozen[i] for i in parts]))
+            for parts in self.by_leaf
         )
 
-    def _where(self, own: list[int], flags: list[bool]) -> Flag:
-        rows = [self.parts[i][1] for i, flag in zip(own, flags, strict=True) if flag]
+    def _rows_where(self, parts: list[int], flags: list[bool]) -> Flag:
+        """Returns the rows of one leaf that are in a part whose flag is set."""
+        rows = [self.parts[i][1] for i, flag in zip(parts, flags, strict=True) if flag]
         return flag_union(True if part is None else part for part in rows)
 
     def split(self, leaves: Leaves, frozen: Sequence[bool], numbers: bool = False) -> Any:
-        """The tree with the parts that are not frozen where it has leaves.
+        """Returns the tree with the leaves split into parts, and holes for the frozen parts.
 
         Args:
-          leaves: The leaves of the params, or of a tree like them; where a leaf is frozen in
-            part, it may have the rows that train alone.
-          frozen: For each part whether it is to be a hole.
-          numbers: Whether there may be a number for a leaf, which goes for all its rows.
+          leaves: The leaves of the params, or of a tree like the params. A leaf that is frozen in
+            part may have all rows, or only the rows that train.
+          frozen: For each part, whether a hole takes its place.
+          numbers: Whether a leaf may be a scalar that stands for all its rows. It is not split.
 
         Raises:
-          ValueError: If a leaf has neither all rows nor those that train, naming it.
+          ValueError: If a leaf has neither all rows nor exactly those that train, naming it.
         """
         mask = self.mask(frozen)
         triples = zip(leaves.values, self.by_leaf, mask, strict=True)
         tree = leaves.rebuild(
             x
             if numbers and not np.ndim(x) and not is_hole(x) and flag is not True
-            else self._split_leaf(x, own, flag_not(flag), frozen, leaves, i)
-            for i, (x, own, flag) in enumerate(triples)
+            else self._split_leaf(x, parts, flag_not(flag), frozen, leaves, i)
+            for i, (x, parts, flag) in enumerate(triples)
         )
         if len(self.parts) == len(self.by_leaf):
             return tree
         return jax.tree.map(_parts_of_variables, tree, is_leaf=is_variable)
 
     def _split_leaf(
-        self, x: Any, own: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
+        self, x: Any, parts: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
     ) -> Any:
         values = [
             HOLE
             if frozen[part] or is_hole(x)
             else _take_part(x, self.parts[part][1], live, leaves, i)
-            for part in own
+            for part in parts
         ]
-        rows = [self.parts[part][1] for part in own]
-        return Parts(values, tuple(r for r in rows if r)) if len(own) > 1 else values[0]
+        rows = [self.parts[part][1] for part in parts]
+        return Parts(values, tuple(r for r in rows if r)) if len(parts) > 1 else values[0]
 
     def group_by_leaf(self, values: Sequence[Any]) -> list[Any]:
-        """One value for each part, as one for each leaf: `Parts` where there are several."""
+        """Returns one value for each leaf from one for each part: `Parts` if it has several."""
         return [
-            values[own[0]]
-            if len(own) == 1
-            else Parts((values[i] for i in own), tuple(r for i in own if (r := self.parts[i][1])))
-            for own in self.by_leaf
+            values[parts[0]]
+            if len(parts) == 1
+            else Parts(
+                (values[i] for i in parts), tuple(r for i in parts if (r := self.parts[i][1]))
+            )
+            for parts in self.by_leaf
         ]
 
 
 def _parts_of_variables(x: Any) -> Any:
-    """Parts of which each stands in an NNX Variable, of a Variable in which parts stand.
+    """Turns an NNX Variable that holds `Parts` into `Parts` whose values are in Variables.
 
-    So it is in a state, where each part is a thing of its own.
+    A state has this form, because each part is a separate value there.
     """
     if not is_variable(x):
         return x
-    (inside,) = Leaves(x, stop=is_hole_or_parts).values
-    if not isinstance(inside, Parts):
+    (content,) = Leaves(x, stop=is_hole_or_parts).values
+    if not isinstance(content, Parts):
         return x
-    return Parts((x.replace(value) for value in inside.values), inside.rows)
+    return Parts((x.replace(value) for value in content.values), content.rows)
 
 
 def _take_part(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:
+    """Returns the rows of a part, from a leaf with all rows or with the rows that train."""
     if rows is None:
         return x
     count = x.shape[0] if getattr(x, "shape", ()) else None
     if count == len(rows.mask):
         return take_rows(x, rows)
     if isinstance(live, Rows) and count == live.count:
-        inside = flag_from_vector(rows.mask[live.mask])
-        return take_rows(x, inside) if isinstance(inside, Rows) else x
-    whole = f"of shape {getattr(x, 'shape', ())}"
-    of = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
-    raise ValueError(f"{leaves.paths[i]!r} is {whole}, but the optimizer state is for {of}")
+        rows_among_live = flag_from_vector(rows.mask[live.mask])
+        return take_rows(x, rows_among_live) if isinstance(rows_among_live, Rows) else x
+    shape = f"of shape {getattr(x, 'shape', ())}"
+    expected = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
+    raise ValueError(f"{leaves.paths[i]!r} is {shape}, but the optimizer state is for {expected}")
 
 
-def put_live_rows(whole: Any, live: Rows, value: Any) -> Any:
-    """A leaf with the rows that train set, or these rows alone where `whole` has no others."""
+def put_live_rows(leaf: Any, live: Rows, value: Any) -> Any:
+    """Returns a leaf with new values in the rows that train.
+
+    Args:
+      leaf: An array with all rows, or with only the rows that train.
+      live: Which rows train.
+      value: Their new values, one array or `Parts`.
+    """
     rows = join_parts(value)
-    return rows if whole.shape[0] == live.count else put_rows(whole, live, rows)
+    return rows if leaf.shape[0] == live.count else put_rows(leaf, live, rows)

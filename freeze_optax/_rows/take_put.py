@@ -1,4 +1,4 @@
-"""Taking rows out of arrays and putting them into others, bit for bit."""
+"""Functions that take rows out of arrays and put them into others, bit for bit."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from freeze_optax._rows.rows import Rows
 
 
 def take_rows(x: Any, rows: Rows) -> Any:
-    """The rows of an array; abstract arrays too."""
+    """Returns the rows of an array, which may be abstract."""
     if isinstance(x, np.ndarray):
         return x[rows.mask]
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -22,12 +22,12 @@ def take_rows(x: Any, rows: Rows) -> Any:
 
 
 def take_rows_if_whole(x: Any, rows: Rows) -> Any:
-    """The rows of an array that has all rows, or these alone."""
+    """Returns the rows of an array that has all rows, or that has only these rows already."""
     return x if x.shape[0] == rows.count else take_rows(x, rows)
 
 
 def take_rows_bitwise(x: Any, rows: Rows) -> Any:
-    """The rows of an array, bit for bit, as frozen rows have to be."""
+    """Returns the rows of an array with every bit kept, as frozen rows need it."""
     return (
         x[rows.mask]
         if isinstance(x, np.ndarray)
@@ -44,7 +44,15 @@ def _take(rows: Rows, x: Any) -> Any:
 
 
 def put_rows(x: Any, rows: Rows, values: Any) -> Any:
-    """The array with other rows; in place where XLA may. A NumPy array stays one."""
+    """Returns the array with some rows replaced; a NumPy array stays one.
+
+    XLA writes the rows in place where it can.
+
+    Args:
+      x: The array. It is not changed.
+      rows: Which rows to replace.
+      values: The new rows.
+    """
     if isinstance(x, np.ndarray) and not isinstance(values, Tracer):
         new = x.copy()
         new[rows.mask] = values
@@ -64,16 +72,16 @@ def _put(rows: Rows, x: Any, values: Any) -> Any:
 
 
 def join_rows(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
-    """All the rows of several arrays, in the order that they have in the leaf.
+    """Returns the rows of several arrays in one array, in the order that they have in the leaf.
 
     Args:
-      rows: Which rows of the leaf each array has; no row is in two.
-      arrays: Arrays of these rows.
+      rows: For each array, which rows of the leaf it holds. No row is in two arrays.
+      arrays: The arrays.
     """
     if len(arrays) == 1:
         return arrays[0]
     order = np.argsort(np.concatenate([one.indices for one in rows]))
-    if any(isinstance(x, np.ndarray) for x in arrays) and not _any_is(Tracer, arrays):
+    if any(isinstance(x, np.ndarray) for x in arrays) and not _any_isinstance(arrays, Tracer):
         (dtype,) = {x.dtype for x in arrays if isinstance(x, np.ndarray)}
         return np.concatenate([np.asarray(x, dtype) for x in arrays])[order]
 
@@ -88,9 +96,12 @@ def join_rows(rows: Sequence[Rows], arrays: Sequence[Any]) -> Any:
 
 
 def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
-    """Rows in their places among others that are all `fill`.
+    """Returns an array with the given rows in their places, and `fill` in all other rows.
 
-    Concatenated where they are a few runs, as XLA takes a slice of that back out for nothing.
+    Args:
+      values: The rows.
+      rows: Which rows of the result they are.
+      fill: The number in the other rows; of a complex dtype, in the real and the imaginary part.
     """
     other = complex(fill, fill) if jnp.iscomplexobj(values) else fill
 
@@ -99,6 +110,7 @@ def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
 
     if not rows.runs:
         return put_rows(filled(len(rows.mask)), rows, values)
+    # A few runs are concatenated: XLA can take a slice of the result back out at no cost.
     pieces: list[jax.Array] = []
     end = 0
     for first, piece in _pieces(rows.runs, values):
@@ -109,14 +121,14 @@ def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
-    """An array in which `part`, the rows as they are in it, can be differentiated.
+    """Returns `x`, with derivatives for `part`, which holds some of its rows.
 
-    `put(x, rows, part)` would have the same value and derivatives, but copy the whole array.
+    `put_rows(x, rows, part)` has the same value and derivatives, but it copies the whole array.
 
     Args:
       x: The array.
-      part: Its rows, `take(x, rows)`.
-      rows: Which they are.
+      part: Some rows of `x`: `take_rows(x, rows)`.
+      rows: Which rows these are.
     """
     del part, rows
     return x
@@ -124,12 +136,13 @@ def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
 
 @with_live_rows.defjvp
 def _with_live_rows_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    # Of a tangent the very bits don't matter, but it has to be transposed.
+    # `_put`, not `put_rows`: JAX has to transpose this function, and the exact bits of a tangent do
+    # not matter.
     return with_live_rows(*primals, rows), _put(rows, *tangents)
 
 
 def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
-    """The rows of each run, with where it begins."""
+    """Yields the index of the first row of each run, and the rows of that run."""
     if len(runs) == 1:
         yield runs[0][0], values
         return
@@ -144,25 +157,27 @@ def _concatenate(pieces: list[Any]) -> Any:
     return present[0] if len(present) == 1 else jnp.concatenate(present)
 
 
-def _any_is(kind: type, arrays: Sequence[Any]) -> bool:
-    return any(isinstance(x, kind) for x in arrays)
+def _any_isinstance(arrays: Sequence[Any], array_type: type) -> bool:
+    return any(isinstance(x, array_type) for x in arrays)
 
 
 def _run_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
-    if _any_is(jax.ShapeDtypeStruct, arrays):
+    """Calls a function that moves rows, and keeps every bit of them."""
+    if _any_isinstance(arrays, jax.ShapeDtypeStruct):
         return jax.eval_shape(move, *arrays)
     arrays = tuple(map(jnp.asarray, arrays))
     dtype = arrays[0].dtype
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
     if not is_narrow or any(x.dtype != dtype for x in arrays):
         return move(*arrays)
-    # On a CPU XLA widens these formats, even to copy them, and a NaN then loses its payload.
+    # On a CPU, XLA widens these formats even to copy them, and then a NaN loses its payload.
     as_bits = functools.partial(_run_as_bits, move)
     return jax.lax.platform_dependent(*arrays, cpu=as_bits, default=move)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+    """Calls a function that moves rows on the bits of the arrays, as unsigned integers."""
     dtype = arrays[0].dtype
     unsigned = f"uint{jnp.finfo(dtype).bits}"
     moved = move(*(jax.lax.bitcast_convert_type(x, unsigned) for x in arrays))
@@ -171,5 +186,5 @@ def _run_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
 
 @_run_as_bits.defjvp
 def _run_as_bits_jvp(move: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    # To move rows is linear, but to read bits as an integer has no derivative.
+    # Moving rows is linear, but reading bits as an integer has no derivative.
     return _run_as_bits(move, *primals), move(*tangents)

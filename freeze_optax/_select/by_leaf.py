@@ -1,4 +1,4 @@
-"""The selectors that ask for the label of a leaf, or for the leaf itself."""
+"""The selectors by a label of a leaf, or by the leaf itself: `labelled` and `where`."""
 
 from collections.abc import Callable
 from typing import Any, final
@@ -24,25 +24,26 @@ class _Labelled(Selector):
         for path, label in pairs:
             if is_array(label):
                 raise TypeError(f"the label at {path!r} is an array, not a name or another key")
-        given = [label for _, label in pairs]
-        present = dict.fromkeys(str(label) for label in given if not is_hole(label))
-        has_hidden = any(map(is_hole, given))  # as a label function gives a hole for a hole
+        leaf_labels = [label for _, label in pairs]
+        present = dict.fromkeys(str(label) for label in leaf_labels if not is_hole(label))
+        # A label function gives a hole for a hole, so a label may have no leaf in this tree.
+        has_holes = any(map(is_hole, leaf_labels))
         for name in self._names:
-            if name not in given and not has_hidden:
+            if name not in leaf_labels and not has_holes:
                 raise ValueError(
                     f"label {name!r} is at no leaf; {nearest_names(str(name), present)}"
                 )
-        return [label in self._names for label in given]
+        return [label in self._names for label in leaf_labels]
 
     def __repr__(self) -> str:
         return f"labelled({', '.join(map(repr, self._names))})"
 
 
 def labelled(labels: Any, *names: Any) -> Selector:
-    """Selects the leaves to which optax-style labels give one of the names.
+    """Selects the leaves whose label, in an optax-style label tree, is one of the names.
 
-    So label trees and label functions written for `optax.partition` (`multi_transform`) go on
-    serving.
+    It takes the label trees and label functions that were written for `optax.partition`
+    (`multi_transform`).
 
     Examples:
       >>> import jax
@@ -52,13 +53,13 @@ def labelled(labels: Any, *names: Any) -> Selector:
       {'body': {'w': True}, 'head': {'w': False}}
 
     Args:
-      labels: A tree of labels, like the params or a prefix of them (matched by key path), or
-        a function that gives one for the params.
+      labels: A tree of labels, of the structure of the params or a prefix of it (matched by key
+        path); or a function that takes the params and returns such a tree.
       *names: The labels to select.
 
     Returns:
-      The selector. Applied to a tree, it raises ValueError if the labels do not fit it or no
-      leaf has one of the names.
+      The selector. Applied to a tree, it raises ValueError if the labels do not fit the tree, or
+      if one of the names is at no leaf; and TypeError if a label is an array.
 
     Raises:
       ValueError: If there is no name.
@@ -101,12 +102,16 @@ def where(predicate: Callable[[str, Any], bool]) -> Selector:
       {'bias': False, 'kernel': True}
 
     Args:
-      predicate: Given the path text and the leaf (under jit a tracer, on an abstract tree a
-        `jax.ShapeDtypeStruct`), a bool. It is not asked about holes.
+      predicate: A function that takes the key path as text and the leaf, and returns a bool. The
+        leaf is a tracer under jit, and a `jax.ShapeDtypeStruct` in an abstract tree. The function
+        is not called for holes.
 
     Returns:
-      The selector. Applied to a tree, it raises TypeError, naming the path, where the answer
-      is not a bool. That no leaf is selected is no error.
+      The selector. Applied to a tree, it raises TypeError, naming the path, if the predicate
+      returns anything but a bool. It is no error if no leaf is selected.
+
+    Raises:
+      TypeError: If `predicate` is not callable.
     """
     if not callable(predicate):
         raise TypeError(

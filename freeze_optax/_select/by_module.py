@@ -1,4 +1,4 @@
-"""The selectors that ask for the module around a leaf."""
+"""The selectors by the module of a leaf: `of_type`, `by_module` and `declared`."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +37,8 @@ class _OfType(Selector):
         nodes = [path for path, _ in of_type]
         if self._fields:
             pairs = itertools.product(of_type, self._fields)
-            named = [found.field(path, node, name) for (path, node), name in pairs]
-            nodes = [path for path in named if path is not None]
+            field_paths = [found.field(path, node, name) for (path, node), name in pairs]
+            nodes = [path for path in field_paths if path is not None]
         flags = found.below(nodes)
         if not any(flags):
             raise ValueError(f"{self!r} selects no leaf: the tree has none at {quoted_list(nodes)}")
@@ -54,8 +54,9 @@ def of_type(
 ) -> Selector:
     """Selects the leaves under each module that is an instance of one of the types.
 
-    Nested modules count as well. Types are read from the tree itself where it holds its modules
-    (Equinox, NNX modules, any class that is registered as a pytree), or else from a table.
+    Nested modules count too. The types are read from the tree itself, if it holds its modules
+    (Equinox, NNX modules, any class that is registered as a pytree). Otherwise they are read from
+    the table `modules`.
 
     Examples:
       >>> import jax
@@ -68,22 +69,23 @@ def of_type(
 
     Args:
       *types: Classes; instances of their subclasses count.
-      fields: Only these direct fields of the modules, `("kernel",)` say; all of them if empty.
-      modules: A table of modules by path, for params that are kept apart from their modules, as
-        `freeze_optax.linen.modules` and `freeze_optax.nnx.modules` give.
+      fields: Names of direct fields, `("kernel",)` for example: select only these fields of the
+        modules. If empty, select all of each module.
+      modules: A table `{path: module}`, for params that are kept apart from their modules.
+        `freeze_optax.linen.modules` and `freeze_optax.nnx.modules` make one.
 
     Returns:
-      The selector. Applied to a tree, it raises ValueError if no module is of one of the types,
-      none of these has one of the fields (a static one does not count), they have no leaf, or the
-      table is of other params.
+      The selector. Applied to a tree, it raises ValueError in four cases: no module is an instance
+      of one of the types; no such module has one of the fields (a static field does not count); the
+      modules or fields have no leaf; or the table is of other params.
 
     Raises:
-      TypeError: If there is no type or something is not a class, if a field is not a string, or
-        `modules` is no table.
+      TypeError: If there is no type; if a type is not a class; if a field is not a string; or if
+        `modules` is not a table.
     """
-    odd = [x for x in types if not isinstance(x, type)]
-    if odd or not types:
-        what = f"but got {odd[0]!r}" if odd else "and got none"
+    not_types = [x for x in types if not isinstance(x, type)]
+    if not_types or not types:
+        what = f"but got {not_types[0]!r}" if not_types else "and got none"
         raise TypeError(f"fo.of_type takes classes, one argument each, {what}")
     names = fields if isinstance(fields, str) or not isinstance(fields, Iterable) else tuple(fields)
     if not is_names(names):
@@ -98,10 +100,13 @@ class _ByModule(Selector):
 
     def flags(self, leaves: Leaves) -> list[bool]:
         found = FoundModules(self._modules, leaves, repr(self))
-        nodes = [node for path, module in found.modules for node in self._ask(found, path, module)]
+        nodes = [
+            node for path, module in found.modules for node in self._select_in(found, path, module)
+        ]
         return found.below(nodes)
 
-    def _ask(self, found: FoundModules, path: str, module: Any) -> list[str]:
+    def _select_in(self, found: FoundModules, path: str, module: Any) -> list[str]:
+        """Returns the paths of the nodes that the function selects in one module."""
         answer = self._function(module, path)
         if isinstance(answer, bool | np.bool_):
             return [path] if answer else []
@@ -126,10 +131,11 @@ class _ByModule(Selector):
 def by_module(
     fn: Callable[[Any, str], bool | Iterable[str]], modules: Mapping[str, Any] | None = None
 ) -> Selector:
-    """Selects what `fn(module, path)` says of each module: all of it, nothing, or some fields.
+    """Selects the part of each module that `fn(module, path)` returns: all, nothing or some fields.
 
-    As `trainable` of Optimisers.jl (https://github.com/FluxML/Optimisers.jl/issues/43) asked for,
-    but outside the model, and for what is frozen.
+    It follows the request for `trainable` in Optimisers.jl
+    (https://github.com/FluxML/Optimisers.jl/issues/43), with two differences: the function stands
+    outside the model, and it selects what is frozen.
 
     Examples:
       >>> import jax
@@ -143,19 +149,20 @@ def by_module(
       (True, False)
 
     Args:
-      fn: Given a module and its path (`""` for the root), True for its whole subtree, False for
-        nothing by itself (the modules in it are asked as well), or the names of direct fields.
-        Dicts, lists, tuples and other mere containers are not asked.
-      modules: A table of modules by path, as for `freeze_optax.of_type`.
+      fn: A function that takes a module and its path (`""` for the root). It returns True to
+        select the whole subtree, False to select nothing by itself, or the names of direct fields.
+        It is called for nested modules too, whatever it returns for the outer one. It is not
+        called for dicts, lists, tuples and other mere containers.
+      modules: As for `of_type`: a table `{path: module}`.
 
     Returns:
-      The selector. Applied to a tree, it raises TypeError, naming the path, for any other answer,
-      and ValueError if a module has no such field or a static one, if the tree holds no module, or
-      the table is of other params. That a field is None (no bias) or empty, or that no leaf is
-      selected, is no error.
+      The selector. Applied to a tree, it raises TypeError, naming the path, if `fn` returns
+      anything else. It raises ValueError if a module does not have a named field, or has it as a
+      static one; if the tree holds no module; or if the table is of other params. It is no error if
+      a field is None (no bias) or empty, or if no leaf is selected.
 
     Raises:
-      TypeError: If `fn` is no function, or `modules` no table.
+      TypeError: If `fn` is not callable, or `modules` is not a table.
     """
     if not callable(fn):
         raise TypeError(f"fo.by_module takes a function of a module and its path, not {fn!r}")
@@ -180,7 +187,8 @@ class _Declared(Selector):
                 else:
                     present.add((cls, field))
                     nodes.append(node)
-        # One without it may be right (a mask is optional), but none with it is a slip.
+        # One module without the field may be right (a mask is optional). If no module has it, the
+        # declaration is a mistake.
         for (cls, field), (path, module) in missing.items():
             if (cls, field) not in present:
                 raise ValueError(
@@ -194,7 +202,7 @@ class _Declared(Selector):
 
 
 def _declared_by(cls: type) -> list[tuple[type, str]]:
-    """The fields that a class and those above it declare, each with the class that does."""
+    """Returns the fields that a class and its bases declare, each with the declaring class."""
     declared: list[tuple[type, str]] = []
     for base in cls.__mro__:
         fields = vars(base).get("frozen_fields", ())
@@ -210,8 +218,8 @@ def _declared_by(cls: type) -> list[tuple[type, str]]:
 def declared(modules: Mapping[str, Any] | None = None) -> Selector:
     """Selects the fields that a module's own class declares as never trained.
 
-    A class declares them in `frozen_fields`; a subclass has those of its bases too, and may add
-    others. The counterpart of `trainable` in Flux and Optimisers.jl.
+    A class declares them in the class attribute `frozen_fields`. A subclass inherits those of its
+    bases, and may add others. It is the counterpart of `trainable` in Flux and Optimisers.jl.
 
     Examples:
       >>> import equinox as eqx
@@ -225,15 +233,15 @@ def declared(modules: Mapping[str, Any] | None = None) -> Selector:
       Masked(weight=False, mask=True)
 
     Args:
-      modules: A table of modules by path, as for `freeze_optax.of_type`.
+      modules: As for `of_type`: a table `{path: module}`.
 
     Returns:
-      The selector. Applied to a tree, it raises ValueError if no module has a field that its
-      class declares (a static one does not count), if the tree holds no module, or the table is of
-      other params, and TypeError if `frozen_fields` is no tuple of strings. That a field is None
-      or empty, or that no class declares any, is no error.
+      The selector. Applied to a tree, it raises ValueError if no module has a field that its class
+      declares (a static field does not count), if the tree holds no module, or if the table is of
+      other params. It raises TypeError if `frozen_fields` is not a tuple of strings. It is no error
+      if a field is None or empty, or if no class declares a field.
 
     Raises:
-      TypeError: If `modules` is no table.
+      TypeError: If `modules` is not a table.
     """
     return _Declared(check_table(modules, "declared"))

@@ -1,4 +1,4 @@
-"""The selectors that users write."""
+"""The selectors by key path: `path`, `regex` and `layers`."""
 
 import operator
 import re
@@ -17,9 +17,9 @@ from freeze_optax._tree.messages import nearest_names, quoted_list
 def path(*patterns: str) -> Selector:
     """Selects the leaves at, or anywhere below, each node that one of the globs names.
 
-    A key path is text, components joined by `/`: `encoder/layer_0/kernel`, `layers/0/weight`.
-    Patterns match component by component, from the root, never by substring: `layer_1` is not
-    `layer_10`. Wherever a spec is expected, a plain string means the same.
+    A key path is a text of components joined by `/`: `encoder/layer_0/kernel`, `layers/0/weight`.
+    A pattern matches component by component, from the root, and never a substring: `layer_1` is not
+    `layer_10`. Every argument that takes a spec reads a plain string as `path` of it.
 
     Examples:
       >>> import freeze_optax as fo
@@ -28,22 +28,23 @@ def path(*patterns: str) -> Selector:
       {'encoder': {'layer_0': True, 'layer_1': True, 'layer_10': False}, 'head': False}
 
     Args:
-      *patterns: Globs. `*`, `?`, `[abc]` and `[!abc]` match within a component, `**` any number
-        of components (also none), `{a,b}` and `{0..9}` either alternative. A bracket makes
-        any of these characters plain: `[*]`.
+      *patterns: Globs. `*`, `?`, `[abc]` and `[!abc]` match within a component. `**` matches any
+        number of components (also none). `{a,b}` and `{0..9}` match any of their alternatives. A
+        bracket makes any of these characters plain: `[*]`.
 
     Returns:
-      The selector. Applied to a tree, it raises ValueError if a pattern (as a whole, not each
-      alternative in braces) selects no leaf, with the nearest paths.
+      The selector. Applied to a tree, it raises ValueError, with the nearest paths, if a pattern
+      selects no leaf. This holds for the pattern as a whole, not for each alternative in braces.
 
     Raises:
-      ValueError: If there is no pattern, or one is malformed.
+      ValueError: If there is no pattern, or a pattern is malformed.
       TypeError: If a pattern is not a string.
     """
     return Path(check_patterns(patterns, "path"))
 
 
 def check_patterns(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Returns the patterns that were passed to `fo.name`, or raises if they are not strings."""
     if not patterns:
         raise ValueError(f"fo.{name}() needs a pattern; to select no leaf write fo.nothing")
     for pattern in patterns:
@@ -71,7 +72,7 @@ class _Regex(Selector):
 
 
 def regex(*patterns: str) -> Selector:
-    r"""Selects the leaves whose whole path text one of the regular expressions matches.
+    r"""Selects the leaves whose whole path matches one of the regular expressions.
 
     Examples:
       >>> import freeze_optax as fo
@@ -79,7 +80,7 @@ def regex(*patterns: str) -> Selector:
       {'layer_0': {'bias': True, 'kernel': False}}
 
     Args:
-      *patterns: Regular expressions for `re.fullmatch`.
+      *patterns: Regular expressions, for `re.fullmatch` on the key path of a leaf.
 
     Returns:
       The selector. Applied to a tree, it raises ValueError if a pattern matches no leaf.
@@ -87,16 +88,16 @@ def regex(*patterns: str) -> Selector:
     Raises:
       ValueError: If there is no pattern.
       TypeError: If a pattern is not a string.
-      re.error: If one is malformed.
+      re.error: If a pattern is malformed.
     """
     return _Regex(check_patterns(patterns, "regex"))
 
 
 @final
 class Layers(Selector):
-    """The nodes that a glob names, in natural order, to be indexed or sliced like a list.
+    """Selects the nodes that a glob names; an index or a slice selects some of them.
 
-    `freeze_optax.layers` makes it, and says which nodes count.
+    `freeze_optax.layers` makes it. See there for which nodes count and in which order.
 
     Examples:
       >>> import freeze_optax as fo
@@ -109,7 +110,7 @@ class Layers(Selector):
         self._regex = compile_glob(pattern, whole=True)
 
     def __getitem__(self, index: int | slice) -> Selector:
-        """Selects some of the nodes, by their rank.
+        """Selects some of the nodes, by their rank in natural order.
 
         Examples:
           >>> import freeze_optax as fo
@@ -125,8 +126,8 @@ class Layers(Selector):
           IndexError if an int is out of range; an empty slice selects nothing.
 
         Raises:
-          TypeError: If `index` is anything else, or these are indexed already.
-          ValueError: If it is a slice with a step of 0.
+          TypeError: If `index` is neither an int nor a slice, or the layers are indexed already.
+          ValueError: If `index` is a slice with a step of 0.
         """
         if self._index is not None:
             raise TypeError(f"{self!r} is indexed already; join two with |")
@@ -136,14 +137,15 @@ class Layers(Selector):
             raise TypeError(f"layers are indexed with an int or a slice, not {index!r}")
         return Layers(self._pattern, operator.index(index))
 
-    # How many there are depends on the tree; without this, Python would try 0, 1, 2 … for ever.
+    # The number of nodes depends on the tree. Without this line, Python would iterate by indexing
+    # with 0, 1, 2 … for ever.
     __iter__ = None
 
     def flags(self, leaves: Leaves) -> list[bool]:
-        # An activation function among the layers is a leaf, but nothing that a layer has learned;
-        # the integers of a quantised one are.
-        learned = [is_hole(x) or number_kind(x) != "other" for x in leaves.values]
-        nodes = nodes_of(path for path, i in leaves.all_paths() if learned[i])
+        # An activation function among the layers is a leaf, but not a param. The integers of a
+        # quantised layer are params.
+        is_param = [is_hole(x) or number_kind(x) != "other" for x in leaves.values]
+        nodes = nodes_of(path for path, i in leaves.all_paths() if is_param[i])
         matched = sorted(filter(self._regex.match, nodes), key=natural_order)
         if not matched:
             raise ValueError(
@@ -170,11 +172,12 @@ class Layers(Selector):
 
 
 def layers(pattern: str) -> Layers:
-    """Selects nodes by their rank: all that the glob names, in natural order, then `[i:j]`.
+    """Selects the nodes that the glob names; `[i]` and `[i:j]` then select some by their rank.
 
-    Natural order puts `layer_2` before `layer_10`. A node counts if there is a number or an array
-    of numbers in it, be they integers (a quantised layer is one), or a hole where one was; so
-    one that is empty, or holds nothing but functions, text or PRNG keys (dropout), does not.
+    The nodes are in natural order: `layer_2` comes before `layer_10`. A node counts if it holds a
+    number or an array of numbers, or a hole in place of one. Integers are numbers here, as a
+    quantised layer holds them. A node does not count if it is empty, or holds only functions, text
+    or PRNG keys (dropout).
 
     Examples:
       >>> import freeze_optax as fo
@@ -186,12 +189,12 @@ def layers(pattern: str) -> Layers:
       pattern: A glob, as for `freeze_optax.path`, that names the nodes themselves.
 
     Returns:
-      A selector of all these nodes, which can be indexed with an int or a slice like a list.
-      Applied to a tree, it raises ValueError if the pattern names no node, and IndexError
-      if an int is out of range; an empty slice selects nothing.
+      A selector of all these nodes. Index it with an int or a slice, like a list. Applied to a
+      tree, it raises ValueError if the pattern names no node, and IndexError if an int is out of
+      range; an empty slice selects nothing.
 
     Raises:
       ValueError: If the pattern is malformed.
-      TypeError: If it is not a string.
+      TypeError: If the pattern is not a string.
     """
     return Layers(check_patterns((pattern,), "layers")[0])

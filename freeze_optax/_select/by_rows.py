@@ -1,4 +1,4 @@
-"""The selector of a part of a leaf."""
+"""The selector of rows of a leaf."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -23,11 +23,11 @@ class _Rows(Selector):
     def flags(self, leaves: Leaves) -> list[Flag]:
         selected = self._selector.flags(leaves)
         triples = zip(leaves.paths, leaves.values, selected, strict=True)
-        return [self._part(path, leaf, flag) for path, leaf, flag in triples]
+        return [self._flag(path, leaf, flag) for path, leaf, flag in triples]
 
-    def _part(self, path: str, leaf: Any, flag: Flag) -> Flag:
+    def _flag(self, path: str, leaf: Any, flag: Flag) -> Flag:
         shape = getattr(leaf, "shape", ()) if is_array(leaf) else ()
-        # An activation function or a step counter beside the arrays is frozen anyway.
+        # An activation function or a step counter beside the arrays is frozen in any case.
         if flag is False or is_hole(leaf) or (not shape and not can_train(leaf)):
             return False
         if not shape:
@@ -35,9 +35,9 @@ class _Rows(Selector):
                 f"{self!r}: the leaf {path!r} is a scalar, of shape (), and has no rows"
             )
         mask = np.zeros(shape[0], bool)
-        odd = _problem(self._rows, shape[0])
-        if odd:
-            raise ValueError(f"{self!r}: the leaf {path!r} is of shape {shape}, so {odd}")
+        problem = _problem(self._rows, shape[0])
+        if problem:
+            raise ValueError(f"{self!r}: the leaf {path!r} is of shape {shape}, so {problem}")
         mask[self._rows] = True
         return flag_and(flag, flag_from_vector(mask))
 
@@ -51,7 +51,7 @@ class _Rows(Selector):
 
 
 def _problem(rows: slice | np.ndarray, count: int) -> str:
-    """What is wrong with rows for a leaf of so many; empty if nothing is."""
+    """Says why rows do not fit a leaf with `count` rows; empty if they do."""
     if isinstance(rows, slice):
         beyond = [end for end in (rows.start, rows.stop) if end is not None and abs(end) > count]
         return f"{beyond[0]} is out of range" if beyond else ""
@@ -64,22 +64,24 @@ def _problem(rows: slice | np.ndarray, count: int) -> str:
 def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) -> Selector:
     """Selects rows of the leading axis of each leaf that a spec selects.
 
-    To train only the new tokens of an embedding, or the last layers of a model whose layers are
-    stacked in one array. The optimizer then sees, and keeps state for, the array of the rows that
-    train. One that treats elements alone (Adam, momentum) does to these rows what it would do
-    without the others; to one that does not (factored, orthogonalised, with trust ratios) this
-    array is all there is. Under jit XLA may fuse the taking of rows out of a whole gradient with
-    what follows, which then differs in the last bit; with `holes=True` it does not.
-    Rows that are thawed, or parked, later are an array of their own in the state, and statistics
-    that can't be told apart by rows (factored ones) make such an edit an error.
+    Use it to train only the new tokens of an embedding, or the last layers of a model whose layers
+    are stacked in one array.
 
-    Rows in a few runs are sliced; scattered ones are gathered, and then it is cheaper to
-    differentiate with `holes=True`, which gives the gradient of those rows alone. To save the
-    backward pass of stacked layers too, see `freeze_optax.scan`.
+    The optimizer gets an array of the rows that train, and keeps state for these rows alone. An
+    optimizer that treats each element alone (Adam, momentum) updates these rows as it would without
+    the other rows. An optimizer that does not (factored, orthogonalised, with trust ratios) sees
+    this array as the whole leaf. Under jit, XLA may fuse the selection of rows from a whole
+    gradient with the operations after it, and the result then differs in the last bit. With
+    `holes=True` it does not differ. Rows that are thawed or parked later are an array of their own
+    in the state. Statistics that can't be split by rows (factored ones) make such an edit an error.
 
-    `freeze_optax.apply_updates` writes the rows that train alone, in place where the params are
-    donated; that of optax, which `TrainState` and `nnx.Optimizer` call, adds -0.0 to the others.
-    `optax.masked` and `optax.partition` know nothing of rows.
+    Rows in a few runs are sliced. Scattered rows are gathered; then it is cheaper to differentiate
+    with `holes=True`, which gives the gradient of those rows alone. To save the backward pass of
+    stacked layers too, see `freeze_optax.scan`.
+
+    `freeze_optax.apply_updates` writes only the rows that train, in place if the params are
+    donated. `optax.apply_updates`, which `TrainState` and `nnx.Optimizer` call, adds -0.0 to the
+    frozen rows. `optax.masked` and `optax.partition` do not support rows.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,18 +96,18 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
       (2, 2)
 
     Args:
-      spec: The leaves: any spec, see `freeze_optax.mask`.
-      rows: Which rows of each: a slice, ints, or a vector with a bool for each row.
+      spec: Which leaves: any spec, see `freeze_optax.mask`.
+      rows: Which rows of each leaf: a slice, ints, or a vector with one bool for each row.
 
     Returns:
-      The selector. In its mask such a leaf has a NumPy vector of bools, or a plain bool where
-      all rows or none are selected. Applied to a tree, it raises ValueError, naming path and
-      shape, if rows are out of range (of a slice too), bools are not as many as rows, or a leaf
-      that could train is a scalar.
+      The selector. In its mask each such leaf has a NumPy vector of bools, one for each row, or a
+      plain bool if all rows or no rows are selected. Applied to a tree, it raises ValueError,
+      naming path and shape, if rows are out of range (the ends of a slice too), if the number of
+      bools is not the number of rows, or if a leaf that could train is a scalar.
 
     Raises:
-      TypeError: If `rows` is neither of these.
-      ValueError: If it is a slice with a step of 0.
+      TypeError: If `rows` is none of these, or is traced.
+      ValueError: If `rows` is a slice with a step of 0.
     """
     if isinstance(rows, slice):
         return _Rows(spec, checked_slice(rows, "rows are"))
@@ -113,6 +115,7 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
 
 
 def _index_vector(rows: Any) -> np.ndarray:
+    """Returns the rows as a vector of ints or bools."""
     if isinstance(rows, Tracer):
         raise TypeError("the rows are traced, but what is frozen is settled before tracing")
     try:

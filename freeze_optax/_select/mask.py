@@ -1,4 +1,4 @@
-"""Masks and labels: what a spec comes to on a tree."""
+"""Resolve a spec on a tree, to a mask or to labels."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from freeze_optax._tree.leaves import Leaves
 
 
 def mask(spec: Spec, tree: Any) -> Any:
-    """What is frozen in `tree`, as a tree of Python bools.
+    """Resolves a spec on `tree`, and returns a tree of Python bools, True for frozen.
 
-    The resolved mask of any spec: True at each leaf it selects, and at each that cannot be
-    trained whatever it says (integers, bools, PRNG keys, anything that is neither an array nor a
-    Python float or complex number).
+    The mask is True at each leaf that the spec selects. It is also True at each leaf that cannot be
+    trained, whatever the spec says: integers, bools, PRNG keys, and anything that is neither an
+    array nor a Python float or complex number. `spec(tree)`, where the spec is a selector, is the
+    mask without this second rule.
 
     Examples:
       >>> import jax
@@ -24,14 +25,15 @@ def mask(spec: Spec, tree: Any) -> Any:
       {'encoder': {'w': False}, 'head': {'w': True}, 'step': True}
 
     Args:
-      spec: A selector, a path glob, a bool, a mask of the structure of `tree` or a prefix of it
-        (matched by key path), a function from a tree to a mask, a `FreezeState` or a tree with
-        one, or a list or tuple of these for their union.
+      spec: Any spec: a selector, a path glob, a bool, a mask of the structure of `tree` or a
+        prefix of it (matched by key path), a function from a tree to a mask, a `FreezeState` or a
+        tree with one, or a list or tuple of these for their union.
       tree: Any pytree; leaves may be abstract (`jax.ShapeDtypeStruct`).
 
     Returns:
-      The structure of `tree` with a Python bool at each leaf, True for frozen; a NumPy vector of
-      bools, one for each row, where a leaf is frozen in part. Holes (`optax.MaskedNode`) stay.
+      A tree of the structure of `tree`, with a Python bool at each leaf, True for frozen. Where a
+      leaf is frozen in part, it has a NumPy vector of bools, one for each row. Holes
+      (`optax.MaskedNode`) stay. `tree` is unchanged.
 
     Raises:
       ValueError: If a pattern selects nothing, or a mask or state is of another tree.
@@ -43,7 +45,9 @@ def mask(spec: Spec, tree: Any) -> Any:
 
 
 def labels(spec: Spec, tree: Any) -> Any:
-    """`"frozen"` or `"trainable"` at each leaf, as `optax.partition` wants them.
+    """Resolves a spec on `tree`, and returns the label `"frozen"` or `"trainable"` for each leaf.
+
+    `optax.partition` takes such labels.
 
     Examples:
       >>> import freeze_optax as fo
@@ -51,17 +55,16 @@ def labels(spec: Spec, tree: Any) -> Any:
       {'encoder': {'w': 'frozen'}, 'head': {'w': 'trainable'}}
 
     Args:
-      spec: As for `freeze_optax.mask`.
-      tree: Any pytree; leaves may be abstract.
+      spec: As for `mask`.
+      tree: As for `mask`.
 
     Returns:
-      The structure of `tree` with a label at each leaf. `Selector.labels` is the same as a
-      function of the tree.
+      A tree of the structure of `tree`, with a label at each leaf. `Selector.labels` gives the
+      same, as a function of the tree. `tree` is unchanged.
 
     Raises:
-      ValueError: If a pattern selects nothing, a mask or state is of another tree, or a leaf is
-        frozen in part.
-      IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
-      TypeError: If a mask holds anything but bools.
+      ValueError: As `mask`; also if a leaf is frozen in part.
+      IndexError: As `mask`.
+      TypeError: As `mask`.
     """
     return as_selector(spec).labels(tree)

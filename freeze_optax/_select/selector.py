@@ -1,4 +1,4 @@
-"""Selectors and their algebra."""
+"""The base class of selectors, their algebra, and the selector by path."""
 
 import abc
 import re
@@ -25,11 +25,11 @@ from freeze_optax._tree.messages import nearest_names
 
 
 class Selector(abc.ABC):
-    """Marks leaves of a tree: called on one, it gives the mask, `True` where selected.
+    """Selects leaves of a tree: a call on a tree returns the mask, `True` where selected.
 
-    Selectors compose: `a | b`, `a & b`, `a - b`, `~a`; a string on either side is a
-    `freeze_optax.path`. As functions from a tree to a mask of Python bools, they go wherever
-    optax takes such a function.
+    Selectors compose: `a | b`, `a & b`, `a - b`, `~a`. A string on either side means
+    `freeze_optax.path` of it. A selector is a function from a tree to a mask of Python bools, so
+    optax takes it wherever it takes such a function.
 
     Examples:
       >>> import optax
@@ -42,10 +42,10 @@ class Selector(abc.ABC):
 
     @abc.abstractmethod
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        """For each leaf, whether it is selected, or which of its rows; whatever its dtype."""
+        """Returns for each leaf, of any dtype, whether it is selected, or which of its rows are."""
 
     def __call__(self, tree: Any) -> Any:
-        """The raw mask: the structure of `tree`, a Python bool at each leaf.
+        """Returns the raw mask: the structure of `tree`, with a Python bool at each leaf.
 
         Examples:
           >>> import freeze_optax as fo
@@ -53,11 +53,12 @@ class Selector(abc.ABC):
           {'encoder': True, 'steps': False}
 
         Args:
-          tree: Any tree; its leaves may be abstract.
+          tree: Any pytree; leaves may be abstract (`jax.ShapeDtypeStruct`).
 
         Returns:
-          The mask; where only some rows of a leaf are selected, a NumPy vector of bools. Unlike
-          that of `freeze_optax.mask` it says nothing of leaves that cannot be trained.
+          The mask, True where selected. Where only some rows of a leaf are selected, it has a NumPy
+          vector of bools, one for each row. Leaves that cannot be trained get no special treatment
+          here; `freeze_optax.mask` marks them as frozen. `tree` is unchanged.
 
         Raises:
           ValueError: If a pattern selects nothing, or a mask or state does not fit the tree.
@@ -70,10 +71,11 @@ class Selector(abc.ABC):
         return leaves.fill_leaves(map(flag_to_mask, self.flags(leaves)))
 
     def labels(self, tree: Any) -> Any:
-        """`"frozen"` or `"trainable"` at each leaf: a label function for `optax.partition`.
+        """Returns the label `"frozen"` or `"trainable"` for each leaf of `tree`.
 
-        A leaf that cannot be trained (an integer, a PRNG key) is `"frozen"` in any case. One that
-        is frozen in part (`freeze_optax.rows`) has no label, and is an error.
+        The method is a label function for `optax.partition`. A leaf that cannot be trained (an
+        integer, a PRNG key) is always `"frozen"`. A leaf that is frozen in part
+        (`freeze_optax.rows`) has no label, and is an error.
 
         Examples:
           >>> import optax
@@ -85,6 +87,17 @@ class Selector(abc.ABC):
           ...     {"trainable": optax.adam(1e-3), "frozen": optax.set_to_zero()},
           ...     fo.path("encoder").labels,
           ... )
+
+        Args:
+          tree: Any pytree; leaves may be abstract (`jax.ShapeDtypeStruct`).
+
+        Returns:
+          A tree of the structure of `tree`, with a label at each leaf. `tree` is unchanged.
+
+        Raises:
+          ValueError: As a call on the tree; also if a leaf is frozen in part.
+          IndexError: As a call on the tree.
+          TypeError: As a call on the tree.
         """
         if is_placeholder(tree):
             return tree
@@ -146,8 +159,8 @@ class _Combined(Selector):
         return flags
 
     def _chain(self) -> tuple[Selector, list["_Combined"]]:
-        """What the chain on the left begins with, and what is combined with it, one by one."""
-        # Chains of thousands, as a loop of `|=` makes them, go beyond what may be called in turn.
+        """Returns the leftmost selector of a chain, and the combinations with it in their order."""
+        # A loop of `|=` makes chains of thousands. Recursion would exceed Python's limit there.
         chain: list[_Combined] = [self]
         while isinstance(chain[-1]._left, _Combined):
             chain.append(chain[-1]._left)
@@ -173,7 +186,7 @@ class _Not(Selector):
 
 @final
 class _All(Selector):
-    """`freeze_optax.everything`, which selects all leaves, or `freeze_optax.nothing`, none.
+    """Selects all leaves (`freeze_optax.everything`), or no leaf (`freeze_optax.nothing`).
 
     Examples:
       >>> import freeze_optax as fo
@@ -199,19 +212,20 @@ nothing = _All(False)
 
 
 def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
-    """What is frozen: what is selected, and every leaf that cannot be trained.
+    """Returns the flags of what is frozen: what is selected, and all leaves that cannot be trained.
 
     Args:
-      raw: What is selected of each leaf.
+      raw: For each leaf, whether it is selected, or which of its rows.
       leaves: The leaves of the params.
-      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+      partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
 
     Raises:
       ValueError: If the rows are of a leaf of another length.
     """
     pairs = zip(raw, leaves.values, strict=True)
     flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
-    # Paths are text that costs time to make, and this runs in each eager step.
+    # The error alone reads the paths: their text takes time to make, and this runs in each eager
+    # step.
     for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
         if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
             raise ValueError(
@@ -223,7 +237,7 @@ def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = Fa
 
 @final
 class Path(Selector):
-    """Leaves at or below the nodes that globs name."""
+    """Selects the leaves at or below the nodes that globs name."""
 
     def __init__(self, patterns: tuple[str, ...]):
         self._patterns = patterns
@@ -246,12 +260,12 @@ def mark_matches(
     kind: str,
     pattern: str,
 ) -> None:
-    """Sets the flags of the paths that match; that none does is an error."""
-    hits = [i for path, i in leaves.all_paths() if match(path)]
-    if not hits:
-        # A regex has to match a leaf, a glob may name a node above it.
+    """Sets the flags of the leaves whose path matches, and raises if no path does."""
+    matching = [i for path, i in leaves.all_paths() if match(path)]
+    if not matching:
+        # A regex has to match the path of a leaf. A glob may also name a node above a leaf.
         paths = [path for path, _ in leaves.all_paths()]
         nodes = paths if kind == "regex" else nodes_of(paths)
         raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest_names(pattern, nodes)}")
-    for i in hits:
+    for i in matching:
         selected[i] = True

@@ -1,10 +1,10 @@
-"""Slices that users write, of layers and of rows."""
+"""Check the slices that users write, of layers and of rows."""
 
 import operator
 
 
 def checked_slice(index: slice, what: str) -> slice:
-    """The slice, if its ends are ints; `what` begins the error if they are not."""
+    """Returns a slice with ends that are ints, or raises an error that begins with `what`."""
     ends = (index.start, index.stop, index.step)
     try:
         checked = slice(*(None if end is None else operator.index(end) for end in ends))
@@ -16,5 +16,5 @@ def checked_slice(index: slice, what: str) -> slice:
 
 
 def ends_of(index: slice) -> list[int | None]:
-    """The ends of a slice, with the step if it has one."""
+    """Returns the ends of a slice, and its step if it has one."""
     return [index.start, index.stop] + ([] if index.step is None else [index.step])

@@ -1,4 +1,4 @@
-"""Everything that may be written in place of a selector."""
+"""Turn a spec, in any of its forms, into a selector and into flags."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
@@ -18,11 +18,13 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
 
 Spec: TypeAlias = Any
-"""Whatever an argument named `frozen` or `where` accepts; any tree of bools is among it."""
+"""What an argument named `frozen` or `where` accepts. Any tree of bools is one, so it is `Any`."""
 
 
 @final
 class _Union(Selector):
+    """Selects what any of the specs selects."""
+
     def __init__(self, specs: Sequence[Any]):
         self._parts = [as_selector(spec) for spec in specs]
 
@@ -36,7 +38,7 @@ class _Union(Selector):
 
 @final
 class _Planned(Selector):
-    """What is frozen in an optimizer state."""
+    """Selects what is frozen in an optimizer state."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
@@ -50,6 +52,8 @@ class _Planned(Selector):
 
 @final
 class _Mask(Selector):
+    """Selects what is True in a tree of bools."""
+
     def __init__(self, mask: Any):
         self._mask = mask
 
@@ -58,7 +62,7 @@ class _Mask(Selector):
         if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
             return _Union(mask).flags(leaves)
         pairs = zip(match_by_path(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
-        return [is_hole(leaf) or _as_flag(*given, path, leaf) for given, path, leaf in pairs]
+        return [is_hole(leaf) or _as_flag(*entry, path, leaf) for entry, path, leaf in pairs]
 
     def __repr__(self) -> str:
         return f"mask of {len(jax.tree.leaves(self._mask))} leaves"
@@ -66,6 +70,8 @@ class _Mask(Selector):
 
 @final
 class _Function(Selector):
+    """Selects what is True in the mask that a function gives for the tree."""
+
     def __init__(self, function: Callable[[Any], Any]):
         self._function = function
 
@@ -77,67 +83,68 @@ class _Function(Selector):
 
 
 def match_by_path(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:
-    """For each leaf, the leaf of `tree` at its path or above it, with that one's path.
+    """Finds for each leaf the leaf of `tree` at the same path, or at the nearest path above it.
 
     Args:
-      tree: A tree like the params, or a prefix of them; by key path, so that the containers
-        may be others.
+      tree: A tree of the structure of the params, or a prefix of it. It is matched by key path, so
+        its containers may be of other types.
       leaves: The leaves of the params.
-      what: What to call the tree in an error.
+      what: The name of the tree in an error.
 
     Returns:
-      A pair of path and leaf of `tree` for each of the leaves.
+      A pair of path and leaf of `tree`, for each of the leaves.
 
     Raises:
-      ValueError: If a leaf of either tree has no counterpart, naming these.
+      ValueError: If a leaf of either tree has no counterpart. The error names these leaves.
     """
-    own = Leaves(tree)
-    if own.treedef == leaves.treedef:
-        return list(zip(own.paths, own.values, strict=True))
-    below = _match_prefix(own, leaves)
-    if below is not None:
-        return below
-    table = dict(zip(own.paths, own.values, strict=True))
-    check_unique(own.paths, what)
+    entries = Leaves(tree)
+    if entries.treedef == leaves.treedef:
+        return list(zip(entries.paths, entries.values, strict=True))
+    matched = _match_prefix(entries, leaves)
+    if matched is not None:
+        return matched
+    table = dict(zip(entries.paths, entries.values, strict=True))
+    check_unique(entries.paths, what)
     check_unique([path for path in leaves.paths if path in table], what)
     above = [
         next((node for node in (*ancestors(path), "") if node in table), None)
         for path in leaves.paths
     ]
     missing = [path for path, node in zip(leaves.paths, above, strict=True) if node is None]
-    unused = sorted(set(own.paths).difference(node for node in above if node is not None))
-    if unused:  # To name a node without leaves is no mistake.
+    unused = sorted(set(entries.paths).difference(node for node in above if node is not None))
+    if unused:  # It is no mistake to name a node without leaves.
         leafless = _leafless(leaves.tree)
         unused = [path for path in unused if path not in leafless]
     if missing or unused:
         parts = [f"nothing for {quoted_list(missing)} of the tree"] if missing else []
-        parts += [f"{quoted_list(unused)}, which the tree has not"] if unused else []
-        has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in own.values)
+        parts += [f"{quoted_list(unused)}, which the tree does not have"] if unused else []
+        has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in entries.values)
         hint = "" if has_bools or what != "mask" else "; it holds no bools, and no FreezeState"
         hint = "; to freeze nothing write fo.nothing" if tree is None else hint
         raise ValueError(f"the {what} does not fit the tree: it has {', and '.join(parts)}{hint}")
     return [(node, table[node]) for node in above if node is not None]
 
 
-def _match_prefix(own: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
-    """Each leaf of a prefix for the leaves below it; None if it is none of these containers."""
+def _match_prefix(entries: Leaves, leaves: Leaves) -> list[tuple[str, Any]] | None:
+    """Repeats each leaf of a prefix tree for the leaves below it; None if it is not such a tree."""
     try:
-        subtrees = own.treedef.flatten_up_to(leaves.tree)
+        subtrees = entries.treedef.flatten_up_to(leaves.tree)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    given = zip(own.paths, own.values, subtrees, strict=True)
-    pairs = [(path, value) for path, value, tree in given for _ in Leaves(tree).values]
+    triples = zip(entries.paths, entries.values, subtrees, strict=True)
+    pairs = [(path, value) for path, value, tree in triples for _ in Leaves(tree).values]
     return pairs if len(pairs) == len(leaves.values) else None
 
 
 def _leafless(tree: Any) -> frozenset[str]:
-    """The paths of all nodes without leaves, those within others too."""
+    """Returns the paths of all nodes without leaves, also of those inside of other such nodes."""
     outer = set(Leaves(tree, stop=lambda x: not jax.tree.leaves(x, is_leaf=is_hole)).paths)
     inner = Leaves(tree, stop=lambda x: jax.tree.structure(x).num_nodes == 1).paths
     return frozenset(node for node in nodes_of(inner) if outer.intersection(ancestors(node)))
 
 
 def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
+    """Returns the flag of a leaf for the value that the mask has at `path`."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     shape = getattr(value, "shape", None)
@@ -149,12 +156,12 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
             )
         if not shape and isinstance(value, np.ndarray | jax.Array):
             return bool(value)
-        own = getattr(leaf, "shape", ())
-        if own and isinstance(value, np.ndarray | jax.Array):
-            if shape != own[:1]:
+        leaf_shape = getattr(leaf, "shape", ())
+        if leaf_shape and isinstance(value, np.ndarray | jax.Array):
+            if shape != leaf_shape[:1]:
                 raise ValueError(
                     f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf "
-                    f"{leaf_path!r} is of shape {own}"
+                    f"{leaf_path!r} is of shape {leaf_shape}"
                 )
             return flag_from_vector(np.asarray(value))
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
@@ -165,22 +172,22 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
 
 
 def is_function(x: Any) -> bool:
-    """Whether to call `x`: a callable pytree, as an Equinox module is, is a tree of flags."""
+    """Whether to call `x`; a callable pytree (an Equinox module) is read as a tree instead."""
     return callable(x) and jax.tree_util.all_leaves([x])
 
 
 def as_selector(spec: Spec) -> Selector:
-    """The selector that a spec stands for.
+    """Returns the selector for a spec.
 
     Args:
-      spec: Any of the forms of the contract.
+      spec: Any spec, see `freeze_optax.mask`.
 
     Returns:
-      A selector. Masks and states are checked against the tree when it is applied.
+      A selector. It checks masks and states against the tree when it is applied.
 
     Raises:
       ValueError: If a tree holds more than one `FreezeState`.
-      TypeError: If it is a transformation.
+      TypeError: If the spec is a transformation.
     """
     if isinstance(spec, Selector):
         return spec
@@ -190,7 +197,7 @@ def as_selector(spec: Spec) -> Selector:
         return _Planned(spec.plan)
     if isinstance(spec, optax.GradientTransformation):
         raise TypeError(
-            "a transformation is no spec; what is frozen is in the state that its init gives"
+            "a transformation is not a spec; pass the optimizer state that its init gives"
         )
     if type(spec) in (list, tuple) and (
         not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
@@ -200,7 +207,7 @@ def as_selector(spec: Spec) -> Selector:
 
 
 def state_in_spec(spec: Spec) -> FreezeState | None:
-    """The optimizer state that a spec is, or holds as the one thing that it says; None if none."""
+    """Returns the state if the spec is a state, or a list of one state alone; None otherwise."""
     while type(spec) is list and len(spec) == 1:
         (spec,) = spec
     selector = as_selector(spec)
@@ -208,6 +215,7 @@ def state_in_spec(spec: Spec) -> FreezeState | None:
 
 
 def _of_tree(tree: Any) -> Selector:
+    """Returns the selector for a mask, or for a tree that holds a `FreezeState`."""
     states = states_in(tree)
     if not states:
         return as_mask(tree)
@@ -222,28 +230,28 @@ def _of_tree(tree: Any) -> Selector:
 
 
 def _holds_bools(tree: Any) -> bool:
-    # So it is a mask beside the state: no optimizer keeps Python bools.
+    """Whether a tree beside a state is a mask, as no optimizer keeps Python bools."""
     return any(isinstance(leaf, bool) for leaf in jax.tree.leaves(tree))
 
 
 def schedules_in_spec(spec: Spec) -> list[ScheduledState]:
-    """The states of `scheduled` in a spec; a selector may be anything, and so holds none."""
+    """Returns the states of `scheduled` in a spec; a selector or a string holds none."""
     return [] if isinstance(spec, Selector | str) else schedules_in(spec)
 
 
 def as_mask(spec: Any) -> Selector:
-    """The selector of a bool or a tree of bools."""
+    """Returns the selector for a bool or a tree of bools."""
     if isinstance(spec, bool | np.bool_):
         return everything if spec else nothing
     return _Mask(spec)
 
 
 def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]:
-    """What is frozen: what the spec selects, and every leaf that cannot be trained.
+    """Returns the flags of what is frozen: what a spec selects, and all that cannot be trained.
 
     Args:
-      spec: Any spec.
+      spec: Any spec, see `freeze_optax.mask`.
       leaves: The leaves of the params.
-      partitioned: Whether of a leaf that is frozen in part the rows that train may be there alone.
+      partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
     """
     return with_untrainable(as_selector(spec).flags(leaves), leaves, partitioned)

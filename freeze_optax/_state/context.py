@@ -1,4 +1,4 @@
-"""What the plans of one optimizer state share, and no comparison reads."""
+"""`PlanContext`: what the plans of one optimizer state share and do not compare."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from freeze_optax._tree.lookahead import map_copies, param_leaves
 from freeze_optax._tree.variables import tree_of_holes
 
 _MOST_REMEMBERED = 8
-"""How many layouts a context remembers, and how many structures."""
+"""The largest number of layouts, and of structures, that a context keeps."""
 
 
 def _structure(tree: Any) -> Any:
@@ -24,13 +24,20 @@ def _structure(tree: Any) -> Any:
 
 
 class PlanContext:
-    """What the plans of one optimizer state share, from `init` through all edits; not compared.
+    """Holds what the plans of one optimizer state share, from `init` through all edits.
+
+    Plans are compared and hashed without it.
+
+    Args:
+      inner: The wrapped transformation.
+      params: The params that `init` was called with.
+      leaves: The leaves of the first copy of the params.
 
     Attributes:
-      inner: The wrapped transformation, for edits, which are given nothing but the state. Under
-        `optax.inject_hyperparams` each trace makes another one, which holds tracers, so
-        `update` passes on the one that `init` was given. None after unpickling.
-      treedefs: The structures that params and gradients are known to have.
+      inner: The wrapped transformation. Edits need it, as their only other source is the state.
+        Under `optax.inject_hyperparams` each trace makes a new one, which holds tracers, so
+        `update` passes on the one that `init` was given. It is None after unpickling.
+      treedefs: The known structures of params and gradients.
     """
 
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
@@ -42,23 +49,33 @@ class PlanContext:
 
     @functools.cached_property
     def skeleton(self) -> Any:
-        """The params as `init` was given them, with a hole for each leaf; for edits only."""
+        """The params that `init` was given, with a hole for each leaf; only edits use it."""
         treedef = self._params
         return tree_of_holes(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
 
     @property
     def init(self) -> Callable[[Any], Any]:
-        """Makes the inner state for params with holes."""
+        """The function that makes the inner state for params with holes."""
         if self.inner is None:
             raise ValueError(
-                "this state was unpickled, without its transformation, which pickle refuses; it "
-                "can be edited after an update (outside of jit, if optax.inject_hyperparams makes "
-                "the freezable), or stored with fo.export_state instead"
+                "this state was unpickled without its transformation, which pickle can't store; "
+                "run an update before you edit the state (outside of jit, if "
+                "optax.inject_hyperparams makes the freezable), or store the state with "
+                "fo.export_state instead of pickle"
             )
         return self.inner.init
 
     def layout(self, table: PartTable | None) -> Layout:
-        """The layout of the inner state; made when an edit or a second cohort first needs it."""
+        """Returns the layout of the inner state, made when it is first needed.
+
+        An edit needs it, and so does a second cohort.
+
+        Args:
+          table: The parts of the leaves; None if no leaf is frozen by rows.
+
+        Raises:
+          ValueError: If the state can't be edited.
+        """
         if table not in self._layouts:
             init = self.init
             if len(param_leaves(self.skeleton).values) != self._count:
@@ -67,7 +84,7 @@ class PlanContext:
                     "follow phases; make a Variable of each array"
                 )
             self._layouts[table] = Layout(init, self._skeleton_of_parts(table))
-            # Rows may be drawn anew at each edit, and their layouts never be asked for again.
+            # Each edit may choose new rows, whose layouts are then never needed again.
             for old in list(self._layouts)[:-_MOST_REMEMBERED]:
                 del self._layouts[old]
         return self._layouts[table]
@@ -79,22 +96,24 @@ class PlanContext:
         return map_copies(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
 
     def remember_structure(self, treedef: Any) -> None:
-        """Remembers another container for the same paths, as a FrozenDict or an `nnx.State` is.
+        """Keeps the structure of a tree with the same paths in other containers.
 
-        So a training loop compares texts once. Some only: where a static field of the params
-        changes at each step, so does the structure.
+        A FrozenDict or an `nnx.State` is such a tree. As the structure is kept, a training loop
+        compares the texts of the paths once. Only the last few structures are kept: where a static
+        field of the params changes at each step, the structure changes too.
         """
         treedefs = [*self.treedefs, treedef]
         del treedefs[1 : 1 - _MOST_REMEMBERED]
-        self.treedefs = treedefs  # at once, as another thread may be going through them
+        # One assignment, as another thread may be iterating over the list.
+        self.treedefs = treedefs
 
     def recover_inner(self, inner: Any, params: Any, leaves: Leaves) -> None:
-        """Takes what unpickling has lost from the transformation that updates the state.
+        """Restores what pickle could not store, from the transformation that updates the state.
 
         Args:
-          inner: The transformation; one that holds tracers is not kept.
-          params: The params, or the gradients, which `leaves` are of.
-          leaves: Those of the first copy.
+          inner: The transformation. It is not kept if it holds tracers.
+          params: The params, or the gradients.
+          leaves: The leaves of the first copy of `params`.
         """
         if self.inner is None and not holds_tracers(inner):
             self.inner, self._count = inner, len(leaves.values)
@@ -102,5 +121,5 @@ class PlanContext:
 
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
-        lost: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
-        return {**lost, "_layouts": {}, "_count": 0}
+        without_inner: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
+        return {**without_inner, "_layouts": {}, "_count": 0}

@@ -1,4 +1,7 @@
-"""The optimizer state, which carries its plan as static metadata."""
+"""`FreezeState`, the state of `freezable`, and `ScheduledState`, the state of `scheduled`.
+
+A `FreezeState` carries its plan as static metadata.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,9 +22,10 @@ _T = TypeVar("_T")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class FreezeState:
-    """State of `freezable`: the inner state, and as static metadata what is frozen.
+    """State of `freezable`: the inner state, and static metadata that records what is frozen.
 
-    It is made by `init` and by edits. Passed for any spec it says what is frozen in it.
+    `init` and the edits (`freeze`, `thaw` and the others) make it. It is also a spec: wherever a
+    spec is accepted, the state selects the leaves that are frozen in it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -39,9 +43,9 @@ class FreezeState:
     Attributes:
       inner: The state of the inner transformation for the params with holes
         (`optax.MaskedNode`) at every leaf that keeps no state.
-      ages: For each cohort of leaves after the first, its own copy of the counters that belong
-        to per-leaf statistics; empty while there is one cohort.
-      plan: What is frozen. Static: part of the tree structure, no leaf.
+      ages: For each cohort after the first, a separate copy of the counters that belong to
+        per-leaf statistics. It is empty while there is one cohort.
+      plan: What is frozen. It is static: a part of the tree structure, not a leaf.
     """
 
     inner: optax.OptState
@@ -63,10 +67,10 @@ class FreezeState:
         return cls(inner, ages, plan)
 
     def __repr__(self) -> str:
-        # Not the arrays: in a notebook they would be all that one sees.
-        plan, kinds = self.plan, _kinds(self.inner)
+        # The arrays are left out: in a notebook they would hide everything else.
+        plan, inner_types = self.plan, _type_names(self.inner)
         if plan.is_unknown:
-            return f"FreezeState(no plan, inner={kinds})"
+            return f"FreezeState(no plan, inner={inner_types})"
         pairs = list(zip(plan.paths, plan.mask, strict=True))
         frozen = [path for path, flag in pairs if flag is True]
         in_part = [path for path, flag in pairs if not isinstance(flag, bool)]
@@ -77,14 +81,14 @@ class FreezeState:
             + (f", in part: [{quoted_list(in_part, 3)}]" if in_part else "")
             + (f", parked={len(plan.parked)}" if plan.parked else "")
             + (f", cohorts={cohorts}" if cohorts > 1 else "")
-            + f", inner={kinds})"
+            + f", inner={inner_types})"
         )
 
 
-def _kinds(state: Any) -> str:
-    """The names of the states that a chain's is made of."""
+def _type_names(state: Any) -> str:
+    """Returns the type name of a state; for the state of a chain, the type names in it."""
     if type(state) in (tuple, list):
-        return f"({', '.join(map(_kinds, state))})"
+        return f"({', '.join(map(_type_names, state))})"
     return type(state).__name__
 
 
@@ -92,8 +96,8 @@ class ScheduledState(NamedTuple):
     """State of `scheduled`.
 
     Attributes:
-      step: The number of updates so far, int32.
-      state: The state of all leaves that some phase trains, and as its plan the phases.
+      step: The number of updates so far, an int32 scalar.
+      state: The state of all leaves that some phase trains. Its plan holds the phases.
     """
 
     step: jax.Array
@@ -101,29 +105,41 @@ class ScheduledState(NamedTuple):
 
     @property
     def phase(self) -> jax.Array:
-        """The index of the phase that the step is in."""
+        """The index of the phase that `step` is in, an int32 scalar."""
         starts = [start for start, _ in self.state.plan.schedule]
         begun = [(self.step >= start).astype(jnp.int32) for start in starts[1:]]
         return sum(begun, jnp.zeros((), jnp.int32))
 
     def phases(self, leaves: Leaves) -> list[Sequence[Flag]]:
-        """What each phase freezes, in the order of `leaves`, which must be of the same params."""
+        """Returns what each phase freezes, in the order of `leaves`.
+
+        Args:
+          leaves: The leaves of the same params.
+
+        Returns:
+          For each phase, one flag for each leaf.
+
+        Raises:
+          ValueError: If the paths differ, naming those that differ.
+        """
         plan = self.state.plan
         masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
         return [plan.in_order_of(leaves, mask, "params") for mask in masks]
 
 
 class AnyAges:
-    """The ages of a state for `optax.tree_map_params`: a leaf, which fits any number of them.
+    """A leaf that takes the place of the ages of a state, for `optax.tree_map_params`.
 
-    How many cohorts there are shows in the plan alone, which a placeholder for the params can't
-    know. Arrays of no rows would fit every number too, but Orbax refuses to store such.
+    It fits any number of ages. That number depends on the number of cohorts, which only the plan
+    holds, and the placeholder that `optax.tree_map_params` passes for the params has no plan.
+    Arrays without rows would fit any number too, but Orbax refuses to store them.
     """
 
 
 def _mapped_ages(ages: Any, plan: Plan) -> Any:
-    # `transform_non_params` was called on all the ages at once, and may have put one thing
-    # (a sharding, say) in the place of them all.
+    """Returns one value for each counter, where `optax.tree_map_params` mapped the ages."""
+    # `transform_non_params` was called once on all the ages. It may have put a single value (a
+    # sharding, say) in their place.
     if max(plan.cohorts, default=DROPPED) < 1:
         return ()
     count = len(plan.layout.counters)
@@ -131,15 +147,15 @@ def _mapped_ages(ages: Any, plan: Plan) -> Any:
 
 
 def states_in(tree: Any) -> list[FreezeState]:
-    """All the `FreezeState`s that a tree holds."""
-    return _found(FreezeState, tree)
+    """Returns all `FreezeState`s in a tree."""
+    return _nodes_of_type(FreezeState, tree)
 
 
 def schedules_in(tree: Any) -> list[ScheduledState]:
-    """All the `ScheduledState`s that a tree holds."""
-    return _found(ScheduledState, tree)
+    """Returns all `ScheduledState`s in a tree."""
+    return _nodes_of_type(ScheduledState, tree)
 
 
-def _found(kind: type[_T], tree: Any) -> list[_T]:
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
-    return [x for x in nodes if isinstance(x, kind)]
+def _nodes_of_type(node_type: type[_T], tree: Any) -> list[_T]:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, node_type))
+    return [x for x in nodes if isinstance(x, node_type)]

@@ -1,4 +1,4 @@
-"""Where in an optimizer's state the statistics of each leaf, their counters and the clocks are."""
+"""`Layout`: where an optimizer state holds the statistics of each leaf, counters and clocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,46 +13,55 @@ from freeze_optax._tree.lookahead import param_copies
 from freeze_optax._tree.messages import few_clauses, path_differences
 
 COUNTER = -1
+"""The owner of an array that starts again with a leaf, such as a step count beside moments."""
+
 CLOCK = -2
+"""The owner of an array that runs on, such as the step count of a schedule."""
+
 ABSENT = -3
-"""A node of the params that the transformation leaves out, with all leaves below it."""
+"""The owner of a hole for a node of the params that the transformation leaves out as a whole."""
 
 Keys = tuple[Any, ...]
 Place = tuple[Keys, int]
-"""The keys of a node like the params in a state, and the index of a leaf."""
+"""The keys of a node of a state that is like the params, and the index of a leaf."""
 
 
 class Layout:
-    """The places in the state of a transformation, and what each belongs to.
+    """Lists the places in the state of a transformation, and the owner of each.
 
-    All is told by the state of params that are nothing but holes: a hole in it is a place for the
-    statistics of one leaf, whatever stands there otherwise. A node with a direct child of the
-    structure of the params starts afresh with a leaf, so the arrays directly in it are counters,
-    of which each cohort of leaves has its own. Any other array is a clock and runs on: a
-    schedule's count, an injected learning rate, the key of a noise.
+    The layout is read from the state that `init` makes for params that are all holes. A hole in
+    that state is a place for the statistics of one leaf, whatever the place holds for real params.
+    A node with a direct child that has the structure of the params starts again with a leaf. So
+    the arrays directly in that node are counters, and each cohort of leaves has its own copy of
+    them. Any other array is a clock and runs on: the count of a schedule, an injected learning
+    rate, the key of a noise.
+
+    Args:
+      init: Makes the state for params with holes.
+      skeleton: The params, with a hole for each leaf.
+
+    Raises:
+      ValueError: If `init` fails on the skeleton, naming the transformation that fails.
 
     Attributes:
       paths: The key path of each place in the state.
-      owners: For each place the index of the leaf whose statistics it holds, or `COUNTER`,
+      owners: For each place, the index of the leaf whose statistics it holds, or `COUNTER`,
         `CLOCK` or `ABSENT`.
-      counters: The places of the counters, in order.
-      prefixes: For each place, the keys of the node like the params that it is in.
-      ties: The groups of each `tie` in the transformation.
+      counters: The indices of the places that hold counters, in order.
+      prefixes: For each place, the keys of the node like the params that the place is in; `()`
+        for a place outside of such nodes.
+      ties: The groups of all `tie`s in the transformation.
     """
 
-    def __init__(
-        self,
-        init: Callable[[Any], Any],
-        skeleton: Any,
-    ):
+    def __init__(self, init: Callable[[Any], Any], skeleton: Any):
         try:
-            # By a function of its own: a trace that jax has cached would note no ties.
+            # A new function each time: a trace that jax has cached would report no ties.
             with collect_ties() as self.ties:
                 template = Leaves(jax.eval_shape(lambda: init(skeleton)))
         except Exception as error:
             raise ValueError(
-                f"the state of {_raiser(error)} can't be edited, nor follow phases: its init fails "
-                "on params that are all holes (optax.MaskedNode), with "
+                f"the state of {_failing_transformation(error)} can't be edited, nor follow "
+                "phases: its init fails on params that are all holes (optax.MaskedNode), with "
                 f"{type(error).__name__}: {error}"
             ) from error
         self._treedef, self._template = template.treedef, template.values
@@ -66,59 +75,79 @@ class Layout:
         self.counters = tuple(i for i, owner in enumerate(self.owners) if owner == COUNTER)
 
     def places(self, inner_state: Any) -> list[Any]:
-        """What stands at each place of a state: an array, a hole, or a node per leaf.
+        """Returns what each place of a state holds: an array, a hole, or a node for one leaf.
+
+        Args:
+          inner_state: A state of the transformation.
 
         Raises:
-          ValueError: If the state has another structure, or something in it depends on the
-            params in a way that no leaf can be told apart, naming it.
+          ValueError: If the state has another structure, or an array in it mixes several leaves,
+            naming its path.
         """
         try:
             values = self._treedef.flatten_up_to(inner_state)
         except (ValueError, TypeError):
-            odd = path_differences(Leaves(inner_state).paths, self.paths, "in it", "in that")
+            differences = path_differences(
+                Leaves(inner_state).paths, self.paths, "in the inner state", "in that structure"
+            )
             raise ValueError(
-                f"the inner state, a {type(inner_state).__name__}, has not the structure that its "
-                f"transformation gives: {odd}"
+                f"the inner state, a {type(inner_state).__name__}, does not have the structure "
+                f"that its transformation gives: {differences}"
             ) from None
-        carried = zip(self.paths, self.owners, self._template, values, strict=True)
-        odd = [
-            f"{path!r} has {array_shapes(value)}, where all leaves frozen give "
+        places = zip(self.paths, self.owners, self._template, values, strict=True)
+        mixing_leaves = [
+            f"{path!r} has {array_shapes(value)}, but with all leaves frozen it has "
             f"{array_shapes(expected)}"
-            for path, owner, expected, value in carried
+            for path, owner, expected, value in places
             if owner < 0 and array_shapes(value) != array_shapes(expected)
         ]
-        if odd:
+        if mixing_leaves:
             raise ValueError(
                 "the state of this inner transformation can't be edited, as a part of it mixes "
-                f"the leaves (a flattened vector, say): {few_clauses(odd)}"
+                f"the leaves (a flattened vector, say): {few_clauses(mixing_leaves)}"
             )
         return values
 
     def rebuild(self, values: list[Any]) -> Any:
-        """The state with other things at its places."""
+        """Returns the state with other values, one for each place."""
         return jax.tree.unflatten(self._treedef, values)
 
     def split(self, inner_state: Any) -> tuple[dict[Place, Any], list[Any]]:
-        """The statistics in a state, each by its place, and in order the counters and clocks."""
+        """Returns the statistics in a state by their place, and a list of counters and clocks.
+
+        Args:
+          inner_state: As for `places`.
+
+        Returns:
+          A dict from place to statistics, and the counters and clocks in the order of the places.
+
+        Raises:
+          ValueError: As for `places`.
+        """
         values = self.places(inner_state)
         triples = list(zip(self.prefixes, self.owners, values, strict=True))
         statistics = {(prefix, owner): x for prefix, owner, x in triples if owner >= 0}
         return statistics, [x for _, owner, x in triples if ABSENT < owner < 0]
 
     def join(self, statistic: Callable[[Place, str], Any], shared: list[Any]) -> Any:
-        """A state with these counters and clocks, and statistics as told of place and path."""
-        rest = iter(shared)
+        """Returns a state made of statistics, counters and clocks; the inverse of `split`.
+
+        Args:
+          statistic: Gives the statistics of a place, from the place and its key path.
+          shared: The counters and clocks, in the order of the places.
+        """
+        remaining = iter(shared)
 
         def value(prefix: Keys, owner: int, path: str) -> Any:
             if owner == ABSENT:
                 return HOLE
-            return next(rest) if owner < 0 else statistic((prefix, owner), path)
+            return next(remaining) if owner < 0 else statistic((prefix, owner), path)
 
         return self.rebuild(list(map(value, self.prefixes, self.owners, self.paths)))
 
 
-def _raiser(error: BaseException) -> str:
-    """What the error comes from: the innermost transformation of optax's making, by its name."""
+def _failing_transformation(error: BaseException) -> str:
+    """Returns the name of the innermost transformation whose `init` is in the error's traceback."""
     name, traceback = "this inner transformation", error.__traceback__
     while traceback is not None:
         factory, _, function = traceback.tb_frame.f_code.co_qualname.rpartition(".<locals>.")
@@ -129,23 +158,30 @@ def _raiser(error: BaseException) -> str:
 
 
 def array_shapes(x: Any) -> list[tuple[int, ...]]:
-    """The shapes of the arrays at a place: none at a hole."""
+    """Returns the shapes of the arrays in a tree; a hole has no arrays."""
     return [np.shape(leaf) for leaf in jax.tree.leaves(x)]
 
 
 def _keys(tree: Any) -> list[Keys]:
-    # Not the text of paths: a key may be empty or have slashes.
+    # Keys, not the text of paths: a key may be empty or contain slashes.
     return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]]
 
 
 def _owners(places: list[Keys], values: list[Any], params: list[Keys]) -> tuple[int, ...]:
+    """Returns the owner of each place of a state.
+
+    Args:
+      places: The keys of each place.
+      values: What each place holds for params that are all holes.
+      params: The keys of each leaf of the params.
+    """
     owners = [CLOCK] * len(places)
     restarting, place = set[Keys](), 0
     while place < len(places):
         prefix, block = _params_at(place, places, values, params)
         owners[place : place + len(block)] = block
         place += len(block) or 1
-        if prefix:  # else the whole state is shaped like the params, with nothing beside it
+        if prefix:  # with no prefix the whole state is like the params, and holds nothing else
             restarting.add(prefix[:-1])
     for i, (keys, value) in enumerate(zip(places, values, strict=True)):
         if not is_hole(value) and keys[:-1] in restarting:
@@ -156,10 +192,10 @@ def _owners(places: list[Keys], values: list[Any], params: list[Keys]) -> tuple[
 def _params_at(
     place: int, places: list[Keys], values: list[Any], params: list[Keys]
 ) -> tuple[Keys, list[int]]:
-    """The prefix and owners of the tree like the params that begins at a place, if one does."""
+    """Returns the prefix and owners of the tree like the params that begins at a place, if any."""
     if params and is_hole(values[place]):
         first = params[0]
-        # A label tree that is a prefix of the params puts one hole for all of a node it excludes.
+        # Where a label tree is a prefix of the params, a node that it excludes has one hole in all.
         for length in range(len(first), min(len(first), 1) - 1, -1):
             prefix = places[place][: len(places[place]) - length]
             if (*prefix, *first[:length]) == places[place]:
@@ -172,6 +208,7 @@ def _params_at(
 def _block(
     place: int, prefix: Keys, places: list[Keys], values: list[Any], params: list[Keys]
 ) -> list[int]:
+    """Returns the owners of the places below `prefix`, or none if they are not like the params."""
     block, owner = list[int](), 0
     while owner < len(params):
         i = place + len(block)

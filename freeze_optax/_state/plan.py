@@ -1,4 +1,4 @@
-"""What was resolved against the params: static metadata of the optimizer state."""
+"""`Plan`: what a spec resolved to on the params, as static metadata of the optimizer state."""
 
 import functools
 from collections.abc import Sequence
@@ -23,25 +23,28 @@ DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
 
-def _reordered(paths: Sequence[str], values: Sequence[T], wanted: Sequence[str]) -> list[T]:
+def _reordered(paths: Sequence[str], values: Sequence[T], wanted_paths: Sequence[str]) -> list[T]:
+    """Returns the values, one for each of `paths`, in the order of `wanted_paths`."""
     by_path = dict(zip(paths, values, strict=True))
-    return [by_path[path] for path in wanted]
+    return [by_path[path] for path in wanted_paths]
 
 
 class Plan:
-    """Which leaves are frozen, settled once at `init` or by an edit, then static.
+    """Records which leaves are frozen. `init` or an edit resolves it once; then it is static.
 
-    It is part of the state's tree structure, so `jax.jit` retraces exactly when it changes:
-    plans are equal when their paths, frozen flags, cohorts, parts and schedule are.
+    A plan is part of the tree structure of the state, so `jax.jit` retraces exactly when the plan
+    changes. Two plans are equal when their paths, frozen flags, cohorts, parts and schedules are
+    equal.
 
     Attributes:
       paths: The key path of each leaf of the params.
-      frozen: For each part of a leaf, whether it is frozen. A part is the leaf, unless it is cut.
+      frozen: For each part of a leaf, whether it is frozen. A leaf is one part, unless it is
+        split by rows.
       cohorts: For each part, the index of the cohort whose counters it uses, or `DROPPED`. A
-        frozen part that has a cohort is parked: its state waits, untouched.
-      schedule: With `scheduled`, pairs of a first step and the frozen flags from it on.
-      part_table: The parts, if a leaf is frozen by rows.
-      context: What is shared with other plans, and not compared.
+        frozen part that has a cohort is parked: its state is kept unchanged.
+      schedule: Under `scheduled`, pairs of a first step and the frozen flags from that step on.
+      part_table: The parts, if a leaf is frozen by rows; else None.
+      context: What the plan shares with other plans of the state. It is not compared.
     """
 
     def __init__(
@@ -56,16 +59,17 @@ class Plan:
         self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
         self.part_table, self._context = part_table, context
         self._hash: int | None = None
-        # Whether a tree structure that holds it is of tree_map_params' making.
+        # True in a tree structure that `optax.tree_map_params` has made.
         self.is_mapped = context is None
 
     @classmethod
     def unknown(cls) -> "Plan":
-        """A plan that becomes the first other one it is compared with.
+        """Returns a plan that copies the first other plan that it is compared with.
 
-        `optax.tree_map_params` builds its result with the tree structure of `init`'s answer to
-        a placeholder, which says nothing of the params. Comparing the two structures is the
-        only moment at which that answer meets the real plan, so it takes it over there.
+        `optax.tree_map_params` calls `init` with a placeholder, which holds nothing of the params,
+        and builds its result with the tree structure of the state that `init` returns. That state
+        meets the real plan only where the two structures are compared, so it copies the real plan
+        there.
         """
         return cls((), (), (), None)
 
@@ -73,20 +77,20 @@ class Plan:
     def from_flags(
         cls, paths: tuple[str, ...], flags: Sequence[Flag], context: PlanContext
     ) -> "Plan":
-        """The plan of a new state, with one cohort."""
+        """Returns the plan of a new state, with one cohort."""
         table = PartTable.from_flags(flags)
         frozen = tuple(flag is True for flag in flags)
         cohorts = tuple(DROPPED if flag else 0 for flag in frozen)
         return cls(paths, frozen, cohorts, context, part_table=table)
 
     def unmapped(self) -> "Plan":
-        """The same plan, and not of `optax.tree_map_params`."""
+        """Returns the same plan, no longer marked as made by `optax.tree_map_params`."""
         return Plan(
             self.paths, self.frozen, self.cohorts, self.context, self.schedule, self.part_table
         )
 
     def with_frozen(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
-        """Another plan for the same parts and transformation."""
+        """Returns a plan with these flags and cohorts, for the same parts and transformation."""
         return Plan(self.paths, frozen, cohorts, self.context, part_table=self.part_table)
 
     @property
@@ -96,19 +100,21 @@ class Plan:
 
     @functools.cached_property
     def mask(self) -> tuple[Flag, ...]:
-        """What is frozen, for each leaf."""
+        """For each leaf, what is frozen of it."""
         return self.mask_of(self.frozen)
 
     def mask_of(self, frozen: tuple[bool, ...]) -> tuple[Flag, ...]:
-        """What is frozen of each leaf when these parts are."""
+        """Returns what is frozen of each leaf when these parts are frozen."""
         return frozen if self.part_table is None else self.part_table.mask(frozen)
 
     @property
     def is_unknown(self) -> bool:
+        """Whether the plan is still a placeholder, made by `Plan.unknown`."""
         return self._context is None
 
     @property
     def context(self) -> PlanContext:
+        """What the plan shares with other plans of the state."""
         if self._context is None:
             raise ValueError(
                 "this FreezeState has no plan; states are made by freezable(...).init(params)"
@@ -117,17 +123,17 @@ class Plan:
 
     @functools.cached_property
     def live(self) -> list[int]:
-        """The cohorts that train, in order."""
+        """The indices of the cohorts that have a part that trains, in order."""
         pairs = zip(self.cohorts, self.frozen, strict=True)
         return sorted({cohort for cohort, frozen in pairs if not frozen})
 
     @functools.cached_property
     def parked(self) -> frozenset[int]:
-        """The indices of the parts that are frozen but keep their state."""
+        """The indices of the parts that are frozen and keep their state."""
         pairs = enumerate(zip(self.cohorts, self.frozen, strict=True))
         return frozenset(i for i, (cohort, frozen) in pairs if frozen and cohort != DROPPED)
 
-    def _take_over(self, other: "Plan") -> None:
+    def _copy_from(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
         self.schedule, self.part_table, self._context = (
             other.schedule,
@@ -147,14 +153,14 @@ class Plan:
             return NotImplemented
         if self.is_unknown or other.is_unknown:
             unknown, known = (self, other) if self.is_unknown else (other, self)
-            unknown._take_over(known)
+            unknown._copy_from(known)
             return True
         return hash(self) == hash(other) and self._key() == other._key()
 
     def __hash__(self) -> int:
         if self.is_unknown:
             return 0
-        # Kept: jit hashes the structure of its arguments at every call.
+        # The hash is kept, because jit hashes the structure of its arguments at every call.
         if self._hash is None:
             self._hash = hash(self._key())
         return self._hash
@@ -163,10 +169,10 @@ class Plan:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hash": None}  # Python's hashes are of one process only.
+        return {**self.__dict__, "_hash": None}  # A Python hash is valid in one process only.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of version 0.1.0 have two attributes under other names.
+        # Pickles of version 0.1.0 store two attributes under other names.
         former = {"cut": "part_table", "_origin": "_context"}
         self.__dict__.update({former.get(name, name): value for name, value in state.items()})
 
@@ -174,46 +180,69 @@ class Plan:
         parked = f", {len(self.parked)} of them parked" if self.parked else ""
         count = sum(not isinstance(flag, bool) for flag in self.mask)
         in_part = f", {count} in part" if count else ""
-        whole = sum(flag is True for flag in self.mask)
-        return f"Plan({whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
+        frozen_whole = sum(flag is True for flag in self.mask)
+        return f"Plan({frozen_whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
     def drop_frozen(self, leaves: Leaves, numbers: bool = False) -> Any:
-        """The tree without what is frozen; its leaves are in the plan's order."""
+        """Returns the tree with holes for what is frozen.
+
+        Args:
+          leaves: The leaves of the tree, in the plan's order.
+          numbers: As for `PartTable.split`.
+        """
         return self.drop_parts(leaves, self.frozen, numbers)
 
     def drop_frozen_params(self, params: Any, leaves: Leaves) -> Any:
-        """The params, in each of their copies, without what is frozen.
+        """Returns the params, in each of their copies, with holes for what is frozen.
 
         Args:
           params: The params.
-          leaves: Those of the first copy, which the caller has already.
+          leaves: The leaves of the first copy, which the caller already has.
         """
         copies = (leaves, *map(Leaves, param_copies(params)[1:]))
         return rewrap_copies(params, [self.drop_frozen(copy) for copy in copies])
 
-    def drop_parts(self, leaves: Leaves, without: Sequence[bool], numbers: bool = False) -> Any:
-        """The tree with holes for some parts; its leaves are in the plan's order."""
-        if self.part_table is None:
-            return leaves.with_holes(without)
-        return self.part_table.split(leaves, without, numbers)
-
-    def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
-        """What is frozen, in the order of `leaves`, which must be of the same params.
+    def drop_parts(self, leaves: Leaves, dropped: Sequence[bool], numbers: bool = False) -> Any:
+        """Returns the tree with holes for some parts.
 
         Args:
-          leaves: The leaves of params, gradients, or another tree like them.
+          leaves: The leaves of the tree, in the plan's order.
+          dropped: For each part, whether a hole takes its place.
+          numbers: As for `PartTable.split`.
+        """
+        if self.part_table is None:
+            return leaves.with_holes(dropped)
+        return self.part_table.split(leaves, dropped, numbers)
+
+    def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
+        """Returns what is frozen, in the order of `leaves`.
+
+        Args:
+          leaves: The leaves of the params, of gradients, or of another tree like the params.
           role: What to call the tree in an error.
 
         Returns:
           One flag for each leaf.
 
         Raises:
-          ValueError: If the paths differ, naming those that do.
+          ValueError: If the paths differ, naming those that differ.
         """
         return tuple(self.in_order_of(leaves, self.mask, role))
 
     def in_order_of(self, leaves: Leaves, values: Sequence[T], role: str) -> Sequence[T]:
-        """Values for the plan's leaves, in the order of `leaves`; as `flags` otherwise."""
+        """Returns values for the leaves, in the order of `leaves`.
+
+        Args:
+          leaves: As for `flags`.
+          values: One value for each leaf, in the plan's order.
+          role: As for `flags`.
+
+        Returns:
+          The values, one for each leaf.
+
+        Raises:
+          ValueError: As for `flags`.
+        """
         if self.knows_structure(leaves):
             return values
         if isinstance(leaves.tree, optax.LookaheadParams):
@@ -230,29 +259,41 @@ class Plan:
             + path_differences(leaves.paths, self.paths, f"in the {role}", "in the state")
         )
 
-    def in_own_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
-        """Values for `leaves`, which are of the same params, in the order of the plan."""
+    def in_plan_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
+        """Returns values for the leaves, in the plan's order.
+
+        Args:
+          leaves: The leaves of the same params.
+          values: One value for each leaf, in the order of `leaves`.
+
+        Returns:
+          The values, one for each leaf.
+
+        Raises:
+          ValueError: If the containers differ and two leaves have the same path, naming it.
+        """
         if self.knows_structure(leaves):
             return list(values)
         check_unique(self.paths, "params")
         return _reordered(leaves.paths, values, self.paths)
 
     def knows_structure(self, leaves: Leaves) -> bool:
-        """Whether a tree has a structure that is known to be that of the params."""
+        """Returns whether the structure of a tree is known to be one of the params."""
         return leaves.treedef in self.context.treedefs
 
     def align(self, tree: Any, role: str) -> Leaves:
-        """The leaves of `tree` in the plan's order, `None` where a leaf is left out.
+        """Returns the leaves of `tree` in the plan's order, None where the tree has None.
 
         Args:
-          tree: Gradients, params, or another tree like them; a leaf may be a hole or None.
+          tree: Gradients, params, or another tree like the params; a leaf may be a hole or None.
           role: What to call the tree in an error.
 
         Returns:
           As many leaves as the plan has.
 
         Raises:
-          ValueError: If the tree is of other params, naming the odd paths.
+          ValueError: If the tree is of other params, naming the paths that differ; or if it has
+            the leaves in another order.
         """
         leaves = Leaves(tree)
         if self.knows_structure(leaves):
@@ -268,8 +309,9 @@ class Plan:
         return leaves
 
     def _align_with_none(self, tree: Any) -> Leaves | None:
-        # jax takes None for a node without leaves, so a gradient with None at a leaf has
-        # another structure; one of the known structures tells where the leaves are.
+        """Returns the leaves of a tree that has None at some leaves, or None if it does not fit."""
+        # For jax, None is a node without leaves, so a gradient with None at a leaf has another
+        # structure. One of the known structures shows where the leaves are.
         for treedef in self.context.treedefs:
             try:
                 values = treedef.flatten_up_to(tree)
@@ -277,7 +319,7 @@ class Plan:
                 continue
             if all(x is None or is_hole(x) or jax.tree_util.all_leaves([x]) for x in values):
                 return Leaves.with_values(tree, values, treedef, self.paths)
-        # An unpickled state knows no structure yet.
+        # The context of an unpickled state has no structures yet.
         leaves = Leaves(tree, stop=lambda x: x is None or is_hole(x))
         has_none = any(x is None for x in leaves.values)
         return leaves if has_none and leaves.paths == self.paths else None

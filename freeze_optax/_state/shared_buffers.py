@@ -1,4 +1,4 @@
-"""Groups of leaves that share a buffer, or are to stay equal."""
+"""Groups of leaves that share one buffer, or that `tie` keeps equal."""
 
 import contextlib
 from collections.abc import Generator, Iterable, Sequence
@@ -14,10 +14,11 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
 
 Group = tuple[str, ...]
+"""The paths of the leaves of a group."""
 
 
 def tied_paths(params: Any) -> list[Group]:
-    """The groups of paths whose leaves share one buffer.
+    """Returns the groups of paths whose leaves share one buffer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -27,31 +28,39 @@ def tied_paths(params: Any) -> list[Group]:
       [('embed', 'head/kernel')]
 
     Args:
-      params: Any pytree. A jitted function returns a buffer of its own for each leaf, so ask
-        before the first step.
+      params: Any pytree. A jitted function returns a separate buffer for each leaf, so call this
+        function before the first step.
 
     Returns:
-      A group for each buffer that stands at more than one path, in the order of the tree. Abstract
-      leaves (`jax.ShapeDtypeStruct`, tracers) have no buffer, and are never tied; nor are arrays
-      without elements.
+      A group for each buffer that is at more than one path, in the order of the tree. Abstract
+      leaves (`jax.ShapeDtypeStruct`, tracers) have no buffer, so they are never in a group. Arrays
+      without elements are never in a group either.
     """
     leaves = Leaves(params)
     return [tuple(leaves.paths[i] for i in group) for group in _groups(leaves)]
 
 
 def first_of_buffer(leaves: Leaves) -> dict[int, int]:
-    """For each leaf whose buffer another before it has, the index of the first of these."""
+    """Returns, for each leaf that shares the buffer of an earlier leaf, the first such leaf.
+
+    Args:
+      leaves: The leaves of the params.
+
+    Returns:
+      A dict from the index of a leaf to the index of the first leaf with the same buffer.
+    """
     return {i: group[0] for group in _groups(leaves) for i in group[1:]}
 
 
 def _groups(leaves: Leaves) -> list[list[int]]:
-    # By address alone first: few leaves have one in common, and of all the rest takes time to ask.
-    near = _group_by_key((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
-    return _group_by_key((i, _buffer(leaves.values[i])) for group in near for i in group)
+    """Returns the indices of the leaves that share a buffer, in groups."""
+    # First by the address alone: few leaves share one, and the other properties take time to read.
+    same_address = _group_by_key((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
+    return _group_by_key((i, _buffer(leaves.values[i])) for group in same_address for i in group)
 
 
 def _group_by_key(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
-    """The groups of more than one index with the same key; None is no key."""
+    """Returns the groups of two or more indices with the same key; None is not a key."""
     firsts: dict[Any, int] = {}
     groups: dict[int, list[int]] = {}
     for i, key in keys:
@@ -62,7 +71,7 @@ def _group_by_key(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
 
 
 def _address(leaf: Any) -> Any:
-    """What two leaves that share their memory have in common, among others."""
+    """Returns a key that is equal for leaves that share memory, and may be equal for others."""
     if isinstance(leaf, Tracer):
         return None
     try:
@@ -74,7 +83,7 @@ def _address(leaf: Any) -> Any:
 
 
 def _buffer(leaf: Any) -> Any:
-    """What two leaves have in common if and only if they share their memory, in one form."""
+    """Returns a key that is equal exactly where leaves share memory, shape, dtype and strides."""
     if not leaf.size:
         return None
     if isinstance(leaf, np.ndarray):
@@ -84,6 +93,7 @@ def _buffer(leaf: Any) -> Any:
 
 
 def _pointers(leaf: jax.Array) -> Any:
+    """Returns the devices and pointers of the shards of an array, or its `id` if it has none."""
     try:
         if len(leaf.devices()) == 1:
             (device,) = leaf.devices()
@@ -92,8 +102,8 @@ def _pointers(leaf: jax.Array) -> Any:
         pointers = [(shard.device.id, shard.data.unsafe_buffer_pointer()) for shard in shards]
         return tuple(pointers) or id(leaf)
     except Exception:  # noqa: BLE001
-        # Deleted, of another process, or of a platform or an extended dtype (PRNG keys) that
-        # tells no pointer.
+        # The array is deleted, or is in another process, or its platform or its extended dtype
+        # (PRNG keys) gives no pointer.
         return id(leaf)
 
 
@@ -102,14 +112,14 @@ TIED = "fo.tie ties them; freeze all or none of them"
 
 
 def check_ties(leaves: Leaves, frozen: Sequence[Flag]) -> None:
-    """Raises where one of the leaves that share a buffer is frozen and another is not.
+    """Raises if one of the leaves that share a buffer is frozen and another is not.
 
     Args:
       leaves: The leaves of the params.
-      frozen: For each of them whether it is frozen.
+      frozen: For each leaf, whether it is frozen.
 
     Raises:
-      ValueError: Naming both.
+      ValueError: Naming both leaves.
     """
     if len(set(frozen)) > 1:
         for group in _groups(leaves):
@@ -117,41 +127,42 @@ def check_ties(leaves: Leaves, frozen: Sequence[Flag]) -> None:
 
 
 def check_group(group: Sequence[tuple[str, Flag]], why: str) -> None:
-    """Raises where some leaves of a group are frozen and others are not.
+    """Raises if some leaves of a group are frozen and others are not.
 
     Args:
-      group: Their paths, each with whether it is frozen.
-      why: What makes them a group, and what to do.
+      group: The path of each leaf, with whether the leaf is frozen.
+      why: Why the leaves are a group, and what to do.
 
     Raises:
-      ValueError: Naming both.
+      ValueError: Naming the frozen leaves and the others.
     """
     if len({flag for _, flag in group}) < 2:
         return
-    still = [path for path, flag in group if flag]
-    moving = [path for path, flag in group if flag is not True]
+    frozen = [path for path, flag in group if flag]
+    trained = [path for path, flag in group if flag is not True]
     parts = [f"of {path!r} {flag!r}" for path, flag in group if not isinstance(flag, bool)]
-    only = f" ({', '.join(parts)})" if parts else ""
+    in_part = f" ({', '.join(parts)})" if parts else ""
     raise ValueError(
-        f"{quoted_list(still)} would be frozen{only} and {quoted_list(moving)} trained, but {why}"
+        f"{quoted_list(frozen)} would be frozen{in_part} and {quoted_list(trained)} trained, "
+        f"but {why}"
     )
 
 
-_collected: ContextVar[list[Group] | None] = ContextVar("noted", default=None)
+_collected: ContextVar[list[Group] | None] = ContextVar("collected", default=None)
 
 
 def report_ties(groups: Sequence[Group]) -> None:
-    """Tells whoever is asking by `noted_ties` of groups."""
-    noted = _collected.get()
-    if noted is not None:
-        noted.extend(groups)
+    """Adds groups to the list of the enclosing `collect_ties`, if there is one."""
+    collected = _collected.get()
+    if collected is not None:
+        collected.extend(groups)
 
 
 @contextlib.contextmanager
 def collect_ties() -> Generator[list[Group], None, None]:
-    """Collects the groups of each `tie` that is initialised meanwhile.
+    """Collects the groups of each `tie` that is initialised inside the `with` block.
 
-    So an edit, which has nothing but the outermost `init`, learns what `tie`s there are in it.
+    An edit has only the outermost `init`. This is how it finds the `tie`s inside.
     """
     groups = list[Group]()
     token = _collected.set(groups)

@@ -1,4 +1,4 @@
-"""What a function holds of a trace that may have ended when it is called."""
+"""Finds tracers in functions: such a function can't be called after its trace has ended."""
 
 import functools
 from typing import Any
@@ -8,10 +8,10 @@ from jax.core import Tracer
 
 
 def holds_tracers(x: Any) -> bool:
-    """Whether a function, or a tuple of functions, was made from tracers.
+    """Returns whether a function, or a tuple of functions, was made from tracers.
 
-    `optax.inject_hyperparams` makes its transformation anew in each trace, out of that trace's
-    values. Kept beyond the trace, such a transformation is an error when it is called.
+    `optax.inject_hyperparams` makes a new transformation in each trace, from the values of that
+    trace. If such a transformation is kept and called after the trace, jax raises an error.
 
     Examples:
       >>> import jax
@@ -34,7 +34,7 @@ def _holds(x: Any, seen: set[int]) -> bool:
 
 
 def _parts(x: Any) -> list[Any]:
-    """What a function closes over, or what a tree holds."""
+    """Returns what a function closes over, or the leaves of a tree."""
     if isinstance(x, functools.partial):
         return [x.func, x.args, x.keywords]
     parts = [leaf for leaf in jax.tree.leaves(x) if leaf is not x]
@@ -42,6 +42,6 @@ def _parts(x: Any) -> list[Any]:
     for cell in getattr(x, "__closure__", None) or ():
         try:
             parts.append(cell.cell_contents)
-        except ValueError:  # a name that is not bound yet
+        except ValueError:  # the name is not bound yet
             continue
     return [*parts, *bound, *(getattr(x, "__defaults__", None) or ())]

@@ -1,4 +1,4 @@
-"""Leaves that were thawed together, and the counters that each such cohort has for itself."""
+"""Update cohorts: leaves that were thawed together, and have step counters of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,25 +14,27 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.variables import rewrap_variable
 
 Run = Callable[[Any], tuple[Any, Any]]
-"""Updates all live leaves from an inner state: gives the updates and the next inner state."""
+"""A function that takes an inner state and returns the updates of all live leaves, and the next
+inner state."""
 
 
 def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     """Updates each live leaf with the counters of its own cohort.
 
-    Adam's bias correction needs each leaf's own step count, and optax keeps one for all leaves.
-    So `run` is called once for each live cohort, with that cohort's counters but always on all
-    live leaves, so that a norm taken inside is the norm of them all; of each result only that
-    cohort's share is kept, and XLA removes the rest. Calling it on the leaves of one cohort
-    would be cheaper to trace, but would clip each cohort by itself; so under a trace it is traced
-    for the first cohort, and its equations are repeated for the others.
+    Adam's bias correction needs the step count of each leaf, but optax keeps one count for all
+    leaves. So this function calls `run` once for each live cohort, with the counters of that
+    cohort. Each call sees all live leaves, so that a norm inside is the norm of all of them. Of
+    each result only the leaves of that cohort are kept, and XLA removes the rest. A call on the
+    leaves of one cohort alone would be cheaper to trace, but would clip each cohort by itself. So
+    under a trace `run` is traced once, for the first cohort, and its equations are repeated for
+    the other cohorts.
 
     Args:
-      run: Updates all live leaves.
-      state: The state before.
+      run: A function that updates all live leaves, see `Run`.
+      state: The state before the step.
 
     Returns:
-      The updates of all live leaves, and the state after.
+      The updates of all live leaves, and the state after the step.
     """
     plan = state.plan
     if plan.live in ([], [0]) and not plan.parked and not state.ages:
@@ -41,18 +43,19 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
 
     layout = plan.layout
     before = layout.places(state.inner)
-    rows = cohort_counters(state, before)
+    counters_before = cohort_counters(state, before)
     run = _trace_once(run, state)
     updates: dict[int, Leaves] = {}
     after: dict[int, list[Any]] = {}
-    # With nothing live one run is left, on holes alone, as the clocks run on.
+    # If no leaf is live, there is one run, on holes alone, so that clocks (a schedule's count) run
+    # on.
     for cohort in plan.live or [0]:
         pairs = zip(layout.owners, before, strict=True)
-        own = [rewrap_variable(x, HOLE) if owner in plan.parked else x for owner, x in pairs]
-        for place, counter in zip(layout.counters, rows[cohort], strict=True):
-            own[place] = counter
-        moved, inner = run(layout.rebuild(own))
-        updates[cohort], after[cohort] = Leaves(moved), layout.places(inner)
+        values = [rewrap_variable(x, HOLE) if owner in plan.parked else x for owner, x in pairs]
+        for place, counter in zip(layout.counters, counters_before[cohort], strict=True):
+            values[place] = counter
+        cohort_updates, inner = run(layout.rebuild(values))
+        updates[cohort], after[cohort] = Leaves(cohort_updates), layout.places(inner)
 
     first = next(iter(after))
 
@@ -65,34 +68,39 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
         return after.get(cohort, after[first])[place]
 
     inner = layout.rebuild([next_at(place, owner) for place, owner in enumerate(layout.owners)])
-    counters = [
-        [after[cohort][place] for place in layout.counters] if cohort in plan.live else row
-        for cohort, row in enumerate(rows)
+    counters_after = [
+        [after[cohort][place] for place in layout.counters] if cohort in plan.live else old_counters
+        for cohort, old_counters in enumerate(counters_before)
     ]
     count = len(plan.cohorts)
-    moved = updates[first].rebuild(
+    merged = updates[first].rebuild(
         updates.get(plan.cohorts[i % count], updates[first]).values[i]
         for i in range(len(updates[first].values))
     )
-    return moved, FreezeState(inner, stack_ages(counters[1:]), plan)
+    return merged, FreezeState(inner, stack_ages(counters_after[1:]), plan)
 
 
 def _trace_once(run: Run, state: FreezeState) -> Run:
+    """Returns `run`, under jit where this lets several cohorts share one trace."""
     leaves = jax.tree.leaves(state)
-    # Only where all of the state is staged out: eagerly jit would compile, and round otherwise,
-    # and it would hide what is known of the state from a transformation that looks at it.
+    # Only if all of the state is staged out. In eager mode jit would compile, and would round
+    # differently. It would also hide concrete values of the state from a transformation that reads
+    # them.
     if len(state.plan.live) < 2 or not all(isinstance(x, DynamicJaxprTracer) for x in leaves):
         return run
     return jax.jit(run, inline=True)
 
 
 def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
-    """The counters of each cohort, the first one's from the inner state, in the layout's order."""
+    """Returns the counters of each cohort, in the order of the layout.
+
+    Those of the first cohort are in the inner state, those of the others in `ages`.
+    """
     first = [places[place] for place in state.plan.layout.counters]
-    more = state.ages[0].shape[0] if state.ages else 0
-    return [first, *([age[i] for age in state.ages] for i in range(more))]
+    later_cohorts = state.ages[0].shape[0] if state.ages else 0
+    return [first, *([age[i] for age in state.ages] for i in range(later_cohorts))]
 
 
-def stack_ages(rows: list[list[Any]]) -> tuple[Any, ...]:
-    """The ages: one array for each counter, a row for each cohort after the first."""
-    return tuple(jnp.stack(column) for column in zip(*rows, strict=True))
+def stack_ages(counters: list[list[Any]]) -> tuple[Any, ...]:
+    """Stacks the counters of the later cohorts: one array per counter, one row per cohort."""
+    return tuple(jnp.stack(column) for column in zip(*counters, strict=True))

@@ -1,4 +1,4 @@
-"""The gradient transformation."""
+"""The gradient transformation that freezes leaves."""
 
 import contextlib
 import warnings
@@ -32,15 +32,16 @@ from freeze_optax._tree.messages import quoted_list
 def freezable(
     inner: optax.GradientTransformation, frozen: Spec = nothing
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on the trainable leaves alone; frozen ones keep no state and never change.
+    """Runs `inner` on the trainable leaves alone; frozen leaves keep no state and never change.
 
-    Under any `inner`, every bit of a frozen leaf stays, whatever its gradient holds (NaN,
-    infinities, None, float0, a hole), and a trainable leaf is updated as by `inner` on a
-    tree that has no other leaves: no frozen leaf counts in a norm, decays, or is given moments.
+    Every bit of a frozen leaf stays, under any `inner` and whatever its gradient holds (NaN,
+    infinities, None, float0, a hole). A trainable leaf gets the update that `inner` gives on a tree
+    of the trainable leaves alone: a frozen leaf does not count in a norm, does not decay and has no
+    moments.
 
-    What is frozen is settled at `init` and travels in the state as static metadata: `jax.jit`
-    retraces when it changes, and only then. BatchNorm statistics and the like are not the
-    optimizer's; to keep those, see `freeze_optax.hold`.
+    `init` resolves what is frozen, and keeps it in the state as static metadata. So `jax.jit`
+    retraces when it changes, and only then. An optimizer does not update BatchNorm statistics and
+    the like; to freeze those, see `freeze_optax.hold`.
 
     Examples:
       >>> import jax
@@ -64,30 +65,33 @@ def freezable(
 
     Args:
       inner: Any optax transformation: an optimizer, or a chain with clipping and decay.
-      frozen: What is frozen: any spec, see `freeze_optax.mask`.
+      frozen: Which leaves are frozen: any spec, see `freeze_optax.mask`.
 
     Returns:
       A transformation whose state is a `FreezeState`.
 
-      `init` raises ValueError if the spec does not fit the params, or freezes one of two leaves
-      that share a buffer (see `freeze_optax.tie`), and IndexError and TypeError as
-      `freeze_optax.mask`; it warns if nothing is left to train.
+      `init` raises ValueError if the spec does not fit the params, or if it freezes one of two
+      leaves that share a buffer and not the other (see `freeze_optax.tie`). It raises IndexError
+      and TypeError as `freeze_optax.mask`. It warns if nothing is left to train.
 
-      `update` gives zeros at frozen leaves, or a hole where a hole came in. The zeros are
-      negative: -0.0 is what leaves every number as it is when added, the sign of zeros too, so
-      `optax.apply_updates` is safe; only in eager mode on a CPU does it flush subnormal
-      numbers, which `freeze_optax.apply_updates`, and either under jit, do not. PRNG keys and
-      what is no array, to which nothing can be added, get zeros of dtype `jax.dtypes.float0`:
-      where such are among the params, use `freeze_optax.apply_updates`.
+      `update` gives zeros at frozen leaves, or a hole where the gradient has a hole. The zeros are
+      negative, as the sum of any number and -0.0 is that number, also for zeros of either sign. So
+      `optax.apply_updates` keeps frozen leaves too, with one exception: in eager mode on a CPU it
+      flushes subnormal numbers. `freeze_optax.apply_updates` does not flush them, and under jit
+      neither function does. PRNG keys and leaves that are not arrays get zeros of dtype
+      `jax.dtypes.float0`, as nothing can be added to them. If the params have such leaves, use
+      `freeze_optax.apply_updates`.
 
-      Extra arguments reach `inner`: one shaped like the params with holes at frozen leaves, and
-      a callable that takes params (the `value_fn` of a line search) is handed whole ones.
+      Extra arguments of `update` reach `inner`. A tree like the params has holes at the frozen
+      leaves there. A callable that takes params (the `value_fn` of a line search) gets whole
+      params.
 
-      `update` raises ValueError if gradients, state or params are of different params, or if a
-      trainable leaf has a hole or None for a gradient, and TypeError for a state of another kind.
+      `update` raises ValueError if the gradients, the state or the params are of different params,
+      or if the gradient of a trainable leaf is a hole or None. It raises TypeError if the state is
+      not a `FreezeState`.
 
     Raises:
-      TypeError: If `inner` is no transformation.
+      TypeError: If `inner` is not a transformation.
     """
     inner = as_transformation("freezable", inner)
     selector = as_selector(frozen)
@@ -96,7 +100,7 @@ def freezable(
         if is_placeholder(params):
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
         leaves = param_leaves(params)
-        flags = resolve(nothing if _is_ignored() else selector, leaves)
+        flags = resolve(nothing if _take_specs_ignored() else selector, leaves)
         check_ties(leaves, flags)
         if all(flag is True for flag in flags):
             warnings.warn(
@@ -112,23 +116,23 @@ def freezable(
     ) -> tuple[optax.Updates, Any]:
         plan = _plan_of(state)
         grads = plan.align(updates, "gradient")
-        _check_whole(grads, plan)
-        whole = [plan.align(copy, "params") for copy in param_copies(params)]
+        _check_no_missing(grads, plan)
+        copies = [plan.align(copy, "params") for copy in param_copies(params)]
         live_grads = plan.drop_frozen(grads)
-        live_params = rewrap_copies(params, [plan.drop_frozen(copy) for copy in whole])
-        known = whole[0] if whole else grads
-        plan.context.recover_inner(inner, params if whole else updates, known)
-        own = _for_inner(extra, plan, known, has_params=bool(whole))
+        live_params = rewrap_copies(params, [plan.drop_frozen(copy) for copy in copies])
+        reference = copies[0] if copies else grads
+        plan.context.recover_inner(inner, params if copies else updates, reference)
+        inner_extra = _adapt_extra(extra, plan, reference, has_params=bool(copies))
 
         def run(inner_state: Any) -> tuple[Any, Any]:
-            return inner.update(live_grads, inner_state, live_params, **own)
+            return inner.update(live_grads, inner_state, live_params, **inner_extra)
 
-        moved, state = update_cohorts(run, state)
-        steps = [
-            _with_zeros(grads, still, Leaves(copy, stop=is_hole_or_parts).values, plan)
-            for copy, still in zip(param_copies(moved), whole or [grads], strict=True)
+        live_updates, state = update_cohorts(run, state)
+        full_updates = [
+            _with_frozen_updates(grads, leaves, Leaves(copy, stop=is_hole_or_parts).values, plan)
+            for copy, leaves in zip(param_copies(live_updates), copies or [grads], strict=True)
         ]
-        return rewrap_copies(moved, steps), state
+        return rewrap_copies(live_updates, full_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -138,9 +142,10 @@ _specs_ignored = ContextVar("_specs_ignored", default=False)
 
 @contextlib.contextmanager
 def ignoring_specs() -> Generator[None, None, None]:
-    """Where `init` freezes nothing but what can't be trained, for states whose plan is known.
+    """Makes `init`, in this context, freeze only the leaves that can't be trained.
 
-    The spec may not fit any more, or read values that an abstract `init` has not.
+    Callers already know the plan of the state. The spec may not fit any more, or may read values
+    that an abstract `init` does not have.
     """
     token = _specs_ignored.set(True)
     try:
@@ -149,14 +154,16 @@ def ignoring_specs() -> Generator[None, None, None]:
         _specs_ignored.reset(token)
 
 
-def _is_ignored() -> bool:
-    # Of one transformation: the spec of another inside it decides what state that one makes.
+def _take_specs_ignored() -> bool:
+    """Whether to ignore the spec; resets the context, so that only one `init` ignores its spec."""
+    # A `freezable` inside this one must read its spec, as that decides which state it makes.
     is_ignored = _specs_ignored.get()
     _specs_ignored.set(False)
     return is_ignored
 
 
 def _plan_of(state: Any) -> Plan:
+    """Returns the plan of a state, or raises if it is not a `FreezeState`."""
     if not isinstance(state, FreezeState):
         raise TypeError(
             f"update was given a {type(state).__name__} for its state, not the FreezeState that "
@@ -165,7 +172,8 @@ def _plan_of(state: Any) -> Plan:
     return state.plan
 
 
-def _check_whole(grads: Leaves, plan: Plan) -> None:
+def _check_no_missing(grads: Leaves, plan: Plan) -> None:
+    """Raises if a trainable leaf has no gradient."""
     missing = [
         path
         for path, grad, flag in zip(plan.paths, grads.values, plan.mask, strict=True)
@@ -178,7 +186,15 @@ def _check_whole(grads: Leaves, plan: Plan) -> None:
         )
 
 
-def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> Any:
+def _with_frozen_updates(grads: Leaves, params: Leaves, live: list[Any], plan: Plan) -> Any:
+    """Returns the updates of the live leaves with zeros or holes at the frozen leaves.
+
+    Args:
+      grads: The gradients.
+      params: The params, or the gradients where `update` got no params.
+      live: The updates that `inner` gave for the live leaves, with holes or parts.
+      plan: What is frozen.
+    """
     zeros = Zeros()
 
     def frozen_update(grad: Any, param: Any) -> Any:
@@ -187,28 +203,28 @@ def _with_zeros(grads: Leaves, still: Leaves, moved: list[Any], plan: Plan) -> A
         leaf = grad if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    def update(grad: Any, param: Any, moved: Any, frozen: bool | Rows) -> Any:
+    def update(grad: Any, param: Any, live_update: Any, frozen: bool | Rows) -> Any:
         if frozen is True:
             return frozen_update(grad, param)
-        rows = join_parts(moved)
+        rows = join_parts(live_update)
         if frozen is False:
             return rows
         return rows if np.shape(grad)[:1] == rows.shape[:1] else scatter_rows(rows, ~frozen, -0.0)
 
-    rows = zip(grads.values, still.values, moved, plan.mask, strict=True)
-    return grads.rebuild(update(*row) for row in rows)
+    quadruples = zip(grads.values, params.values, live, plan.mask, strict=True)
+    return grads.rebuild(update(*quadruple) for quadruple in quadruples)
 
 
-def _for_inner(
-    extra: dict[str, Any], plan: Plan, known: Leaves, has_params: bool
+def _adapt_extra(
+    extra: dict[str, Any], plan: Plan, reference: Leaves, has_params: bool
 ) -> dict[str, Any]:
-    """Extra arguments as `inner` should see them: without the frozen leaves.
+    """Returns the extra arguments as `inner` needs them, without the frozen leaves.
 
     Args:
-      extra: What `update` was given.
+      extra: The extra arguments that `update` got.
       plan: What is frozen.
-      known: The params, or the gradients where there are none.
-      has_params: Which of the two.
+      reference: The params, or the gradients where `update` got no params.
+      has_params: Whether `reference` is the params.
     """
 
     def is_like_params(value: Any) -> bool:
@@ -216,15 +232,15 @@ def _for_inner(
         if not plan.knows_structure(leaves):
             return False
         if jax.tree_util.treedef_is_leaf(leaves.treedef):
-            # Every scalar has the structure of params that are one bare array.
+            # If the params are one bare array, every scalar has their structure.
             (frozen,) = plan.mask
             return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
-        return all(map(_may_stand_for, leaves.values, known.values, plan.mask))
+        return all(map(_may_stand_for, leaves.values, reference.values, plan.mask))
 
     def drop(value: Any) -> Any:
         return plan.drop_frozen(Leaves(value), numbers=True)
 
-    def whole(value: Any) -> Any:
+    def fill_holes(value: Any) -> Any:
         leaves = Leaves(value, stop=is_hole_or_parts)
         if plan.part_table is None and not any(map(is_hole, leaves.values)):
             return value
@@ -233,7 +249,7 @@ def _for_inner(
                 "a function needs whole params, but update was not given any; call "
                 "update(gradients, state, params, ...)"
             )
-        triples = zip(leaves.values, known.values, plan.mask, strict=True)
+        triples = zip(leaves.values, reference.values, plan.mask, strict=True)
         return leaves.rebuild(
             put_live_rows(p, ~flag, x)
             if isinstance(flag, Rows)
@@ -243,13 +259,16 @@ def _for_inner(
             for x, p, flag in triples
         )
 
-    return adapt_extra_arguments(extra, is_like_params, lambda _, value: drop(value), whole, drop)
+    def to_inner(_: str, value: Any) -> Any:
+        return drop(value)
+
+    return adapt_extra_arguments(extra, is_like_params, to_inner, fill_holes, drop)
 
 
 def _may_stand_for(x: Any, leaf: Any, frozen: Flag) -> bool:
-    """Whether `x` may be of the same params as `leaf`, and not of a batch with the same keys.
+    """Whether `x` may belong to `leaf`, by its shape; a batch may have the same keys as the params.
 
-    The rows that train may be there alone, and a number may stand for a whole leaf.
+    `x` may consist of the rows that train alone, and a number may stand for a whole leaf.
     """
     if x is None or leaf is None or is_hole_or_parts(x) or is_hole(leaf):
         return True

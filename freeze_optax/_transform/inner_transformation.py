@@ -1,4 +1,4 @@
-"""The transformation that others are made of."""
+"""Check the inner transformation that another one is made of."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ import optax
 
 
 def as_transformation(verb: str, inner: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation, which then takes extra arguments; a TypeError if it is none.
+    """Returns the transformation, made to take extra arguments.
 
     Args:
-      verb: The function that it was given to.
-      inner: What was given.
+      verb: The name of the public function, for the error.
+      inner: The argument that the user passed.
+
+    Raises:
+      TypeError: If `inner` is not a transformation.
     """
     if isinstance(inner, type) or not (
         callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))

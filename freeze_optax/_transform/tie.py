@@ -1,4 +1,4 @@
-"""One update for all leaves of a group."""
+"""Train several leaves as one shared parameter."""
 
 import collections
 import functools
@@ -24,10 +24,10 @@ def tie(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains the leaves of each group as one: summed gradients, one state, one update for all.
 
-    JAX keeps no aliases: two leaves that start as one array part at the first step. With their
-    gradients summed and one update they stay equal, as one shared parameter would be. It goes
-    inside: `freezable(tie(inner, *groups), frozen)`. Leaves that still share their buffer can't be
-    donated; copy them first, `jax.tree.map(jnp.copy, params)`.
+    JAX keeps no aliases: two leaves that start as one array become different at the first step.
+    With the sum of their gradients and one update they stay equal, as one shared parameter would.
+    `tie` goes inside of `freezable`: `freezable(tie(inner, *groups), frozen)`. Leaves that still
+    share their buffer can't be donated. Copy them first: `jax.tree.map(jnp.copy, params)`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -42,17 +42,20 @@ def tie(
 
     Args:
       inner: Any optax transformation.
-      *groups: The paths of leaves of one shape and dtype, two or more in each group;
-        `fo.tied_paths(params)` gives those that share a buffer.
+      *groups: Groups of key paths, two or more in each group. The leaves of a group have the same
+        shape and dtype. `fo.tied_paths(params)` gives the groups that share a buffer.
 
     Returns:
-      A transformation whose state is that of `inner` for the first leaf of each group and all
-      that is in none. `init` and `update` raise ValueError if a path names no leaf, if the leaves
-      of a group differ in shape or dtype, or only some of them are there.
+      A transformation. Its state is the state of `inner` for the first leaf of each group, and for
+      all leaves that are in no group. `update` gives the same update to all leaves of a group.
+
+      `init` and `update` raise ValueError if a path names no leaf, or more than one, or if only
+      some leaves of a group are there. `init` raises ValueError also if the leaves of a group
+      differ in shape or dtype.
 
     Raises:
-      TypeError: If `inner` is no transformation, or a group holds anything but strings.
-      ValueError: If a group has fewer than two paths, or a path is in two groups.
+      TypeError: If `inner` is not a transformation, or a group holds anything but strings.
+      ValueError: If a group has fewer than two paths, or a path occurs twice in the groups.
     """
     inner = as_transformation("tie", inner)
     tied = _Tied(_check_groups(groups))
@@ -67,21 +70,28 @@ def tie(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        own = _for_inner(extra, tied, Leaves(updates, stop=is_hole_or_parts).treedef)
-        moved, state = inner.update(tied.sum(updates), state, map_copies(tied.drop, params), **own)
-        return map_copies(tied.spread, moved), state
+        structure = Leaves(updates, stop=is_hole_or_parts).treedef
+        inner_extra = _adapt_extra(extra, tied, structure)
+        inner_updates, state = inner.update(
+            tied.sum(updates), state, map_copies(tied.drop, params), **inner_extra
+        )
+        return map_copies(tied.spread, inner_updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 class _Tied:
-    """What becomes of the leaves of a group: the first in the tree stands for the others."""
+    """Maps trees between the user's params and those of `inner`, with one leaf for each group.
+
+    This leaf is the first one of the group in the order of the tree.
+    """
 
     def __init__(self, groups: tuple[Group, ...]):
         self.groups = groups
-        self._indices = functools.lru_cache(maxsize=64)(self._find)
+        self._indices = functools.lru_cache(maxsize=64)(self._find_indices)
 
-    def _find(self, paths: tuple[str, ...]) -> list[list[int]]:
+    def _find_indices(self, paths: tuple[str, ...]) -> list[list[int]]:
+        """Returns the indices of the leaves of each group."""
         index = {path: i for i, path in enumerate(paths)}
         counts = collections.Counter(paths)
         for path in (path for group in self.groups for path in group):
@@ -96,19 +106,19 @@ class _Tied:
         return [sorted(index[path] for path in group) for group in self.groups]
 
     def check(self, leaves: Leaves) -> None:
-        """Raises where leaves of a group can't be one."""
+        """Raises if leaves of a group can't be trained as one."""
         for group in self._indices(leaves.paths):
             _check_holes(leaves, group)
             _check_alike(leaves, group)
 
     def drop(self, tree: Any) -> Any:
-        """The tree with a hole for each leaf but the first of a group."""
+        """Returns the tree with holes at all leaves of a group but the first."""
         leaves = Leaves(tree, stop=is_hole_or_parts)
         others = {i for group in self._indices(leaves.paths) for i in group[1:]}
         return leaves.with_holes(i in others for i in range(len(leaves.values)))
 
     def sum(self, gradients: Any) -> Any:
-        """The gradients with their sum at the first leaf of each group, and holes at the others."""
+        """Returns the gradients, summed at the first leaf of each group; holes at the others."""
         leaves = Leaves(gradients, stop=is_hole_or_parts)
         values = list(leaves.values)
         for group in self._indices(leaves.paths):
@@ -120,7 +130,7 @@ class _Tied:
         return leaves.rebuild(values)
 
     def spread(self, tree: Any) -> Any:
-        """The tree with the first leaf of each group at the others too."""
+        """Returns the tree with the first leaf of each group copied to the others."""
         leaves = Leaves(tree, stop=is_hole_or_parts)
         values = list(leaves.values)
         for first, *others in self._indices(leaves.paths):
@@ -129,47 +139,50 @@ class _Tied:
         return leaves.rebuild(values)
 
 
-def _for_inner(extra: dict[str, Any], tied: _Tied, structure: Any) -> dict[str, Any]:
-    """Extra arguments as `inner` should see them, with one leaf for each group."""
+def _adapt_extra(extra: dict[str, Any], tied: _Tied, structure: Any) -> dict[str, Any]:
+    """Returns the extra arguments as `inner` needs them, with one leaf for each group."""
 
     def is_like_params(value: Any) -> bool:
-        own = Leaves(value, stop=is_hole_or_parts).treedef
-        return own == structure and not jax.tree_util.treedef_is_leaf(own)
+        treedef = Leaves(value, stop=is_hole_or_parts).treedef
+        return treedef == structure and not jax.tree_util.treedef_is_leaf(treedef)
 
-    def tree(name: str, value: Any) -> Any:
-        # A line search takes the slope along the shared leaf from the gradient.
+    def to_inner(name: str, value: Any) -> Any:
+        # A line search reads the slope along a shared leaf from `grad`. That slope is the sum.
         return tied.sum(value) if name == "grad" else tied.drop(value)
 
-    return adapt_extra_arguments(extra, is_like_params, tree, tied.spread, tied.sum)
+    return adapt_extra_arguments(extra, is_like_params, to_inner, tied.spread, tied.sum)
 
 
 def _check_groups(groups: tuple[Iterable[str], ...]) -> tuple[Group, ...]:
+    """Returns the groups as tuples of paths, or raises if they are not groups of paths."""
     seen = set[str]()
     checked: list[Group] = []
-    for given in groups:
-        is_group = isinstance(given, Iterable) and not isinstance(given, str)
-        group = tuple(given) if is_group else ()
+    for argument in groups:
+        is_group = isinstance(argument, Iterable) and not isinstance(argument, str)
+        group = tuple(argument) if is_group else ()
         if not is_group or not all(isinstance(path, str) for path in group):
             raise TypeError(
-                f"fo.tie takes groups of paths, one argument each, but got {given!r}: write "
+                f"fo.tie takes groups of paths, one argument each, but got {argument!r}: write "
                 "fo.tie(inner, ('embed', 'head')), or fo.tie(inner, *fo.tied_paths(params))"
             )
         if len(group) < 2:
             raise ValueError(f"a group of fo.tie needs two paths or more, not {list(group)}")
         counts = collections.Counter(group)
-        twice = sorted(path for path in counts if path in seen or counts[path] > 1)
-        if twice:
-            raise ValueError(f"{quoted_list(twice)} is in the groups of fo.tie more than once")
+        repeated = sorted(path for path in counts if path in seen or counts[path] > 1)
+        if repeated:
+            raise ValueError(f"{quoted_list(repeated)} is in the groups of fo.tie more than once")
         seen.update(group)
         checked.append(group)
     return tuple(checked)
 
 
 def _check_holes(leaves: Leaves, group: list[int]) -> None:
+    """Raises if a group has holes at some of its leaves, but not at all."""
     check_group([(leaves.paths[i], is_hole(leaves.values[i])) for i in group], TIED)
 
 
 def _check_alike(leaves: Leaves, group: list[int]) -> None:
+    """Raises if the leaves of a group differ in shape or dtype."""
     if is_hole(leaves.values[group[0]]):
         return
     first, *others = [(leaves.paths[i], _shape_and_dtype(leaves.values[i])) for i in group]
@@ -182,6 +195,6 @@ def _check_alike(leaves: Leaves, group: list[int]) -> None:
 
 
 def _shape_and_dtype(value: Any) -> str:
-    # One for each part of a leaf that is frozen by rows.
+    # A leaf that is frozen in part has a shape and a dtype for each of its parts.
     parts = jax.tree.leaves(jax.eval_shape(lambda: value))
     return ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)

@@ -1,18 +1,29 @@
-"""Glob patterns over key paths, and what to suggest when one matches nothing."""
+"""Glob patterns over key paths: expands their braces and compiles them to regexes."""
 
 import itertools
 import re
 from collections.abc import Iterator
 
 MOST_ALTERNATIVES = 10_000
+"""The largest number of globs without braces that a pattern may stand for."""
 
 MOST_DIGITS = 100
+"""The largest number of digits in a bound of a range."""
 
 _MOST_NESTED = 200
+"""The largest depth of nested braces."""
 
 
 def expand_braces(pattern: str, depth: int = 0) -> list[str]:
-    """Writes out `{a,b}` and `{0..9}`: the globs without braces that `pattern` stands for."""
+    """Returns the globs without braces that `pattern` stands for; expands `{a,b}` and `{0..9}`.
+
+    Args:
+      pattern: The glob.
+      depth: How many braces `pattern` is nested in.
+
+    Raises:
+      ValueError: On unbalanced brackets or braces, or if a limit is exceeded.
+    """
     if depth > _MOST_NESTED:
         raise ValueError(f"pattern {pattern!r}: braces are nested more than {_MOST_NESTED} deep")
     pieces: list[list[str]] = [[""]]
@@ -48,7 +59,8 @@ def expand_braces(pattern: str, depth: int = 0) -> list[str]:
 
 
 def _class_end(pattern: str, start: int) -> int:
-    # As in fnmatch, a `]` right after the opening (or its negation) is a member.
+    """Returns the position after the character class that begins at `start`."""
+    # As in fnmatch, a `]` directly after `[`, `[!` or `[^` is a member of the class.
     first = start + 1 + (pattern[start + 1 : start + 2] in ("!", "^"))
     end = pattern.find("]", first + 1)
     if end < 0 or "/" in pattern[start:end]:
@@ -57,6 +69,7 @@ def _class_end(pattern: str, start: int) -> int:
 
 
 def _brace_end(pattern: str, start: int) -> int:
+    """Returns the position after the brace that closes the one at `start`."""
     depth, position = 0, start
     while position < len(pattern):
         char = pattern[position]
@@ -71,6 +84,7 @@ def _brace_end(pattern: str, start: int) -> int:
 
 
 def _alternatives(inside: str) -> list[str]:
+    """Returns the alternatives between two braces, from a range or from a list with commas."""
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if numbers:
         first, last = numbers.groups()
@@ -78,7 +92,7 @@ def _alternatives(inside: str) -> list[str]:
         if longest > MOST_DIGITS or abs(int(last) - int(first)) >= MOST_ALTERNATIVES:
             raise ValueError(f"`{{{inside}}}` is too long a range; use `*` or fo.regex")
         low, high = int(first), int(last)
-        # As in a shell, a leading zero asks for that width: {08..11} is 08 09 10 11.
+        # As in a shell, a leading zero sets the width: {08..11} is 08 09 10 11.
         padded = any(text != "0" and text.startswith("0") for text in (first, last))
         width = longest if padded else 0
         return [f"{n:0{width}d}" for n in range(low, high + 1) or range(low, high - 1, -1)]
@@ -97,6 +111,7 @@ def _alternatives(inside: str) -> list[str]:
 
 
 def _component_regex(component: str, pattern: str) -> str:
+    """Returns the regex of one component of a glob; `pattern` is for errors."""
     pieces = [""]
     position = 0
     while position < len(component):
@@ -116,7 +131,7 @@ def _component_regex(component: str, pattern: str) -> str:
             body = component[position + 1 : end - 1]
             negated = body[0] in "!^"
             members = re.sub(r"([\\\[\]^&~|])", r"\\\1", body[negated:])
-            # What re would take for a set difference one day, and warns of.
+            # A future version of re may read `--` as a set difference, and re warns of it already.
             members = re.sub(r"(?<=.)--", r"-\\-", members)
             pieces[-1] += f"(?!/)[{'^' if negated else ''}{members}]"
         else:
@@ -126,10 +141,11 @@ def _component_regex(component: str, pattern: str) -> str:
 
 
 def _with_stars(first: str, *others: str) -> str:
-    """Pieces of a component with anything between them.
+    """Returns a regex of the pieces of a component, with any characters between the pieces.
 
-    Where a piece fits first leaves the most for the others, so all places but that of the last,
-    which has to end the component, are final; to try them all takes exponential time.
+    The first place where a piece fits leaves the most text for the other pieces. So that place is
+    final (an atomic group), except for the last piece, which has to end the component. A search
+    through all places would take exponential time.
     """
     if not others:
         return first
@@ -138,7 +154,7 @@ def _with_stars(first: str, *others: str) -> str:
 
 
 def _segments(glob: str) -> Iterator[tuple[bool, list[str]]]:
-    """The runs of components between `**`s, each with whether a `**` comes before it."""
+    """Yields the runs of components between `**`s, each after whether a `**` comes before it."""
     after_stars, run = False, list[str]()
     for component in glob.split("/"):
         if component == "**":
@@ -151,14 +167,15 @@ def _segments(glob: str) -> Iterator[tuple[bool, list[str]]]:
 
 
 def _glob_regex(glob: str, pattern: str, whole: bool) -> str:
+    """Returns the regex of a glob without braces; `pattern` and `whole` as for `compile_glob`."""
     out: list[str] = []
     segments = list(_segments(glob))
-    # The first place where a run fits leaves the most for what follows. So where what follows is
-    # free to be anything, that place is final: an atomic group, or deep trees take cubic time.
-    # Only the last run of a whole match is not free, as it has to end where the path ends.
+    # The first place where a run fits leaves the most text for the runs after it. So that place is
+    # final: without an atomic group, deep trees would take cubic time. Only for the last run of a
+    # whole match the place is not final, because that run has to end where the path ends.
     last = len(segments) - 1 if whole else -1
     for i, (after_stars, run) in enumerate(segments):
-        if not run:  # `**` at the end: everything below, and the node itself
+        if not run:  # `**` at the end matches the node itself and everything below it
             out.append("(?:/.*)?" if whole and out else ".*" if whole else "")
             continue
         text = "/".join(_component_regex(component, pattern) for component in run)
@@ -172,11 +189,11 @@ def _glob_regex(glob: str, pattern: str, whole: bool) -> str:
 
 
 def compile_glob(pattern: str, *, whole: bool = False) -> re.Pattern[str]:
-    """A regex for `.match` on path text: `pattern` names the leaf or a node above it.
+    """Compiles a glob to a regex for `.match` on the path text of a leaf.
 
     Args:
-      pattern: The glob.
-      whole: Match only the very node that the pattern names, nothing below.
+      pattern: The glob. It names the leaf, or a node above the leaf.
+      whole: Whether the path has to be the node that the pattern names, not a path below it.
 
     Returns:
       The compiled regex.

@@ -1,4 +1,4 @@
-"""Holes: what stands where a leaf was taken out."""
+"""Holes: `optax.MaskedNode()`, in the place of a leaf that was taken out."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ HOLE = optax.MaskedNode()
 
 
 def is_hole(x: Any) -> bool:
-    """Whether `x` stands where a leaf was taken out."""
+    """Returns whether `x` is a hole: it takes the place of a leaf that was taken out."""
     return isinstance(x, optax.MaskedNode)
 
 
 def is_placeholder(tree: Any) -> bool:
-    """Whether `optax.tree_map_params` calls, with the stand-in it passes for the params.
+    """Returns whether `tree` is the placeholder that `optax.tree_map_params` passes for the params.
 
-    The class is private to optax and has moved between its modules, so it is told by name.
+    The class is private to optax and has moved between its modules, so it is recognized by name.
     """
     return type(tree).__name__ == "_ParamsPlaceholder"

@@ -1,4 +1,4 @@
-"""Key paths as text: components with `/` between them."""
+"""Key paths as text: components joined by `/`."""
 
 import functools
 import operator
@@ -13,7 +13,7 @@ from freeze_optax._tree.variables import is_variable_type
 
 
 class Transparent:
-    """A node whose children go by its own path."""
+    """Base class of nodes whose own key is left out, so their children have the node's path."""
 
 
 @functools.cache
@@ -30,37 +30,43 @@ _COMPONENT: dict[type, Callable[[Any], Any]] = {
 
 
 def _component(entry: Any) -> str:
-    # An empty key is quoted, as the empty path is that of the root.
+    # An empty key is quoted, because the empty path is the path of the root.
     return str(_COMPONENT.get(type(entry), str)(entry)) or "''"
 
 
 def path_text(entries: Iterable[Any]) -> str:
-    """The components of a key path as text, `/` between them."""
+    """Returns a key path as text, with `/` between components."""
     return "/".join(map(_component, entries))
 
 
 def path_texts(paths: Iterable[tuple[Any, ...]]) -> Iterator[str]:
-    """Key paths as text; the part that a leaf shares with the one before is made once."""
-    above, start = None, ""
+    """Yields key paths as text; leaves in a row below one node share the text of that node."""
+    parent, parent_text = None, ""
     for entries in paths:
-        if entries and entries[:-1] != above:
-            above = entries[:-1]
-            start = path_text(above) + "/" if above else ""
-        yield start + _component(entries[-1]) if entries else ""
+        if entries and entries[:-1] != parent:
+            parent = entries[:-1]
+            parent_text = path_text(parent) + "/" if parent else ""
+        yield parent_text + _component(entries[-1]) if entries else ""
 
 
 def leaf_key_paths(
     tree: Any, stop: Callable[[Any], bool], prefix: tuple[Any, ...] = ()
 ) -> Iterator[tuple[Any, ...]]:
-    """The key path of each leaf, without those of transparent nodes."""
+    """Yields the key path of each leaf, without the keys inside transparent nodes.
+
+    Args:
+      tree: Any pytree.
+      stop: Says which nodes also count as leaves.
+      prefix: The key path of `tree` in a larger tree.
+    """
     is_leaf: Callable[[Any], bool] = lambda x: (  # noqa: E731
         (_is_transparent(type(x)) or stop(x)) and x is not tree
     )
     if stop(tree):
         yield prefix
         return
-    # Only below such a node is its own key known; a user's field named `value` must stay, so it
-    # can't be told from the text.
+    # The key that a transparent node adds is left out here, where the node is known, and not in the
+    # text of the path: there, a user's field named `value` looks the same, and it must stay.
     start = 1 if _is_transparent(type(tree)) else 0
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
         entries = (*prefix, *keys[start:]) if prefix or start else keys
@@ -71,35 +77,38 @@ def leaf_key_paths(
 
 
 def ancestors(path: str) -> Iterator[str]:
-    """`path` and the paths of all nodes above it, the nearest first; not the root."""
+    """Yields `path` and the paths of all nodes above it, the nearest first, without the root."""
     while path:
         yield path
         path = path.rpartition("/")[0]
 
 
 def check_unique(paths: Sequence[str], what: str) -> None:
-    """Raises where two leaves go by one path, as a slash in a key allows.
+    """Raises if two leaves have the same path, which a slash in a key makes possible.
 
     Args:
-      paths: Those of leaves that are to be found by path, in a tree of other containers.
-      what: What to call that tree.
+      paths: The paths of leaves that are to be matched by path with a tree in other containers.
+      what: What to call that tree in the error.
+
+    Raises:
+      ValueError: Naming the path.
     """
     path, count = max(Counter(paths).items(), key=operator.itemgetter(1), default=("", 0))
     if count > 1:
         raise ValueError(
-            f"two leaves go by the path {path!r}, so the {what}, whose containers are others, "
-            "can't tell them apart; use the same containers, or another key than one with `/`"
+            f"two leaves have the path {path!r}, so they can't be matched by path with the {what}, "
+            "whose containers differ; use the same containers, or a key without `/`"
         )
 
 
 def nodes_of(paths: Iterable[str]) -> dict[str, None]:
-    """All nodes, each once, in order: the paths themselves and those above them."""
+    """Returns the paths and those of all nodes above them, each once, in order, as dict keys."""
     return dict.fromkeys(node for path in paths for node in (path, *ancestors(path)))
 
 
 def natural_order(text: str) -> tuple[Any, ...]:
-    """A key that sorts `layer_2` before `layer_10`."""
-    # Splitting on a group alternates text and digits, so equal positions compare. Not by `int`,
-    # which refuses more than 4,300 digits.
+    """Returns a sort key that puts `layer_2` before `layer_10`."""
+    # Splitting on a group alternates text and digits, so items at one position can be compared.
+    # Digits are not converted with `int`, which refuses more than 4,300 of them.
     pieces = enumerate(re.split(r"([0-9]+)", text))
     return tuple((len(s.lstrip("0")), s.lstrip("0")) if i % 2 else s for i, s in pieces)

@@ -1,4 +1,4 @@
-"""Kinds of leaf: which are arrays, which hold numbers, and which of them can be trained."""
+"""Kinds of leaf: which leaves are arrays, which hold numbers, and which can be trained."""
 
 import functools
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 @functools.cache
 def _dtype_kind(dtype: Any) -> str:
-    # A format of exponents alone, for the scales of block formats: its smallest number is
-    # not 0, so it has neither a zero gradient nor an update that changes nothing.
+    # This format has exponents only, for the scales of block formats. Its smallest number is not 0,
+    # so it has neither a zero gradient nor an update that changes nothing.
     if dtype == jnp.float8_e8m0fnu:
         return "other"
-    if isinstance(dtype, np.dtype) and dtype.kind == "m":  # a duration, an integer to NumPy
+    if isinstance(dtype, np.dtype) and dtype.kind == "m":  # a duration: to NumPy an integer
         return "other"
     if jnp.issubdtype(dtype, jnp.inexact):
         return "inexact"
@@ -22,7 +22,14 @@ def _dtype_kind(dtype: Any) -> str:
 
 
 def number_kind(leaf: Any) -> str:
-    """`"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`, Python numbers too."""
+    """Returns the kind of numbers that a leaf holds.
+
+    Args:
+      leaf: An array, a Python number, or anything else.
+
+    Returns:
+      `"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`.
+    """
     if is_array(leaf):
         return _dtype_kind(leaf.dtype)
     if isinstance(leaf, float | complex):
@@ -31,13 +38,13 @@ def number_kind(leaf: Any) -> str:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether `leaf` has a shape and a dtype, as arrays do; abstract and NumPy ones too."""
-    # Classes such as jnp.float32 have such attributes as well.
+    """Returns whether `leaf` has a shape and a dtype, as JAX, NumPy and abstract arrays have."""
+    # Classes such as jnp.float32 have these attributes too.
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def is_numpy_only(leaf: Any) -> bool:
-    """Whether `leaf` is a float of NumPy that jax has not: longer, or in another byte order."""
+    """Returns whether `leaf` is a NumPy float that JAX lacks: longer, or in another byte order."""
     dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else None
     if dtype is None or dtype.kind not in "fc":
         return False
@@ -45,5 +52,5 @@ def is_numpy_only(leaf: Any) -> bool:
 
 
 def can_train(leaf: Any) -> bool:
-    """Whether a gradient step can move `leaf`: a float or complex array, or Python number."""
+    """Returns whether a gradient step can change `leaf`: float and complex arrays and numbers."""
     return number_kind(leaf) == "inexact"

@@ -1,4 +1,4 @@
-"""The leaves of a pytree in order, holes included, and their key paths as text."""
+"""`Leaves`: the leaves of a pytree in order, holes included, with their key paths as text."""
 
 import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -11,20 +11,20 @@ from freeze_optax._tree.key_paths import ancestors, leaf_key_paths, path_texts
 
 
 class Leaves:
-    """The leaves of `tree`, with holes as leaves; paths are made when first asked for.
+    """Lists the leaves of a pytree, with holes as leaves. It makes the paths on first use.
 
     Args:
       tree: Any pytree.
-      stop: Which nodes are leaves too.
-      modules: The modules whose params they are, by path, if the tree does not hold them.
-      aliases: For each other path of a leaf or node the one that the tree has: NNX keeps a shared
-        Variable once.
+      stop: Says which nodes also count as leaves; by default, holes.
+      modules: The modules of the params, by path, if the tree does not hold them.
+      aliases: Further paths of leaves or nodes: from each alias to the path in the tree. NNX, for
+        example, keeps a shared Variable at one path only.
 
     Attributes:
       tree: The tree itself.
-      modules: As given.
-      values: Its leaves and holes, in flattening order.
-      treedef: Its structure, a hole being a leaf.
+      modules: The argument `modules`.
+      values: The leaves and holes, in flattening order.
+      treedef: The structure of the tree, in which a hole is a leaf.
     """
 
     def __init__(
@@ -41,7 +41,14 @@ class Leaves:
     def with_values(
         cls, tree: Any, values: list[Any], treedef: Any, paths: tuple[str, ...]
     ) -> "Leaves":
-        """The leaves of `tree` as another structure tells them, which may find None at some."""
+        """Returns the leaves of `tree` as another structure divides it; some values may be None.
+
+        Args:
+          tree: The tree.
+          values: Its leaves, in the order of `treedef`.
+          treedef: The other structure.
+          paths: The key path of each leaf.
+        """
         leaves = cls(tree)
         leaves.values, leaves.treedef = values, treedef
         leaves.__dict__["paths"] = paths
@@ -49,34 +56,34 @@ class Leaves:
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
-        """The key path of each leaf, `/` between components, an NNX Variable's `value` left out."""
+        """The key path of each leaf, with `/` between components; no `value` of NNX Variables."""
         return tuple(path_texts(leaf_key_paths(self.tree, self._stop)))
 
     def all_paths(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
-        """Each path by which a leaf goes, with the leaf's index.
+        """Yields each path of each leaf, aliases too, with the index of the leaf.
 
         Args:
-          aliases: More of them than the leaves were made with.
+          aliases: More aliases, beside those of the constructor.
         """
         yield from zip(self.paths, range(len(self.paths)), strict=True)
-        others = {**self._aliases, **(aliases or {})}
-        below: dict[str, list[str]] = {}
-        for alias, node in others.items():
-            below.setdefault(node, []).append(alias)
-        if below:
+        all_aliases = {**self._aliases, **(aliases or {})}
+        aliases_of: dict[str, list[str]] = {}
+        for alias, node in all_aliases.items():
+            aliases_of.setdefault(node, []).append(alias)
+        if aliases_of:
             for i, path in enumerate(self.paths):
                 for node in ancestors(path):
-                    for alias in below.get(node, ()):
+                    for alias in aliases_of.get(node, ()):
                         yield alias + path[len(node) :], i
 
     def flags_below(
         self, nodes: Container[str], aliases: Mapping[str, str] | None = None
     ) -> list[bool]:
-        """For each leaf, whether it is at or below one of the nodes; the root is `""`.
+        """Returns for each leaf whether it is at or below one of the nodes.
 
         Args:
-          nodes: Paths.
-          aliases: More of them than the leaves were made with.
+          nodes: The paths of the nodes; the path of the root is `""`.
+          aliases: As for `all_paths`.
         """
         flags = ["" in nodes] * len(self.paths)
         for path, i in self.all_paths(aliases):
@@ -84,14 +91,18 @@ class Leaves:
         return flags
 
     def rebuild(self, values: Iterable[Any]) -> Any:
-        """The tree with other leaves."""
+        """Returns the tree with other values, one for each leaf and each hole."""
         return jax.tree.unflatten(self.treedef, values)
 
     def fill_leaves(self, values: Iterable[Any]) -> Any:
-        """The tree with other leaves where it has leaves; its holes stay."""
+        """Returns the tree with other values for its leaves; the holes stay.
+
+        Args:
+          values: One value for each leaf and each hole; those for holes are ignored.
+        """
         pairs = zip(self.values, values, strict=True)
         return self.rebuild(leaf if is_hole(leaf) else value for leaf, value in pairs)
 
     def with_holes(self, flags: Iterable[bool]) -> Any:
-        """The tree with a hole wherever a flag is set."""
+        """Returns the tree with a hole at each leaf whose flag is set."""
         return self.rebuild(HOLE if f else x for x, f in zip(self.values, flags, strict=True))

@@ -1,4 +1,4 @@
-"""Trees that hold the params once, or twice as `optax.lookahead` has them."""
+"""Trees that hold the params once, or twice as `optax.lookahead` holds them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,26 +9,26 @@ from freeze_optax._tree.leaves import Leaves
 
 
 def param_copies(tree: Any) -> list[Any]:
-    """The copies of the params: the tree itself, the two of `LookaheadParams`, or none in None."""
+    """Returns the copies of the params: one, two for `LookaheadParams`, none for None."""
     if tree is None:
         return []
     return list(tree) if isinstance(tree, optax.LookaheadParams) else [tree]
 
 
 def param_leaves(params: Any) -> Leaves:
-    """The leaves of the params, of the first copy where there are two."""
+    """Returns the leaves of the params; where there are two copies, of the first."""
     if params is None:
         raise TypeError("the params are missing: None was given for them")
     return Leaves(param_copies(params)[0])
 
 
 def rewrap_copies(tree: Any, copies: Sequence[Any]) -> Any:
-    """Other copies in the form of `tree`."""
+    """Returns new copies in the form of `tree`, the inverse of `param_copies`."""
     if isinstance(tree, optax.LookaheadParams):
         return optax.LookaheadParams(*copies)
     return copies[0] if copies else None
 
 
 def map_copies(function: Callable[[Any], Any], tree: Any) -> Any:
-    """What the function makes of each copy, in the form of `tree`."""
+    """Applies a function to each copy of the params, and returns the results in the same form."""
     return rewrap_copies(tree, [function(copy) for copy in param_copies(tree)])

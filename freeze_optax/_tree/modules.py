@@ -1,4 +1,4 @@
-"""The modules of a model, by path: the nodes of its tree, or a table that an adapter makes."""
+"""The modules of a model by path: nodes of its tree, or a table that `linen` or `nnx` makes."""
 
 import dataclasses
 import itertools
@@ -13,14 +13,20 @@ from freeze_optax._tree.variables import is_variable
 
 KeyPath = tuple[Any, ...]
 Children = Callable[[Any], list[tuple[KeyPath, Any]] | None]
+"""A function that gives the children of a node, each with its keys; None if the node is a leaf."""
 
 
 class Modules(dict[str, Any]):
-    """A table of modules by path, for params that do not hold them.
+    """A table of modules by path, for params that do not hold their modules.
+
+    Args:
+      table: The modules by path.
+      aliases: Other paths of shared leaves: from each alias to the path in the params.
+      more: Pairs of path and module, for paths that `table` has already.
 
     Attributes:
-      aliases: For each other path of a shared leaf the one that the params have.
-      more: Further modules at paths that have one: Linen's `share_scope` puts two at one path.
+      aliases: The aliases, as a dict.
+      more: The further modules, as a list: Linen's `share_scope` puts two at one path.
     """
 
     def __init__(
@@ -34,28 +40,31 @@ class Modules(dict[str, Any]):
 
 
 def children_of(node: Any) -> list[tuple[KeyPath, Any]] | None:
-    """What stands directly below a node of a pytree, with its key; None if it is a leaf."""
-    # All but the node itself, which is asked first, are leaves; it may be among its own children.
+    """Returns the children of a node of a pytree, each with its keys; None if the node is a leaf.
+
+    For a child of an NNX Variable the keys are empty: `value` is no component of a path.
+    """
+    # Everything below the node counts as a leaf. JAX asks first about the node itself, so this goes
+    # by the order of the calls and not by identity: a node may be one of its own children.
     is_below = itertools.chain([False], itertools.repeat(True))
     below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(is_below))
     if len(below) == 1 and not below[0][0]:
         return None
-    # The `value` of an NNX Variable is no component of a path.
     return [((), value) for _, value in below] if is_variable(node) else below
 
 
 def walk_nodes(tree: Any, children: Children = children_of) -> Iterator[tuple[str, Any]]:
-    """All nodes above the leaves with their paths, those above first.
+    """Yields all nodes that are not leaves with their paths, a node before its children.
 
     Args:
-      tree: Any pytree, or what else `children` can take apart.
-      children: What is directly below a node; None if it is a leaf.
+      tree: Any pytree, or another object that `children` accepts.
+      children: Gives the children of a node, as `children_of`.
 
     Yields:
-      Pairs of path and node. A node that is shared comes once for each of its paths.
+      Pairs of path and node. A shared node comes once for each of its paths.
     """
-    # No recursion: it would end at a depth that jax still flattens. What is above a node goes
-    # with it, as modules of NNX may hold each other.
+    # No recursion: it would fail at a depth that jax still flattens. Each node carries the chain of
+    # nodes above it, because NNX modules may hold each other in a circle.
     stack: list[tuple[KeyPath, Any, Any]] = [((), tree, None)]
     while stack:
         entries, node, above = stack.pop()
@@ -68,6 +77,7 @@ def walk_nodes(tree: Any, children: Children = children_of) -> Iterator[tuple[st
 
 
 def _is_above(node: Any, chain: Any) -> bool:
+    """Returns whether `node` is in a chain of nested pairs of a node and the chain above it."""
     while chain is not None:
         if chain[0] is node:
             return True
@@ -76,17 +86,17 @@ def _is_above(node: Any, chain: Any) -> bool:
 
 
 _CONTAINERS = (dict, list, tuple, type(None))
-# Told by name, as flax may not be there: boxes around a param, and what NNX keeps in a module.
+# By name, as flax may not be installed: boxes around a param, and the state NNX keeps in a module.
 _FLAX_WRAPPERS = {"flax.core.meta.AxisMetadata", "flax.nnx.pytreelib.PytreeState"}
 
 
 def is_module(node: Any) -> bool:
-    """Whether a node is an instance of a class that may mean something: no mere container."""
+    """Returns whether a node can be a module: no container, hole, NNX Variable or Flax wrapper."""
     if type(node) in _CONTAINERS or is_hole(node) or is_variable(node):
         return False
     bases = {f"{base.__module__}.{base.__name__}" for base in type(node).__mro__}
     if bases & _FLAX_WRAPPERS:
         return False
-    # Dataclasses of chex are Mappings as well, and so is nnx.Dict.
+    # Dataclasses of chex are Mappings too, and so is nnx.Dict.
     is_class = dataclasses.is_dataclass(node) or "flax.nnx.module.Module" in bases
     return is_class or not isinstance(node, Mapping)

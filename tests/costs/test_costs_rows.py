@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
+from tests.support.compiling import OPTIMISED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -28,7 +29,7 @@ def loss(params, ids):
 
 
 def costs(step, *args, donated=(0, 1)):
-    compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile()
+    compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile(dict(OPTIMISED))
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         "flops": analysis["flops"],

@@ -350,8 +350,11 @@ def of_one_leaf() -> optax.GradientTransformation:
 @pytest.mark.parametrize(
     ("inner", "match"),
     [
-        (counted_by_hand, r"'1/counts' has \[\(3,\)\], where all leaves frozen give \[\(0,\)\]"),
-        (of_one_leaf, r"'1/first/_' has \[\(3,\)\], where all leaves frozen give \[\]"),
+        (
+            counted_by_hand,
+            r"'1/counts' has \[\(3,\)\], but with all leaves frozen it has \[\(0,\)\]",
+        ),
+        (of_one_leaf, r"'1/first/_' has \[\(3,\)\], but with all leaves frozen it has \[\]"),
     ],
 )
 @pytest.mark.parametrize("verb", VERBS)

@@ -148,7 +148,7 @@ def test_a_text_that_has_changed_since_is_told_by_its_checksum():
     text = exported["about"].tobytes()
     assert b'"3f"' in text
     other = {**exported, "about": np.frombuffer(text.replace(b'"3f"', b'"9f"'), np.uint8)}
-    with pytest.raises(ValueError, match=r"has changed since, as its checksum is \d+, not \d+"):
+    with pytest.raises(ValueError, match=r"changed after the export; its checksum is \d+, not \d+"):
         fo.import_state(tx, tree, other)
     about = json.loads(text)
     about["parts"][0][1][1] = "9f"

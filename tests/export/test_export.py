@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import freeze_optax as fo
+from tests.support import former_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -266,3 +267,17 @@ def test_rows_of_any_number_come_back(count):
     restored = fo.import_state(tx, tree, through_numpy(fo.export_state(state), None))
     assert restored.plan == state.plan
     fo.testing.assert_frozen(state, restored, True)
+
+
+def test_an_export_of_version_0_1_0_is_imported_and_its_run_goes_on():
+    with np.load(former_run.DATA / "export_0.1.0.npz") as stored:
+        exported = flax.traverse_util.unflatten_dict(dict(stored), sep="/")
+    state = fo.import_state(former_run.TX, former_run.params(), exported)
+    former_run.check(state)
+    own = former_run.state()
+    assert jax.tree.structure(state) == jax.tree.structure(own)
+    fo.testing.assert_frozen(own, state, True)
+    arguments = former_run.gradients(), former_run.params()
+    updates, _ = former_run.TX.update(arguments[0], state, arguments[1])
+    expected, _ = former_run.TX.update(arguments[0], own, arguments[1])
+    fo.testing.assert_frozen(expected, updates, True)

@@ -164,7 +164,7 @@ def test_four_bits_are_a_dtype_and_six_are_not(tmp_path):
     except safetensors.SafetensorError:
         pytest.skip("this version of safetensors knows neither")
     assert read(tensor("F4", [2, 4], 4), tmp_path) == only_w((2, 4), jnp.float4_e2m1fn)
-    with pytest.raises(ValueError, match="has 'w' in the dtype F6_E2M3, which jax has not"):
+    with pytest.raises(ValueError, match="has 'w' in the dtype F6_E2M3, not one of jax"):
         read(tensor("F6_E2M3", [4], 3), tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_four_bits_are_a_dtype_and_six_are_not(tmp_path):
     ],
 )
 def test_a_tensor_that_does_not_fit_is_an_error(dtype, shape, size, tmp_path):
-    with pytest.raises(ValueError, match=r"is no whole \.safetensors file: "):
+    with pytest.raises(ValueError, match=r"is not a valid \.safetensors file: "):
         read(tensor(dtype, shape, size), tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_shards_in_a_folder_are_one_checkpoint(tmp_path):
 def test_two_arrays_of_one_path_are_an_error(tmp_path):
     x = np.ones((2, 3), np.float32)
     for data in (safetensors.numpy.save({"a.b": x, "a/b": x}), npz(**{"a.b": x, "a/b": x})):
-        with pytest.raises(ValueError, match="two arrays at 'a/b', where dots are slashes"):
+        with pytest.raises(ValueError, match="two arrays at 'a/b'; dots in stored names count"):
             read(data, tmp_path)
     (tmp_path / "shards").mkdir()
     for name in ("one", "two"):

@@ -58,7 +58,7 @@ def test_a_file_cut_at_any_byte_is_an_error(data, tmp_path):
     assert read(data, tmp_path) == FEW_READ
     # One byte may be all of a file of Flax: a number.
     for size in (0, *range(2, len(data))):
-        with pytest.raises(ValueError, match=r"is no whole|is neither a"):
+        with pytest.raises(ValueError, match=r"is not a valid|is neither a"):
             read(data[:size], tmp_path)
 
 
@@ -129,27 +129,29 @@ NO_HEADERS = {
 
 @pytest.mark.parametrize("header", NO_HEADERS.values(), ids=NO_HEADERS)
 def test_a_member_whose_header_is_none_is_an_error(header, tmp_path):
-    with pytest.raises(ValueError, match=r"is no whole \.npz file: "):
+    with pytest.raises(ValueError, match=r"is not a valid \.npz file: "):
         read(_archive(_npy(header)), tmp_path)
 
 
 def test_a_member_of_another_version_is_an_error(tmp_path):
     member = _npy(_about())
     for version in (b"\x03\x00", b"\x04\x00", b"\xff\xff"):
-        with pytest.raises(ValueError, match=r"is no whole \.npz file: .*version"):
+        with pytest.raises(ValueError, match=r"is not a valid \.npz file: .*version"):
             read(_archive(member[:6] + version + member[8:]), tmp_path)
 
 
 def test_a_header_that_claims_four_gigabytes_takes_no_memory(tmp_path):
     member = b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 20
     for data in (_archive(member), b"\xff\xff\xff\xff\x00\x00\x00\x00{" + b" " * 20):
-        with at_most(1_000_000), pytest.raises(ValueError, match=r"is no whole|is neither"):
+        with at_most(1_000_000), pytest.raises(ValueError, match=r"is not a valid|is neither"):
             read(data, tmp_path)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"])
 def test_compressions_that_numpy_does_not_write_are_an_error(method, tmp_path):
-    with pytest.raises(ValueError, match=r"'w\.npy' is compressed as NumPy does not; write it"):
+    with pytest.raises(
+        ValueError, match=r"'w\.npy' has a compression that NumPy does not use; write it"
+    ):
         read(_archive(_npy(_about()), method), tmp_path)
 
 
@@ -158,7 +160,7 @@ def test_an_archive_that_is_small_takes_little_memory(method, tmp_path):
     count = 100_000_000
     data = _archive(b"\x93NUMPY\x02\x00" + count.to_bytes(4, "little") + b" " * count, method)
     assert len(data) < 200_000
-    with at_most(1_000_000), pytest.raises(ValueError, match=r"is no whole \.npz file: "):
+    with at_most(1_000_000), pytest.raises(ValueError, match=r"is not a valid \.npz file: "):
         read(data, tmp_path)
 
 
@@ -189,7 +191,7 @@ def _claiming(data, size, packed):
 def test_a_member_that_claims_more_than_can_be_in_the_file_is_an_error(method, tmp_path):
     elements = 10**9
     data = _archive(_npy(_about(f"({elements},)")), method)
-    size, said = 128 + 4 * elements, r"'w\.npy' is said to have \d[\d,]* bytes, which"
+    size, said = 128 + 4 * elements, r"'w\.npy' claims to have \d[\d,]* bytes, but"
     for packed in (len(data), 2**32 - 2):
         with pytest.raises(ValueError, match=said):
             read(_claiming(data, size, packed), tmp_path)
@@ -255,7 +257,7 @@ def test_a_pipe_is_an_error_and_not_waited_for(tmp_path):
     for made in (pipe, shards / "a.safetensors", step / "default" / "_METADATA"):
         os.mkfifo(made)
     for checkpoint in (pipe, shards, step, step / "default"):
-        with pytest.raises(ValueError, match=r"is no plain file; copy what it gives into one"):
+        with pytest.raises(ValueError, match=r"is not a plain file; copy its contents into one"):
             read_headers(checkpoint)
 
 
@@ -306,10 +308,10 @@ def test_a_member_may_claim_what_its_compression_can_make_of_it_and_no_byte_more
     member.compress_type, member.compress_size, member.file_size = method, 10, 10 * ratio
     _check_claim(member, 10)
     member.file_size += 1
-    message = rf"'w\.npy' is said to have {member.file_size:,} bytes, which 10 in the file can't be"
+    message = rf"'w\.npy' claims to have {member.file_size:,} bytes, but its 10 bytes in the file"
     with pytest.raises(ValueError, match=message):
         _check_claim(member, 10)
-    member.compress_size += 1  # of which the file, too, is said to have more than it has
+    member.compress_size += 1  # now the member claims to be larger than the file
     with pytest.raises(ValueError, match=message):
         _check_claim(member, 10)
 

@@ -79,7 +79,7 @@ def test_the_steps_of_a_checkpoint_manager_areread(tmp_path):
         manager.save(7, args=ocp.args.StandardSave(TREE))
     assert read_headers(tmp_path / "run" / "0") == TREE_READ
     assert read_headers(tmp_path / "run" / "7" / "default") == TREE_READ
-    with pytest.raises(ValueError, match="of the folder of a CheckpointManager name one step"):
+    with pytest.raises(ValueError, match="in the folder of a CheckpointManager, name one step"):
         read_headers(tmp_path / "run")
 
 
@@ -102,7 +102,9 @@ def test_a_pipe_among_the_files_of_orbax_is_not_waited_for(save, name, tmp_path)
     folder = save(tmp_path / "saved", {"w": jnp.ones((2, 3))})
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(ValueError, match=rf"{name} is no plain file; copy what it gives into one"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is not a plain file; copy its contents into one"
+    ):
         read_headers(folder)
 
 

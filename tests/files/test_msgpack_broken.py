@@ -323,5 +323,5 @@ def test_two_leaves_of_one_path_are_an_error(tmp_path):
 
 
 def test_an_error_says_at_which_byte(tmp_path):
-    with pytest.raises(ValueError, match="byte 3 is 0xc1, which MessagePack has not"):
+    with pytest.raises(ValueError, match="byte 3 is 0xc1, which MessagePack does not use"):
         read(CRAFTED["a byte that MessagePack has not"], tmp_path)

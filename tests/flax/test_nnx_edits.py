@@ -382,7 +382,7 @@ def test_a_mistake_is_an_error_and_changes_nothing(mistake, edit):
         (
             optax.chain(fo.freezable(ADAM), fo.freezable(ADAM, "head")),
             ValueError,
-            "2 FreezeStates, and can't tell which is meant",
+            "2 FreezeStates, not one; edit one of them",
         ),
     ],
     ids=["plain", "scheduled", "flattened", "two"],

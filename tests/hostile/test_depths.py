@@ -250,7 +250,7 @@ def test_a_summary_opens_a_thousand_levels_in_every_form():
     ("ask", "match"),
     [
         (lambda: fo.mask("**/c", PARAMS), "selects no leaf"),
-        (lambda: fo.mask({"a": True}, PARAMS), "and 'a', which the tree has not"),
+        (lambda: fo.mask({"a": True}, PARAMS), "and 'a', which the tree does not have"),
         (lambda: fo.assign(PARAMS, {"k/k": 0.0}), "'k/k', which is no leaf; it is a node"),
         (lambda: fo.hold(PARAMS, BOTTOM, A), "only in `old`: 'a', 'b'"),
         (lambda: fo.freezable(optax.sgd(0.1), {A: True, B: 0}).init(PARAMS), "/b' is int"),

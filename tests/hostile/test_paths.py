@@ -280,5 +280,7 @@ ONE, TWO = FrozenDict({"a": {"b": 1.0}}), FrozenDict({"a": {"b": 1.0}, "a/b": 2.
     ids=["in both", "in the params", "in the mask"],
 )
 def test_a_mask_of_other_containers_cannot_tell_them_apart(mask, tree):
-    with pytest.raises(ValueError, match="two leaves go by the path 'a/b', so the mask, whose"):
+    with pytest.raises(
+        ValueError, match=r"two leaves have the path 'a/b', .* with the mask, whose"
+    ):
         fo.mask(mask, tree)

@@ -270,8 +270,8 @@ def test_a_spec_that_does_not_fit_is_an_error_before_anything_is_added():
 def test_an_update_of_other_rows_is_an_error_that_says_how_many_train():
     params, frozen = {"w": jnp.ones((4, 2))}, fo.rows("w", [0])
     message = (
-        "the update of 'w' is of shape (2, 2), but the leaf of (4, 2), of which 3 of 4 rows train; "
-        "give an update of all rows or of these"
+        "the update of 'w' is of shape (2, 2), but the leaf is of shape (4, 2), and 3 of 4 rows "
+        "train; give an update of all rows or of the rows that train"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fo.apply_updates(params, {"w": jnp.ones((2, 2))}, frozen)

@@ -69,7 +69,10 @@ def check_that_kills_hit(course: str, lives: list[dict[str, Any]]) -> None:
         assert max(life["resumed"]["parked"] for life in lives if life["resumed"]) >= 1
 
 
-@pytest.mark.parametrize("course", KILLS)
+@pytest.mark.parametrize(
+    "course",
+    [c if c == "by hand" else pytest.param(c, marks=pytest.mark.exhaustive) for c in KILLS],
+)
 def test_a_run_that_is_killed_again_and_again_ends_bitwise_where_an_uninterrupted_one_ends(
     course, tmp_path_factory
 ):

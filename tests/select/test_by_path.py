@@ -327,7 +327,7 @@ def test_an_unknown_label_is_an_error_that_names_those_there_are(labels):
     ("labels", "match"),
     [
         ({"embed": "cold", "encoder": "cold"}, "it has nothing for 'head/bias', 'head/kernel'"),
-        ({**PREFIX, "tail": "cold"}, "it has 'tail', which the tree has not"),
+        ({**PREFIX, "tail": "cold"}, "it has 'tail', which the tree does not have"),
     ],
 )
 def test_labels_of_another_tree_name_the_odd_paths(labels, match):

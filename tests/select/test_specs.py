@@ -248,10 +248,10 @@ OTHER = {"encoder": {"bias": 1.0}, "tail": 2.0}
         (
             {"encoder": {"bias": True}, "tail": False},
             "the mask does not fit the tree: it has nothing for 'encoder/kernel', 'head/bias', "
-            "'head/kernel' of the tree, and 'tail', which the tree has not",
+            "'head/kernel' of the tree, and 'tail', which the tree does not have",
         ),
         ({"encoder": True}, "nothing for 'head/bias', 'head/kernel' of the tree$"),
-        ({**ENCODER, "tail": True}, "it has 'tail', which the tree has not"),
+        ({**ENCODER, "tail": True}, "it has 'tail', which the tree does not have"),
         ({"encoder": {"bias": {"x": True}, "kernel": True}, "head": True}, "'encoder/bias/x'"),
         (None, "nothing for 'encoder/bias'"),
         (["encoder", {"head": True}], "nothing for 'encoder/bias', 'encoder/kernel'"),

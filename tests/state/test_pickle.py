@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
+from tests.support import former_run
 
 PARAMS = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
 SPECS = {"a leaf": "head", "rows": fo.rows("embed", [1, 2])}
@@ -49,3 +50,37 @@ def test_a_state_of_another_process_has_the_structure_of_one_made_here(name):
     expected, got = update(own), update(restored)
     assert len(traces) == 1
     fo.testing.assert_frozen(expected, got, True)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_pickle_of_version_0_1_0_is_loaded_and_its_run_goes_on():
+    stored = pickle.loads((former_run.DATA / "pickle_0.1.0.pkl").read_bytes())
+    state, params, grads = stored["state"], former_run.params(), former_run.gradients()
+    former_run.check(state)
+    own = former_run.state()
+    assert jax.tree.structure(state) == jax.tree.structure(own)
+    fo.testing.assert_frozen(own, state, True)
+    updates, state = former_run.TX.update(grads, state, params)
+    expected, own = former_run.TX.update(grads, own, params)
+    fo.testing.assert_frozen(expected, updates, True)
+    # An update has given the transformation back, so it can be edited again.
+    state = fo.thaw(state, params, "head")
+    fo.testing.assert_frozen(fo.thaw(own, params, "head"), state, True)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_phases_parts_and_the_state_of_phases_are_loaded_from_version_0_1_0():
+    stored = pickle.loads((former_run.DATA / "pickle_0.1.0.pkl").read_bytes())
+    params, grads = former_run.params(), former_run.gradients()
+    phases = stored["phases"]
+    assert repr(phases) == repr(former_run.PHASES)
+    for step in range(6):
+        loaded, own = (fo.mask(p.at(step), params) for p in (phases, former_run.PHASES))
+        fo.testing.assert_frozen(own, loaded, True)
+    tx = fo.scheduled(optax.adam(0.1), phases)
+    _, expected = tx.update(grads, tx.init(params), params)
+    assert jax.tree.structure(stored["scheduled"]) == jax.tree.structure(expected)
+    fo.testing.assert_frozen(expected, stored["scheduled"], True)
+    trainable, rest = fo.partition(params, fo.rows("embed", [1, 2]))
+    assert jax.tree.structure(stored["rest"]) == jax.tree.structure(rest)
+    fo.testing.assert_frozen(params, fo.merge(trainable, stored["rest"]), True)

@@ -382,4 +382,4 @@ def test_each_state_of_one_transformation_knows_what_tie_ties(way, earlier):
     }
     with pytest.raises(ValueError, match=f"'embed' would be .*'head/kernel' trained, but {TIED}"):
         parting[way]()
-    assert shared_buffers._noted.get() is None  # else each edit to come would be noted, for nobody
+    assert shared_buffers._collected.get() is None  # else later edits would go on collecting

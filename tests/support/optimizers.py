@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+import pytest
 
 # What an argument without a default is set to, by its name.
 ARGUMENTS: dict[str, Any] = {
@@ -131,6 +132,28 @@ def every() -> list[tuple[Any, str]]:
     """All transformations of optax and optax.contrib, less the excluded."""
     found = [(module, name) for module in (optax, optax.contrib) for name in names(module)]
     return [(optax, "MultiSteps")] + [pair for pair in found if pair[1] not in EXCLUDED]
+
+
+# One of each kind: elementwise, factored, orthogonalised, with a norm over all leaves, noisy, with
+# a line search, with extra arguments, with averages of the params, wrappers, and those whose state
+# is not like the params.
+KINDS = {
+    *("adafactor", "adam", "chain", "flatten", "inject_hyperparams", "lamb", "lbfgs", "masked"),
+    *("muon", "noisy_sgd", "partition", "polyak_sgd", "prodigy", "schedule_free_adamw", "sgd"),
+    *("MultiSteps", "apply_if_finite", "sam", "scale_by_adam"),
+}
+
+
+def cases(pairs: list[tuple[Any, str]]) -> list[Any]:
+    """The transformations as parameters of a test: all but one of each kind are exhaustive.
+
+    They go through the same code of ours: what differs is optax's.
+    """
+    exhaustive = pytest.mark.exhaustive
+    return [
+        pytest.param(m, n, id=f"{m.__name__}.{n}", marks=[] if n in KINDS else exhaustive)
+        for m, n in pairs
+    ]
 
 
 def complete() -> list[tuple[Any, str]]:

@@ -62,10 +62,7 @@ def train(tx, params, loss_fn, grads_fn, name="") -> tuple[list[Any], Any]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [pytest.param(m, n, id=f"{m.__name__}.{n}") for m, n in optimizers.every()],
-)
+@pytest.mark.parametrize(("module", "name"), optimizers.cases(optimizers.every()))
 def test_trainable_leaves_follow_the_bare_optimizer_bitwise(module, name):
     params = optimizers.params()
     start = trainable_subtree(params)
@@ -93,6 +90,10 @@ def test_the_list_covers_optax():
     assert {"adam", "adamw", "sgd", "lbfgs", "adafactor", "polyak_sgd", "noisy_sgd"} <= aliases
     contrib = {n for m, n in optimizers.every() if m is optax.contrib}
     assert {"muon", "prodigy", "sophia", "momo", "schedule_free_adamw"} <= contrib
+
+
+def test_there_is_a_case_for_each_kind():
+    assert {n for _, n in optimizers.every()} >= optimizers.KINDS
 
 
 def test_what_is_excluded_exists_in_some_optax():
