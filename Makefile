@@ -5,17 +5,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-fast check format notebooks bench lane-oldest lane-newest wheel wheel-file mutants clean
+.PHONY: demo test test-rest test-all test-fast check format notebooks bench lane-oldest lane-newest wheel wheel-file mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
 # Eight virtual devices share the cores as it is: more workers than cores only wait.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not exhaustive"
+
+# What `make test` leaves out: more cases of what it tests already, and all that it drew a sample of.
+test-rest: $(VENV)/.test
+	FREEZE_OPTAX_TEST_ALL=1 $(PYTEST) -m "exhaustive or sampled"
+
+test-all: test test-rest
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

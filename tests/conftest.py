@@ -1,9 +1,11 @@
 """The ground of every test: eight virtual devices, strict dtype promotion, quick compiling."""
 
+import ctypes
 import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from tests.support.compiling import QUICK_FLAGS
 
@@ -47,12 +49,27 @@ def compiled_programs():
     shutil.rmtree(folder)
 
 
+# What XLA frees stays with glibc, in pieces, until it is asked for them.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_MOST_PAGES = 1_000_000_000 // os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     # jax keeps each program for ever: without this a worker grows to gigabytes.
-    if nextitem is None or nextitem.path != item.path:
+    is_last = nextitem is None or nextitem.path != item.path
+    if is_last or _resident_pages() > _MOST_PAGES:
         jax.clear_caches()
         gc.collect()
+        if _TRIM:
+            _TRIM(0)
+
+
+def _resident_pages():
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not on Linux
+        return 0
 
 
 @pytest.fixture

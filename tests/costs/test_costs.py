@@ -32,7 +32,7 @@ def _cases():
         )
 
 
-@pytest.mark.parametrize(("name", "way", "donated"), _cases())
+@pytest.mark.parametrize(("name", "way", "donated"), list(_cases()))
 def test_a_step_costs_what_code_split_by_hand_costs(name, way, donated):
     case = COMPILED[name]
     ours, limit = (

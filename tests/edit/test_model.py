@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
+from tests.support.sampling import examples
 
 F = np.float32
 RATE, MOMENTUM, B1, B2, EPS = F(0.1), F(0.9), F(0.9), F(0.999), F(1e-8)
@@ -177,7 +178,7 @@ def check_state(state: Any, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=120)
+@examples(120)
 @given(
     shapes=st.dictionaries(st.sampled_from(PATHS), SHAPES, min_size=1, max_size=6),
     frozen=PICK,

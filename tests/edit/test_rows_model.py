@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
+from tests.support.sampling import examples
 
 F = np.float32
 RATE, MOMENTUM, B1, B2, EPS, NORM = F(0.1), F(0.9), F(0.9), F(0.999), F(1e-8), F(1.0)
@@ -112,7 +113,7 @@ def check_state(state: Any, reference: dict[Any, Row], moments: int) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=25)
+@examples(25)
 @given(frozen=BITS, actions=st.lists(ACTIONS, min_size=4, max_size=14))
 def test_random_edits_and_steps_agree_with_a_reference_for_each_row(name, frozen, actions):
     inner, step, moments, clip = CASES[name]

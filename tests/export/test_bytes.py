@@ -12,7 +12,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -29,6 +29,7 @@ from tests.support.broken_exports import (
     without,
 )
 from tests.support.checkpoints import flips
+from tests.support.sampling import examples
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -146,7 +147,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(changes=CHANGES)
 def test_any_damage_to_the_text_is_refused_or_read_as_it_stands(changes):
     whole = case("cohorts")

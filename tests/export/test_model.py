@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -26,6 +26,7 @@ from tests.support.random_trees import (
     trees,
     walk,
 )
+from tests.support.sampling import examples
 
 SHAPES = [(), (3,), (3, 2), (0, 2)]
 FLOATS = [lambda shape=shape: jnp.full(shape, 0.5, jnp.float32) for shape in SHAPES]
@@ -145,7 +146,7 @@ def assert_plain(node: Any) -> None:
 
 
 @pytest.mark.parametrize("name", INNERS)
-@settings(max_examples=6)
+@examples(6)
 @given(
     tree=trees(leaves(FLOATS, STILL), HOSTILE, depth=2),
     past=st.lists(EDITS, min_size=2, max_size=5),
@@ -176,7 +177,7 @@ def test_a_state_comes_back_whole_and_its_run_goes_on_bitwise(
 
 
 @pytest.mark.parametrize("name", INNERS)
-@settings(max_examples=5)
+@examples(5)
 @given(tree=trees(leaves(FLOATS), HOSTILE, depth=2), steps=st.integers(0, 3), seed=SEEDS)
 def test_adopt_and_release_are_inverse_where_everything_trains(name, tree, steps, seed):
     assume(list(walk(tree)))  # else freezable would warn

@@ -300,12 +300,12 @@ def test_what_is_wrong_does_not_command_the_terminal(command, tmp_path, capsys):
 
 
 def test_a_long_message_is_cut_where_it_is_too_long(checkpoint, capsys):
-    line = error(capsys, "summary", checkpoint, "--frozen", "k" * 100_000)
+    line = error(capsys, "summary", checkpoint, "--frozen", "k" * 10_000)
     assert line.startswith("freeze-optax summary: error: pattern 'kkkkkkkkkk")
     assert line.endswith("k […]")
     said = line.removeprefix("freeze-optax summary: error: ").removesuffix(" […]")
     assert len(said) == 600
-    words = "word " * 100_000
+    words = "word " * 10_000
     line = error(capsys, "summary", checkpoint, "--frozen", words)
     assert line.startswith("freeze-optax summary: error: pattern 'word word")
     assert 600 < len(line) < 700

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from freeze_optax._files.checkpoint_headers import read_headers
@@ -28,6 +28,7 @@ from tests.support.checkpoints import (
     read,
     tensor,
 )
+from tests.support.sampling import examples
 
 # Orbax warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -75,7 +76,7 @@ CHANGES = st.lists(
 
 
 @EVERY
-@settings(max_examples=100)
+@examples(100)
 @given(changes=CHANGES)
 def test_any_damage_is_an_error_or_another_file(data, changes, tmp_path_factory):
     for start, count, new in changes:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.broken_files import peak_of
 from tests.support.checkpoints import is_error_or_headers, read, restored, told
+from tests.support.sampling import examples
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -78,7 +79,7 @@ def test_a_flipped_bit_is_an_error_or_another_file(tmp_path):
     assert peak < 10_000_000
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, 400), st.integers(0, 3), st.binary(max_size=4)), min_size=1

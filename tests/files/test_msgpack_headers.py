@@ -13,12 +13,13 @@ import optax
 import pytest
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from freeze_optax._files.checkpoint_headers import read_headers
 from freeze_optax._files.msgpack_headers import read_msgpack_headers
 from tests.support.checkpoints import Counted, leaves_in, read, restored, told
+from tests.support.sampling import examples
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -202,7 +203,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(tree=TREES, limit=st.sampled_from([1, 8, 2**30]))
 def test_random_trees_are_read_as_flax_restores_them(tree, limit, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.broken_files import Leaves, fault, odd_files, said
 from tests.support.checkpoints import flips
+from tests.support.sampling import stride
 
 # Orbax warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -74,16 +75,18 @@ def test_a_folder_may_be_named_from_where_one_is(form, folder, capsys, monkeypat
             assert told.out.endswith("trainable: 6 of 6 parameters (100.00%)\n")
 
 
+@pytest.mark.sampled
 @EACH
 def test_a_file_cut_at_any_byte_is_one_line_or_what_it_was(form, folder, capsys):
     for file in files_of(folder):
         data = file.read_bytes()
-        cut = (data[:size] for size in range(0, len(data), 3))
+        cut = (data[:size] for size in range(0, len(data), stride(3)))
         leaves_of = in_zarray if file.name == ".zarray" else whole
         assert odd_files(capsys, file, cut, leaves_of, folder) == []
     assert fault(capsys, folder, WHOLE) == ""
 
 
+@pytest.mark.sampled
 @EACH
 def test_a_flipped_bit_is_one_line_or_what_it_makes(form, folder, capsys):
     read: dict[str, Callable[[bytes], Leaves | None]] = {".zarray": in_zarray, "_METADATA": whole}
@@ -91,7 +94,7 @@ def test_a_flipped_bit_is_one_line_or_what_it_makes(form, folder, capsys):
         if file.name not in read and file.parent.name != "d" and file.suffix != ".ocdbt":
             continue
         data = file.read_bytes()
-        flipped = flips(data, range(0, 8 * len(data), 7))
+        flipped = flips(data, range(0, 8 * len(data), stride(7)))
         assert odd_files(capsys, file, flipped, read.get(file.name, whole), folder) == []
     assert fault(capsys, folder, WHOLE) == ""
 

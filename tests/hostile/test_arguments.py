@@ -137,10 +137,19 @@ OTHERS = {"other": jnp.ones(2)}
         (lambda: fo.freeze(STATE, STATE, "head"), "only in the params: 'inner/0/count'"),
         (lambda: fo.freeze(STATE, OTHERS, "other"), "only in the params: 'other'"),
         (lambda: fo.freeze((STATE, STATE), PARAMS, "head"), "a tuple with 2 FreezeStates"),
-        (lambda: fo.adopt(fo.freezable(INNER), PARAMS, PLAIN), "the inner state, a dict, has not"),
-        (lambda: fo.adopt(TX, STATE, PARAMS), "the inner state, a FreezeState, has not"),
+        (
+            lambda: fo.adopt(fo.freezable(INNER), PARAMS, PLAIN),
+            "the inner state, a dict, does not have",
+        ),
+        (
+            lambda: fo.adopt(TX, STATE, PARAMS),
+            "the inner state, a FreezeState, does not have",
+        ),
         (lambda: fo.adopt(INNER, PLAIN, PARAMS), "pass the freezable itself"),
-        (lambda: fo.adopt(TX, None, PARAMS), "the inner state, a NoneType, has not"),
+        (
+            lambda: fo.adopt(TX, None, PARAMS),
+            "the inner state, a NoneType, does not have",
+        ),
         (lambda: fo.adopt(TX, PLAIN, None), "the params are missing"),
         (lambda: fo.release(STATE, None), "the params are missing"),
         (lambda: fo.merge(PARAMS, PARAMS), "both parts have a leaf at 'encoder', 'head'"),

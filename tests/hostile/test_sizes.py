@@ -35,6 +35,7 @@ def test_a_hundred_thousand_leaves_are_selected_split_and_merged(vast):
     assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(rest)) == 50_000
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_leaves_are_trained_and_edited(vast):
     tx = fo.freezable(optax.sgd(0.5), "w*[!0]")
     still = {name: leaf for name, leaf in vast.items() if name[-1] != "0"}
@@ -47,6 +48,7 @@ def test_a_hundred_thousand_leaves_are_trained_and_edited(vast):
     assert fo.mask(state, vast) == {name: name[1] == "5" for name in vast}
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_leaves_are_summed_up(vast):
     summary = fo.summary(vast, "w5*")
     assert (summary.total, summary.frozen) == (100_000, 11_111)

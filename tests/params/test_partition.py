@@ -8,11 +8,12 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
 from freeze_optax._tree.leaves import Leaves
+from tests.support.sampling import examples
 
 HOLE = optax.MaskedNode()
 
@@ -109,7 +110,7 @@ def _floats(x):
     return isinstance(x, float) or (isinstance(x, np.ndarray) and x.dtype == np.float32)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(RANDOM_TREES, st.data())
 def test_any_tree_is_split_as_its_mask_says_and_merged_again(tree, data):
     values, treedef = jax.tree.flatten(tree)

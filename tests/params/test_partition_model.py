@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -26,6 +26,7 @@ from tests.support.random_trees import (
     trees,
     walk,
 )
+from tests.support.sampling import examples
 from tests.support.slow_specs import Case, check, specs
 
 TREES = trees(leaves(TRAINABLE, COUNTED, OTHERS, [lambda: HOLE]))
@@ -43,7 +44,7 @@ def split(tree: Any, flags: list[bool]) -> tuple[Any, Any]:
     return trainable, rebuilt(tree, iter([leaf if still else HOLE for leaf, still in both]))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_each_leaf_is_on_one_side_with_a_hole_on_the_other_and_merged_into_the_very_tree(
     tree, data
@@ -57,7 +58,7 @@ def test_each_leaf_is_on_one_side_with_a_hole_on_the_other_and_merged_into_the_v
     check(case, tree, lambda: fo.partition(tree, case.spec), lambda f: split(tree, f), compare)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_hold_takes_the_very_leaves_of_old_that_the_spec_selects_and_no_other(new, data):
     case: Case = data.draw(specs(new))
@@ -79,7 +80,7 @@ def moved(leaf: Any) -> Any:
 RUBBISH = [HOLE, None, np.float32("nan"), object(), np.ones(99, np.int8)]
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_updates_move_what_trains_as_optax_does_and_return_the_very_rest(tree, data):
     case: Case = data.draw(specs(tree))
@@ -149,7 +150,7 @@ def zeros(leaf: Any) -> np.ndarray:
     return np.zeros(shape, jnp.asarray(leaf).dtype if trains(leaf) else jax.dtypes.float0)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(TREES, st.data(), st.booleans())
 def test_gradients_are_those_of_a_function_split_by_hand(tree, data, holes):
     case: Case = data.draw(specs(tree))
@@ -173,7 +174,7 @@ def test_gradients_are_those_of_a_function_split_by_hand(tree, data, holes):
     check(case, tree, resolve, lambda flags: by_hand(tree, flags, holes), compare)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(TREES, st.data())
 def test_gradients_of_the_trainable_part_are_those_with_holes(tree, data):
     case: Case = data.draw(specs(tree))
@@ -189,7 +190,7 @@ def test_gradients_of_the_trainable_part_are_those_with_holes(tree, data):
     check(case, tree, resolve, lambda flags: by_hand(tree, flags, True), compare)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(ARRAYS, st.data(), st.booleans())
 def test_gradients_under_jit_are_those_of_a_jitted_function_split_by_hand(tree, data, holes):
     case: Case = data.draw(specs(tree))

@@ -1,4 +1,4 @@
-"""What today's ways of freezing get wrong, and what this library does: the table of docs/pitfalls.md."""
+"""What other ways of freezing get wrong, and what this library does: see docs/pitfalls.md."""
 
 import jax
 import jax.numpy as jnp

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
+from tests.support.sampling import examples
 
-PROPERTY = settings(max_examples=60)
+PROPERTY = examples(60)
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,11 @@ import pytest
 import freeze_optax as fo
 from tests.edit.test_model import CASES, Reference, check_state, draw_grads, flat, nested, spoil
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.exhaustive,
+    pytest.mark.usefixtures("standard_promotion"),
+]
 
 # Looked at when each plan has been there, and at the end; measured just before and just after.
 WARM, EDITS, MEASURED = 500, 2000, 200

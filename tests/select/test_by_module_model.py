@@ -8,11 +8,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
 from tests.support.random_trees import HOLE, assert_equal, is_hole
+from tests.support.sampling import examples
 from tests.support.slow_specs import OPERATORS, Case, Entries, Found, check, inverted, joined
 
 
@@ -217,7 +218,7 @@ def as_params(node: Any) -> Any:
     return node if parts is None else {key: as_params(value) for key, value in parts} or None
 
 
-RANDOM = settings(max_examples=150)
+RANDOM = examples(150)
 
 
 @RANDOM

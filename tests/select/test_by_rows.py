@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
+from tests.support.sampling import examples
 
 HOLE = optax.MaskedNode()
 
@@ -252,7 +253,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(EXPRESSIONS)
 def test_the_algebra_of_selectors_is_that_of_their_vectors(expression):
     selector, columns = expression

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -24,6 +24,7 @@ from tests.support.random_trees import (
     trees,
 )
 from tests.support.random_trees import walk as leaves_of
+from tests.support.sampling import examples
 from tests.support.slow_specs import Case, Entries, Found, selectors, specs
 
 COUNTS = [0, 1, 2, 3, 4, 5, 9, 20]
@@ -191,7 +192,7 @@ def check(case: Case, tree: Any, compare: Callable[[list[np.ndarray]], Any]) -> 
         compare(flags)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.one_of(TREES, MIXED), st.data())
 def test_rows_joined_at_random_are_those_of_the_vectors(tree, data):
     case: Case = data.draw(expressions(tree))
@@ -203,7 +204,7 @@ def test_rows_joined_at_random_are_those_of_the_vectors(tree, data):
     )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_abstract_leaves_have_the_rows_of_their_arrays(tree, data):
     case: Case = data.draw(expressions(tree))
@@ -211,7 +212,7 @@ def test_abstract_leaves_have_the_rows_of_their_arrays(tree, data):
     check(case, tree, lambda flags: assert_masks(case.spec(abstract), marked(tree, flags)))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_a_mask_or_a_state_of_rows_is_a_spec_of_the_same_rows(tree, data):
     case: Case = data.draw(expressions(tree))
@@ -226,7 +227,7 @@ def test_a_mask_or_a_state_of_rows_is_a_spec_of_the_same_rows(tree, data):
     check(case, tree, compare)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.one_of(TREES, MIXED), st.data())
 def test_labels_are_for_leaves_that_are_frozen_whole_or_not_at_all(tree, data):
     case: Case = data.draw(expressions(tree))
@@ -248,7 +249,7 @@ def test_labels_are_for_leaves_that_are_frozen_whole_or_not_at_all(tree, data):
     check(case, tree, compare)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(TREES, st.data())
 def test_partition_merge_and_hold_move_the_rows_that_the_vectors_name(tree, data):
     case: Case = data.draw(expressions(tree))

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import freeze_optax as fo
@@ -22,12 +22,13 @@ from tests.support.random_trees import (
     trees,
     walk,
 )
+from tests.support.sampling import examples
 from tests.support.slow_globs import STAR, STARS, Range, joined, letters
 from tests.support.slow_specs import INDICES, Case, check, layers, path, selectors, specs
 
 TREES = trees(leaves(TRAINABLE, COUNTED, OTHERS, [lambda: HOLE]))
 NUMBERS = trees(leaves(TRAINABLE, COUNTED))
-RANDOM = settings(max_examples=120)
+RANDOM = examples(120)
 
 
 def marked(tree: Any, values: list[Any]) -> Any:

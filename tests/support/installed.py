@@ -38,10 +38,14 @@ def imported(file: Path) -> set[str]:
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     names |= {node.module for node in froms}
-    ours = [node for node in froms if f"{node.module}.".startswith("tests.")]
-    names |= {f"{node.module}.{x.name}" for node in ours for x in node.names}
-    helpers = {TESTS.parent / f"{name.replace('.', '/')}.py" for name in names}
+    members = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    names |= {name for name in members if _helper(name).is_file()}
+    helpers = set(map(_helper, names))
     return names.union(*(imported(helper) for helper in helpers if helper.is_file()))
+
+
+def _helper(module: str) -> Path:
+    return TESTS.parent / f"{module.replace('.', '/')}.py"
 
 
 def fitting() -> list[str]:
@@ -134,5 +138,6 @@ def test_the_command_reads_orbax(tmp_path):
 
 
 if __name__ == "__main__":
-    options = ["-n", "2", "--dist", "worksteal", "-m", "not slow", "-p", "no:cacheprovider"]
-    sys.exit(pytest.main([*options, __file__, *fitting()]))
+    options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    chosen = ["-m", "not slow and not exhaustive"]
+    sys.exit(pytest.main([*options, *chosen, __file__, *fitting()]))

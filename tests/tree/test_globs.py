@@ -3,12 +3,13 @@
 import fnmatch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from freeze_optax._tree.globs import compile_glob, expand_braces
 from freeze_optax._tree.key_paths import ancestors
 from freeze_optax._tree.messages import few_clauses, nearest_names, printable, quoted_list
+from tests.support.sampling import examples
 
 ENCODER = [
     "encoder/layer_0/kernel",
@@ -254,7 +255,7 @@ globs = st.lists(pieces, min_size=1, max_size=3).map("".join).filter(lambda glob
 components = st.one_of(st.just("**"), st.just("**"), globs)
 
 
-@settings(max_examples=1500)
+@examples(1500)
 @given(
     st.lists(components, min_size=1, max_size=5),
     st.lists(names, min_size=1, max_size=6),
@@ -319,7 +320,7 @@ def test_many_stars_in_a_component_take_no_exponential_time(stars):
     assert not compile_glob("*a" * 61).match(path)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.text("ab*?", max_size=9).filter(lambda glob: "**" not in glob), st.text("ab", max_size=8))
 def test_stars_in_a_component_match_as_fnmatch_has_it(glob, text):
     matched = compile_glob(glob, whole=True).match(text) is not None
