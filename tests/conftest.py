@@ -58,6 +58,8 @@ _MOST_PAGES = 1_000_000_000 // os.sysconf("SC_PAGE_SIZE")
 def pytest_runtest_teardown(item, nextitem):
     # jax keeps each program for ever: without this a worker grows to gigabytes.
     is_last = nextitem is None or nextitem.path != item.path
+    if is_last and getattr(item.config, "keeps_programs", False):  # where mutants are tried
+        return
     if is_last or _resident_pages() > _MOST_PAGES:
         jax.clear_caches()
         gc.collect()

@@ -86,11 +86,16 @@ def test_an_entry_too_many_in_a_list_is_refused(name):
 
 
 EVIL = "__import__('os').system('touch evil')"
-VALUES = [None, True, 0, -1, 2, 1.5, math.nan, math.inf, "", "0", EVIL, [], [0], {}, {"a": 0}]
+VALUES = [None, True, -1, math.nan, EVIL, [0], {"a": 0}]
+MORE = [0, 2, 1.5, math.inf, "", "0", [], {}]
 
 
 @EACH
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [*VALUES, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in MORE)],
+    ids=repr,
+)
 def test_another_value_anywhere_in_its_text_is_refused_or_read_as_it_stands(
     name, value, tmp_path, monkeypatch
 ):

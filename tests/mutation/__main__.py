@@ -1,4 +1,4 @@
-"""Which changes to the package no test notices: `make mutants`.
+"""Which changes to the package no test of `make test` notices: `make mutants`.
 
 cosmic-ray makes the mutants, and each call whose result nobody takes is left out. Those tests run
 that run the mutated line, as coverage tells them, in processes that have all tests collected, so
@@ -148,6 +148,7 @@ def run_suite() -> None:
     settings = BUILD / "settings.ini"  # coverage erases what begins like its data
     settings.write_text(f"[run]\nsource = {PACKAGE}\ndata_file = {BUILD / 'coverage'}\n")
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-vv", "--cov"]
+    command += ["-m", "not slow and not exhaustive"]
     options = [f"--cov-config={settings}", "--cov-context=test", "--cov-report=", "--durations=0"]
     with log.open("w") as file:
         subprocess.run([*command, *options], cwd=ROOT, stdout=file, check=True)

@@ -97,8 +97,12 @@ class Worker:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         # Not those that count what is alive: here there is more each time.
-        quick = (item for item in session.items if not item.get_closest_marker("slow"))
-        self._items = {item.nodeid: item for item in quick}
+        left_out = ("slow", "exhaustive")
+        items = [x for x in session.items if not any(map(x.get_closest_marker, left_out))]
+        self._items = {item.nodeid: item for item in items}
+        # What runs next decides what is torn down: here all but what is made once for a session.
+        self._first, self._last = items[0], items[-1]
+        session.config.keeps_programs = True
         self._package = Package(PACKAGE, Path(PACKAGE).resolve())
         self._is_fresh = True
         done = {json.loads(line)["n"] for line in self._results.open()}
@@ -163,7 +167,8 @@ class Worker:
         signal.alarm(10 + int(5 * self._tests.seconds(name)))
         item, self._has_failed = self._items[name], False
         try:
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            following = self._last if item.path == self._first.path else self._first
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         except _TooLongError:
             return True
         finally:

@@ -51,10 +51,7 @@ def initialised(inner: Any, spec: Any, params: Any) -> Any:
     return fo.freezable(inner, spec).init(params)
 
 
-EVERY = pytest.mark.parametrize(
-    ("module", "name"),
-    [pytest.param(m, n, id=f"{m.__name__}.{n}") for m, n in optimizers.every()],
-)
+EVERY = pytest.mark.parametrize(("module", "name"), optimizers.cases(optimizers.every()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

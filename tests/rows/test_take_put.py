@@ -39,7 +39,19 @@ IN_RUNS = {
 SCATTERED = {"every other": _rows_at(*range(1, 20, 2))}
 MASKS = {name: mask for name, (mask, _) in IN_RUNS.items()} | SCATTERED
 COMPILED = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-ANY_ROWS = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+# One run, some, and many: each compiles anew, and what differs between the others is a number.
+FEW = ("all but the first", "ends", "every other")
+
+
+def _cases(**values):
+    exhaustive = pytest.mark.exhaustive
+    return [
+        pytest.param(value, id=name, marks=[] if name in FEW else exhaustive)
+        for name, value in values.items()
+    ]
+
+
+ANY_ROWS = pytest.mark.parametrize("mask", _cases(**MASKS))
 
 
 def _assert_same_bits(x, expected):
@@ -83,8 +95,8 @@ NANS = {
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"]
 VALUES = {name: (_bits_of(name, 0), _bits_of(name, 1)) for name in [*DTYPES, "int8", "bool"]}
 EVERY_DTYPE = pytest.mark.parametrize(("x", "y"), VALUES.values(), ids=VALUES)
-# Each compiles for each dtype, so not all of them: one run, some, and many.
-FEW_ROWS = pytest.mark.parametrize("name", ["middle", "ends", "every other"])
+# Each compiles for each dtype, so not all of them.
+FEW_ROWS = pytest.mark.parametrize("name", _cases(**{x: x for x in ("middle", *FEW[1:])}))
 
 
 @COMPILED
