@@ -1,5 +1,6 @@
 """Rows that train cannot tell: every optimizer of optax, against the bare one on their array."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import freeze_optax as fo
 from tests.support import optimizers
+from tests.support.compiling import OPTIMISED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -148,7 +150,10 @@ def test_it_is_bitwise_the_bare_optimizer_on_the_array_of_rows_that_train(module
         assert updates["bottom"]["kernel"].shape == (2, 4)
         return updates
 
-    compare(module, name, jax.jit, rows_alone, live, same)
+    # Its many small sums are rounded alike only where XLA's optimiser has fused them.
+    options = dict(OPTIMISED) if name == "lbfgs" else None
+    jit = functools.partial(jax.jit, compiler_options=options)
+    compare(module, name, jit, rows_alone, live, same)
 
 
 SEVERAL = ["adamw", "adafactor", "adadelta", "chain", "lamb", "partition", "sgd"]
