@@ -14,20 +14,7 @@ from flax.core import FrozenDict
 
 import freeze_optax as fo
 from freeze_optax._tree.holes import HOLE
-
-
-def selection(selector, tree):
-    """The paths of the selected leaves, read from the mask by jax alone."""
-    mask = selector(tree)
-    assert jax.tree.structure(mask) == jax.tree.structure(tree)
-    found = jax.tree_util.tree_leaves_with_path(mask)
-    return [jax.tree_util.keystr(k, simple=True, separator="/") for k, flag in found if flag]
-
-
-class Masked(eqx.Module):
-    weight: typing.Any
-    mask: typing.Any
-    frozen_fields = ("mask",)
+from tests.support.selections import Masked, selection
 
 
 @jax.tree_util.register_dataclass

@@ -12,10 +12,14 @@ import jaxlib
 
 
 def _is_flag(name: str) -> bool:
-    """Whether the XLA of this jaxlib has a flag: at an unknown one it ends the process."""
+    """Whether the XLA of this jaxlib has a flag: at an unknown one it ends the process.
+
+    A flag is a string of C in the library, with a zero byte at its end. Names of flags that were
+    removed (`xla_cpu_use_fusion_emitters` in jaxlib 0.12) are there too, but without that byte.
+    """
     for library in Path(jaxlib.__file__).parent.rglob("*.so*"):
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as x:
-            if x.find(name.encode()) >= 0:
+            if x.find(name.encode() + b"\0") >= 0:
                 return True
     return False
 

@@ -17,6 +17,7 @@ from flax.core import FrozenDict
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.kinds import can_train, is_numpy_only
 from freeze_optax._tree.leaves import Leaves
+from tests.support.nodes import Keyless
 
 
 class Pair(typing.NamedTuple):
@@ -35,19 +36,6 @@ class Block:
 class Variable:
     value: typing.Any
     name: str = struct.field(pytree_node=False, default="mine")
-
-
-@jax.tree_util.register_pytree_node_class
-class Keyless:
-    def __init__(self, *children):
-        self.children = children
-
-    def tree_flatten(self):
-        return self.children, None
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        return cls(*children)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from flax.core import FrozenDict
 
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.modules import Modules, children_of, is_module, walk_nodes
+from tests.support.nodes import Keyless
 
 
 class Pair(typing.NamedTuple):
@@ -37,19 +38,6 @@ class Scale:
 @chex.dataclass
 class Moments:
     mean: typing.Any
-
-
-@jax.tree_util.register_pytree_node_class
-class Keyless:
-    def __init__(self, *children):
-        self.children = children
-
-    def tree_flatten(self):
-        return self.children, None
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        return cls(*children)
 
 
 class Layer(eqx.Module):
