@@ -77,10 +77,10 @@ def freezable(
       `update` gives zeros at frozen leaves, or a hole where the gradient has a hole. The zeros are
       negative, as the sum of any number and -0.0 is that number, also for zeros of either sign. So
       `optax.apply_updates` keeps frozen leaves too, with one exception: in eager mode on a CPU it
-      flushes subnormal numbers. `freeze_optax.apply_updates` does not flush them, and under jit
-      neither function does. PRNG keys and leaves that are not arrays get zeros of dtype
-      `jax.dtypes.float0`, as nothing can be added to them. If the params have such leaves, use
-      `freeze_optax.apply_updates`.
+      flushes subnormal numbers. `freeze_optax.apply_updates` does not flush them. Under jit neither
+      function does, as XLA's optimiser leaves the addition of -0.0 out. PRNG keys and leaves that
+      are not arrays get zeros of dtype `jax.dtypes.float0`, as nothing can be added to them. If the
+      params have such leaves, use `freeze_optax.apply_updates`.
 
       Extra arguments of `update` reach `inner`. A tree like the params has holes at the frozen
       leaves there. A callable that takes params (the `value_fn` of a line search) gets whole
