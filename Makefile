@@ -73,7 +73,7 @@ wheel-%: wheel-file
 	.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet pytest pytest-xdist \
 		hypothesis "$$(ls build/wheel/*.whl)$(if $(filter none,$*),,[$*])"
 	cd build/wheel && FREEZE_OPTAX_EXTRA=$(filter-out none,$*) \
-		../../.venv-wheel/bin/python -m tests.installed
+		../../.venv-wheel/bin/python -m tests.support.installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
