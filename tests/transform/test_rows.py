@@ -66,9 +66,11 @@ def test_frozen_rows_stay_bit_identical_in_every_dtype_with_nan_gradients(inner,
         updates, state = tx.update(grads, state, params)
         return fo.apply_updates(params, updates, frozen=state), state
 
+    # Without its optimiser XLA changes the NaNs of bfloat16, also where nothing is computed.
+    wrapped = jax.jit(step, compiler_options=dict(OPTIMISED)) if jit else step
     new, state = params, tx.init(params)
     for _ in range(2):
-        new, state = (jax.jit(step) if jit else step)(new, state)
+        new, state = wrapped(new, state)
     fo.testing.assert_frozen(params, new, frozen)
     for name, array in new.items():
         assert not np.any(np.asarray(array)[PLACES[place]] == np.ones(2, array.dtype)), name
