@@ -7,6 +7,8 @@ nothing else. `tests/state/test_pickle.py` loads a pickle of that version.
 
 import sys
 import types
+from collections.abc import Mapping
+from typing import Any
 
 _FORMER = {
     "_cut": {"Cut": "_rows.parts.PartTable", "Parts": "_rows.parts.Parts"},
@@ -67,3 +69,13 @@ def keep_former_names(package: str) -> None:
         for name, place in names.items():
             now, _, attribute = place.rpartition(".")
             setattr(module, name, getattr(sys.modules[f"{package}.{now}"], attribute))
+
+
+def with_present_names(state: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the attributes in a pickle under the names that they have now.
+
+    Args:
+      state: The attributes, as pickle stored them.
+      former: For each attribute that was renamed, the former name and the present one.
+    """
+    return {former.get(name, name): value for name, value in state.items()}

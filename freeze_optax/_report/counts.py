@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from freeze_optax._former_names import with_present_names
 from freeze_optax._rows.rows import Flag
 from freeze_optax._tree.kinds import is_array, number_kind
 
@@ -80,6 +81,10 @@ class LeafCounts(Counts):
 
     trainable_with_aliases: int = 0
     frozen_with_aliases: int = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        former = {"live": "trainable_with_aliases", "still": "frozen_with_aliases"}
+        self.__dict__.update(with_present_names(state, former))
 
     @classmethod
     def of_leaf(cls, leaf: Any, flag: Flag, is_alias: bool) -> "LeafCounts":

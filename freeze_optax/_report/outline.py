@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from freeze_optax._former_names import with_present_names
 from freeze_optax._report.counts import LeafCounts
 from freeze_optax._tree.globs import MOST_ALTERNATIVES, MOST_DIGITS, expand_braces
 from freeze_optax._tree.key_paths import natural_order
@@ -47,6 +48,10 @@ class Node:
         self.leaf_counts: list[LeafCounts] = []
         self.kinds: list[Hashable] = []
         self.counts = LeafCounts()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        former = {"note": "same_as", "tallies": "leaf_counts", "tally": "counts"}
+        self.__dict__.update(with_present_names(state, former))
 
     @property
     def stem(self) -> Hashable:

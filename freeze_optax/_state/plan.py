@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import optax
 
+from freeze_optax._former_names import with_present_names
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Flag
 from freeze_optax._state.context import PlanContext
@@ -172,9 +173,8 @@ class Plan:
         return {**self.__dict__, "_hash": None}  # A Python hash is valid in one process only.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of version 0.1.0 store two attributes under other names.
         former = {"cut": "part_table", "_origin": "_context"}
-        self.__dict__.update({former.get(name, name): value for name, value in state.items()})
+        self.__dict__.update(with_present_names(state, former))
 
     def __repr__(self) -> str:
         parked = f", {len(self.parked)} of them parked" if self.parked else ""

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import freeze_optax as fo
+from freeze_optax._report.outline import walk_lines
 from tests.support import former_run
 
 PARAMS = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
@@ -84,3 +85,19 @@ def test_phases_parts_and_the_state_of_phases_are_loaded_from_version_0_1_0():
     trainable, rest = fo.partition(params, fo.rows("embed", [1, 2]))
     assert jax.tree.structure(stored["rest"]) == jax.tree.structure(rest)
     fo.testing.assert_frozen(params, fo.merge(trainable, stored["rest"]), True)
+
+
+def test_a_summary_and_selectors_of_version_0_1_0_are_loaded_and_used():
+    stored = (former_run.DATA / "pickle_summary_0.1.0.pkl").read_bytes()
+    summary, selectors = pickle.loads(stored)
+    params = {"layer_0": jnp.ones(3), "layer_1": jnp.ones(3), "head": jnp.ones(2)}
+    own = fo.summary(params, "layer_*", optax.adam(1e-3))
+    assert str(summary) == str(own)
+    assert summary.to_markdown() == own.to_markdown()
+    statuses = [[line.counts.status for line in walk_lines(x._root)] for x in (summary, own)]
+    assert statuses[0] == statuses[1] == ["trainable", "frozen"]
+    assert repr(selectors) == (
+        "[labelled(1), of_type(dict, fields=('w',)), declared(), "
+        "(~path('head') & path('layer_0')), (path('a') - path('b')), everything]"
+    )
+    assert selectors[3](params) == {"layer_0": True, "layer_1": False, "head": False}
