@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
 import freeze_optax as fo
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -95,7 +96,10 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+INSIDE = ["chain", "masked outside", *(name for name in WRAPPED if name.endswith("inside"))]
+
+
+@pytest.mark.parametrize("name", cases({name: name for name in WRAPPED}, INSIDE))
 def test_a_state_is_edited_wherever_it_is(name):
     tx, bare = WRAPPED[name]
     tree, state = run(tx, tx.init(params()), params(), VALUES[:2])

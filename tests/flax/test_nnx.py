@@ -24,6 +24,7 @@ from tests.support.nnx_models import (
     plain,
     trained,
 )
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -82,7 +83,11 @@ ZOO = {
 }
 
 
-@pytest.fixture(params=list(ZOO))
+# The others are in `all`, too.
+ODDEST = ("LoRA", "RNN", "containers", "no pytree", "parents", "all")
+
+
+@pytest.fixture(params=cases({name: name for name in ZOO}, ODDEST))
 def inhabitant(request):
     return ZOO[request.param](nnx.Rngs(0, dropout=1))
 

@@ -14,6 +14,7 @@ import pytest
 from flax.core import FrozenDict
 
 import freeze_optax as fo
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -121,7 +122,21 @@ WORK = {
 }
 
 
-@pytest.mark.parametrize("name", WORK)
+# Those that call others of the table, each.
+MOST = ["layers", "labelled", "rows", "of_type", "declared", "a mask of another type", "partition"]
+MOST += [
+    "hold",
+    "tied_paths",
+    "update",
+    "thaw",
+    "release",
+    "import_state",
+    "text with an optimizer",
+]
+MOST += ["a pattern in vain", "params in another order"]
+
+
+@pytest.mark.parametrize("name", cases({name: name for name in WORK}, MOST))
 def test_twice_the_leaves_are_no_more_than_twice_the_work(name):
     prepare, count = WORK[name], 200
     work(prepare(8))  # what jax compiles and caches once

@@ -51,7 +51,9 @@ def initialised(inner: Any, spec: Any, params: Any) -> Any:
     return fo.freezable(inner, spec).init(params)
 
 
-EVERY = pytest.mark.parametrize(("module", "name"), optimizers.cases(optimizers.every()))
+EVERY = pytest.mark.parametrize(
+    ("module", "name"), optimizers.cases(optimizers.every(), optimizers.FEW_KINDS | {"MultiSteps"})
+)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import killed_worker
 from tests.support.killed_runs import COURSES
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +70,7 @@ def check_that_kills_hit(course: str, lives: list[dict[str, Any]]) -> None:
         assert max(life["resumed"]["parked"] for life in lives if life["resumed"]) >= 1
 
 
-@pytest.mark.parametrize(
-    "course",
-    [c if c == "by hand" else pytest.param(c, marks=pytest.mark.exhaustive) for c in KILLS],
-)
+@pytest.mark.parametrize("course", cases({course: course for course in KILLS}, ["by hand"]))
 def test_a_run_that_is_killed_again_and_again_ends_bitwise_where_an_uninterrupted_one_ends(
     course, tmp_path_factory
 ):

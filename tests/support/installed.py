@@ -1,6 +1,7 @@
 """The wheel as users get it, with one extra or none: what the extra brings, what its absence says.
 
-`make wheel` runs this, and every test file whose imports are at hand, away from the checkout.
+`make wheel` runs this, and the first case of each test whose imports are at hand, away from the
+checkout.
 """
 
 import ast
@@ -139,5 +140,6 @@ def test_the_command_reads_orbax(tmp_path):
 
 if __name__ == "__main__":
     options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    options += ["-p", "tests.support.first_cases"]
     chosen = ["-m", "not slow and not exhaustive"]
     sys.exit(pytest.main([*options, *chosen, __file__, *fitting()]))

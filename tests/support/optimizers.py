@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-import pytest
+
+from tests.support import sampling
 
 # What an argument without a default is set to, by its name.
 ARGUMENTS: dict[str, Any] = {
@@ -144,16 +145,18 @@ KINDS = {
 }
 
 
-def cases(pairs: list[tuple[Any, str]]) -> list[Any]:
+# Those of them that our code treats otherwise: what is no leaf's, what sees whole leaves or all of
+# them, what calls the loss, and what wraps others.
+FEW_KINDS = {"adafactor", "chain", "lbfgs", "muon", "noisy_sgd", "partition", "schedule_free_adamw"}
+
+
+def cases(pairs: list[tuple[Any, str]], always: Container[str] = KINDS) -> list[Any]:
     """The transformations as parameters of a test: all but one of each kind are exhaustive.
 
     They go through the same code of ours: what differs is optax's.
     """
-    exhaustive = pytest.mark.exhaustive
-    return [
-        pytest.param(m, n, id=f"{m.__name__}.{n}", marks=[] if n in KINDS else exhaustive)
-        for m, n in pairs
-    ]
+    named = {f"{module.__name__}.{name}": (module, name) for module, name in pairs}
+    return sampling.cases(named, [key for key, (_, name) in named.items() if name in always])
 
 
 def complete() -> list[tuple[Any, str]]:

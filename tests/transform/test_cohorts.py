@@ -159,7 +159,9 @@ UNEDITABLE = {
 EDITABLE = [pair for pair in every() if pair[1] not in UNEDITABLE]
 
 
-@pytest.mark.parametrize(("module", "name"), optimizers.cases(EDITABLE))
+@pytest.mark.parametrize(
+    ("module", "name"), optimizers.cases(EDITABLE, {"adafactor", "chain", "noisy_sgd", "partition"})
+)
 def test_a_shared_trace_has_the_equations_of_a_trace_for_each_cohort(module, name, monkeypatch):
     tree = optimizers.params()
     tx = fo.freezable(build(module, name), "bottom")

@@ -144,7 +144,9 @@ def compare(module: Any, name: str, wrap: Any, form: Any, live: Any, agree: Any)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("module", "name"), optimizers.cases(optimizers.complete()))
+@pytest.mark.parametrize(
+    ("module", "name"), optimizers.cases(optimizers.complete(), optimizers.FEW_KINDS)
+)
 def test_it_is_bitwise_the_bare_optimizer_on_the_array_of_rows_that_train(module, name):
     def live(updates):
         assert updates["bottom"]["kernel"].shape == (2, 4)

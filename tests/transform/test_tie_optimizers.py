@@ -74,7 +74,9 @@ def assert_shared(history: list[Any], expected: list[Any]) -> None:
 # All that tests/support/optimizers.py builds: its EXCLUDED says why not the rest. With groups of
 # two, as the sum of three gradients depends on their order.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("module", "name"), optimizers.cases(optimizers.complete()))
+@pytest.mark.parametrize(
+    ("module", "name"), optimizers.cases(optimizers.complete(), optimizers.FEW_KINDS)
+)
 def test_a_group_follows_the_bare_optimizer_on_one_shared_leaf_bitwise(module, name):
     bare = optimizers.build(module, name)
     expected, bare_state = train(bare, one_leaf(start()), shared_loss, name)
