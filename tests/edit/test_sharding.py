@@ -114,7 +114,11 @@ def without_maps(places: Any, *frozen: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("clip and adamw", "data"), ("clip and adamw", "data and model"), ("momentum", "data")],
+    [
+        pytest.param("clip and adamw", "data", marks=pytest.mark.exhaustive),
+        ("clip and adamw", "data and model"),
+        ("momentum", "data"),
+    ],
 )
 @pytest.mark.parametrize("keep_state", [False, True], ids=["dropped", "parked"])
 def test_a_sharded_run_through_thaws_and_freezes_equals_one_on_one_device_by_hand(

@@ -25,6 +25,7 @@ def vast() -> dict[str, Any]:
     return {f"w{i}": np.full(1, i, np.float32) for i in range(100_000)}
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_leaves_are_selected_split_and_merged(vast):
     expected = {name: name[-1] in "13579" for name in vast}
     assert fo.mask(ODD, vast) == expected

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import freeze_optax as fo
+from tests.support.sampling import cases
 
 DEPTH, WIDTH, BATCH = 6, 4, 3
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -48,7 +49,7 @@ def loss_with(scan, **kwargs):
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("unroll", [1, True])
+@pytest.mark.parametrize("unroll", cases({"rolled": 1, "unrolled": True}, ["rolled"]))
 @pytest.mark.parametrize("spec", RUNS.values(), ids=RUNS)
 def test_the_carry_and_the_outputs_are_those_of_one_scan_over_all(spec, unroll, jit):
     mask = fo.mask(spec, PARAMS)["layers"]

@@ -12,7 +12,6 @@ import pytest
 
 from tests.support import killed_worker
 from tests.support.killed_runs import COURSES
-from tests.support.sampling import cases
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +69,8 @@ def check_that_kills_hit(course: str, lives: list[dict[str, Any]]) -> None:
         assert max(life["resumed"]["parked"] for life in lives if life["resumed"]) >= 1
 
 
-@pytest.mark.parametrize("course", cases({course: course for course in KILLS}, ["by hand"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("course", KILLS)
 def test_a_run_that_is_killed_again_and_again_ends_bitwise_where_an_uninterrupted_one_ends(
     course, tmp_path_factory
 ):

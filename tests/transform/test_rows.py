@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import freeze_optax as fo
 from tests.support.compiling import OPTIMISED
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -51,7 +52,7 @@ def awkward(place: str) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", cases({x: x for x in PLACES}, ["middle", "scattered"]))
 @pytest.mark.parametrize(
     "inner", [optax.sgd(0.1, momentum=0.9), optax.lion(0.1, weight_decay=0.1)], ids=["sgd", "lion"]
 )
