@@ -113,7 +113,7 @@ def release(state: Any, params: Any) -> Any:
         first = statistics.get((prefix, parts[0]), HOLE)
         if not missing[leaf]:
             return first
-        value = fresh[place]
+        value = unwrap_variable(fresh[place])
         for part in parts:
             rows = table.parts[part][1]
             if rows and plan.cohorts[part] != DROPPED:

@@ -38,7 +38,9 @@ def apply_transition(
             return places[place]
         if cohorts[owner] == DROPPED:
             return rewrap_variable(places[place], HOLE)
-        return rewrap_variable(places[place], fresh[place]) if renewed[owner] else places[place]
+        # `init` saw boxes that the state may have lost since (`nn.meta.unbox`).
+        new = unwrap_variable(fresh[place]) if renewed[owner] else None
+        return rewrap_variable(places[place], new) if renewed[owner] else places[place]
 
     values = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))

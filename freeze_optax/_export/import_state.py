@@ -12,6 +12,7 @@ from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
 from freeze_optax._export.encoding import decode_leaf, describe_leaf, unpack_text
+from freeze_optax._export.former_paths import with_present_paths
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows, flag_from_vector
 from freeze_optax._select.specs import Spec
@@ -68,7 +69,7 @@ def import_state(
         of two leaves that share a buffer would be frozen and the other not.
       TypeError: If `tx` is not a transformation, or its state holds no `FreezeState`.
     """
-    about = unpack_text(exported)
+    about = with_present_paths(unpack_text(exported), param_leaves(params))
     with ignoring_specs(), collect_ties() as groups:
         abstract = abstract_init(as_transformation("import_state", tx).init, params)
     plan = _plan(about, only_state("import_state", abstract).plan, params)

@@ -13,7 +13,7 @@ from freeze_optax._rows.take_put import join_rows, put_rows, take_rows
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.key_paths import Transparent
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.variables import is_variable, unwrap_variable
+from freeze_optax._tree.variables import is_variable_or_box, rewrap_variable, unwrap_variable
 
 Part = tuple[int, Rows | None]
 """The index of a leaf, and which rows of it are in the part; None for all rows."""
@@ -142,7 +142,7 @@ class PartTable:
         )
         if len(self.parts) == len(self.by_leaf):
             return tree
-        return jax.tree.map(_parts_of_variables, tree, is_leaf=is_variable)
+        return parts_of_variables(tree)
 
     def _split_leaf(
         self, x: Any, parts: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
@@ -168,17 +168,21 @@ class PartTable:
         ]
 
 
-def _parts_of_variables(x: Any) -> Any:
-    """Turns an NNX Variable that holds `Parts` into `Parts` whose values are in Variables.
+def parts_of_variables(tree: Any) -> Any:
+    """Turns each NNX Variable, or box, that holds `Parts` into `Parts` of Variables or boxes.
 
     A state has this form, because each part is a separate value there.
     """
-    if not is_variable(x):
+    return jax.tree.map(_parts_of_variable, tree, is_leaf=is_variable_or_box)
+
+
+def _parts_of_variable(x: Any) -> Any:
+    if not is_variable_or_box(x):
         return x
-    (content,) = Leaves(x, stop=is_hole_or_parts).values
-    if not isinstance(content, Parts):
+    content, *more = Leaves(x, stop=is_hole_or_parts).values
+    if more or not isinstance(content, Parts):
         return x
-    return Parts((x.replace(value) for value in content.values), content.rows)
+    return Parts((rewrap_variable(x, value) for value in content.values), content.rows)
 
 
 def _take_part(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._rows.parts import PartTable
+from freeze_optax._rows.parts import PartTable, parts_of_variables
 from freeze_optax._state.layout import Layout
 from freeze_optax._state.tracers import holds_tracers
 from freeze_optax._tree.holes import HOLE, is_hole
@@ -93,7 +93,9 @@ class PlanContext:
         if table is None:
             return self.skeleton
         holes = table.group_by_leaf([HOLE] * len(table.parts))
-        return map_copies(lambda copy: Leaves(copy).rebuild(holes), self.skeleton)
+        return map_copies(
+            lambda copy: parts_of_variables(Leaves(copy).rebuild(holes)), self.skeleton
+        )
 
     def remember_structure(self, treedef: Any) -> None:
         """Keeps the structure of a tree with the same paths in other containers.

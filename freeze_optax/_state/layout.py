@@ -11,6 +11,7 @@ from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies
 from freeze_optax._tree.messages import few_clauses, path_differences
+from freeze_optax._tree.variables import without_boxes_of_holes
 
 COUNTER = -1
 """The owner of an array that starts again with a leaf, such as a step count beside moments."""
@@ -57,16 +58,20 @@ class Layout:
         try:
             # A new function each time: a trace that jax has cached would report no ties.
             with collect_ties() as self.ties:
-                template = Leaves(jax.eval_shape(lambda: init(skeleton)))
+                made = jax.eval_shape(lambda: init(skeleton))
         except Exception as error:
             raise ValueError(
                 f"the state of {_failing_transformation(error)} can't be edited, nor follow "
                 "phases: its init fails on params that are all holes (optax.MaskedNode), with "
                 f"{type(error).__name__}: {error}"
             ) from error
+        # The place of a leaf in a box is the box, so the state of unboxed params has it too. `init`
+        # itself gets the boxes, because a label tree in it may have them.
+        template = Leaves(without_boxes_of_holes(made))
         self._treedef, self._template = template.treedef, template.values
         self.paths = template.paths
-        keys, params = _keys(template.tree), _keys(param_copies(skeleton)[0])
+        params = _keys(without_boxes_of_holes(param_copies(skeleton)[0]))
+        keys = _keys(template.tree)
         self.owners = _owners(keys, template.values, params)
         self.prefixes = [
             place[: len(place) - len(params[owner])] if owner >= 0 else ()

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from freeze_optax._tree.variables import is_variable_type
+from freeze_optax._tree.variables import is_box_type, is_variable_type
 
 
 class Transparent:
@@ -18,7 +18,7 @@ class Transparent:
 
 @functools.cache
 def _is_transparent(cls: type) -> bool:
-    return is_variable_type(cls) or issubclass(cls, Transparent)
+    return is_variable_type(cls) or is_box_type(cls) or issubclass(cls, Transparent)
 
 
 _COMPONENT: dict[type, Callable[[Any], Any]] = {

@@ -56,7 +56,10 @@ class Leaves:
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
-        """The key path of each leaf, with `/` between components; no `value` of NNX Variables."""
+        """The key path of each leaf, with `/` between components.
+
+        The `value` of an NNX Variable, or of a metadata box of Linen, is left out.
+        """
         return tuple(path_texts(leaf_key_paths(self.tree, self._stop)))
 
     def all_paths(self, aliases: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ import jax
 
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import path_text
-from freeze_optax._tree.variables import is_variable
+from freeze_optax._tree.variables import is_variable_or_box
 
 KeyPath = tuple[Any, ...]
 Children = Callable[[Any], list[tuple[KeyPath, Any]] | None]
@@ -42,7 +42,8 @@ class Modules(dict[str, Any]):
 def children_of(node: Any) -> list[tuple[KeyPath, Any]] | None:
     """Returns the children of a node of a pytree, each with its keys; None if the node is a leaf.
 
-    For a child of an NNX Variable the keys are empty: `value` is no component of a path.
+    For a child of an NNX Variable, or of a metadata box of Linen, the keys are empty: `value` is no
+    component of a path.
     """
     # Everything below the node counts as a leaf. JAX asks first about the node itself, so this goes
     # by the order of the calls and not by identity: a node may be one of its own children.
@@ -50,7 +51,7 @@ def children_of(node: Any) -> list[tuple[KeyPath, Any]] | None:
     below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(is_below))
     if len(below) == 1 and not below[0][0]:
         return None
-    return [((), value) for _, value in below] if is_variable(node) else below
+    return [((), value) for _, value in below] if is_variable_or_box(node) else below
 
 
 def walk_nodes(tree: Any, children: Children = children_of) -> Iterator[tuple[str, Any]]:
@@ -86,13 +87,13 @@ def _is_above(node: Any, chain: Any) -> bool:
 
 
 _CONTAINERS = (dict, list, tuple, type(None))
-# By name, as flax may not be installed: boxes around a param, and the state NNX keeps in a module.
-_FLAX_WRAPPERS = {"flax.core.meta.AxisMetadata", "flax.nnx.pytreelib.PytreeState"}
+# By name, as flax may not be installed: the state that NNX keeps in a module.
+_FLAX_WRAPPERS = {"flax.nnx.pytreelib.PytreeState"}
 
 
 def is_module(node: Any) -> bool:
-    """Returns whether a node can be a module: no container, hole, NNX Variable or Flax wrapper."""
-    if type(node) in _CONTAINERS or is_hole(node) or is_variable(node):
+    """Returns whether a node can be a module: no container, hole or Flax wrapper."""
+    if type(node) in _CONTAINERS or is_hole(node) or is_variable_or_box(node):
         return False
     bases = {f"{base.__module__}.{base.__name__}" for base in type(node).__mro__}
     if bases & _FLAX_WRAPPERS:

@@ -1,6 +1,7 @@
 """Key paths as text, and which leaves can be trained."""
 
 import dataclasses
+import functools
 import typing
 
 import equinox as eqx
@@ -119,10 +120,14 @@ def test_a_variable_with_a_hole_keeps_its_path():
     assert Leaves(held).values == [HOLE, HOLE]
 
 
-def test_the_value_of_a_linen_box_stays():
+def test_the_value_of_a_linen_box_is_dropped_and_a_field_of_that_name_stays():
     init = linen.with_partitioning(linen.initializers.ones, ("x", "y"))
     variables = linen.Dense(2, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 2)))
-    assert Leaves(variables["params"]).paths == ("bias", "kernel/value")
+    assert Leaves(variables["params"]).paths == ("bias", "kernel")
+    box = functools.partial(linen.LogicallyPartitioned, names=("x",))
+    tree = {"a": box({"value": jnp.ones(1), "b": jnp.ones(1)}), "value": box(box(jnp.ones(1)))}
+    assert Leaves(tree).paths == ("a/b", "a/value", "value")
+    assert Leaves(box(HOLE)).paths == ("",)
 
 
 def test_equinox_modules_have_the_paths_of_their_fields():
