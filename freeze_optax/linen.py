@@ -1,4 +1,4 @@
-"""Flax Linen: which module each param belongs to."""
+"""Flax Linen: which module each param belongs to, and states in `flax.serialization`."""
 
 import dataclasses
 from typing import Any
@@ -6,16 +6,23 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from freeze_optax._export.export_state import export_state
+from freeze_optax._export.restore_state import restore_state
+from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.modules import Modules
 
 try:
-    from flax import linen
+    from flax import linen, serialization
 except ImportError as error:
     raise ImportError("freeze_optax.linen needs flax: pip install 'freeze_optax[flax]'") from error
 
 __all__ = ["modules"]
+
+# `to_bytes` and `from_bytes`, and with them `flax.training.checkpoints`, take no class that Flax
+# does not know. A state is stored as `export_state` gives it, so `import_state` can read it too.
+serialization.register_serialization_state(FreezeState, export_state, restore_state, override=True)
 
 
 def modules(module: linen.Module, /, *args: Any, **kwargs: Any) -> Modules:

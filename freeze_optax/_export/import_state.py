@@ -74,7 +74,7 @@ def import_state(
         abstract = abstract_init(as_transformation("import_state", tx).init, params)
     plan = _plan(about, only_state("import_state", abstract).plan, params)
     template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
-    values = iter(_decoded_leaves(about["leaves"], exported.get("leaves"), template))
+    values = iter(decoded_leaves(about["leaves"], exported.get("leaves"), template))
     tree = template.rebuild(x if is_hole(x) else next(values) for x in template.values)
     tree = replace_state(tree, _place(only_state("import_state", tree), params))
     if frozen is not None:
@@ -85,7 +85,7 @@ def import_state(
     return tree
 
 
-def _decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves) -> list[Any]:
+def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves) -> list[Any]:
     """Returns the leaves of the state; raises ValueError if they are not those of the template."""
     arrays = {} if stored is None else stored  # some formats know no empty dict
     if not isinstance(arrays, Mapping):
