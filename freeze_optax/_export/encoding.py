@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._tree.kinds import is_array
+from freeze_optax._tree.kinds import is_array, number_kind
 
 FORMAT = "freeze_optax state, version 1"
 
@@ -168,17 +168,41 @@ def _key_impl(leaf: Any) -> Any:
     return impls[0]
 
 
-def encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any]]:
+def as_array(leaf: Any, path: str) -> Any:
+    """Returns a leaf as an array: itself, or a Python number as JAX makes an array of it.
+
+    Args:
+      leaf: The leaf.
+      path: Its path.
+
+    Raises:
+      TypeError: If it is neither an array nor a number. The error names the path.
+    """
+    if is_array(leaf):
+        return leaf
+    if number_kind(leaf) == "other":
+        raise TypeError(
+            f"an export holds arrays and numbers, but the leaf at {path!r} is a "
+            f"{type(leaf).__name__}; export the optimizer state without it"
+        )
+    return jnp.asarray(leaf)
+
+
+def encode_leaf(leaf: Any, path: str) -> tuple[Any, dict[str, Any]]:
     """Returns a leaf as an array of a dtype that NumPy knows, and its description.
 
     Args:
       leaf: An array or a Python number.
+      path: The path of the leaf.
 
     Returns:
       The leaf itself if it needs no encoding, else its bits; and its shape and dtype.
+
+    Raises:
+      TypeError: As `as_array`.
     """
     # A user may have set a Python number. It gets the dtype that the next update would give it.
-    array = leaf if is_array(leaf) else jnp.asarray(leaf)
+    array = as_array(leaf, path)
     entry = describe_leaf(array)
     if _is_key(array):
         return jax.random.key_data(array), entry
@@ -215,6 +239,8 @@ def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
     if not is_array_type or array.shape != shape or array.dtype != stored:
         shown = f"{array.dtype}{list(array.shape)}" if is_array_type else type(array).__name__
         raise ValueError(f"the export is damaged: {path!r} is {shown}, not {stored}{list(shape)}")
+    if not is_key and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return np.asarray(array)  # of 64 bits, which only NumPy holds now
     if is_from_numpy or len(array.sharding.device_set) == 1:
         array = jnp.asarray(np.asarray(array))
     if is_key:

@@ -11,21 +11,21 @@ import optax
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
-from freeze_optax._export.encoding import decode_leaf, describe_leaf, unpack_text
+from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows, flag_from_vector
 from freeze_optax._select.specs import Spec
-from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.freeze_state import FreezeState, states_in
 from freeze_optax._state.plan import DROPPED, Plan
-from freeze_optax._state.shared_buffers import collect_ties
+from freeze_optax._state.shared_buffers import Group, collect_ties
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.messages import few_clauses, path_differences
+from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
 
 
@@ -52,7 +52,9 @@ def import_state(
       {'encoder': False, 'head': False}
 
     Args:
-      tx: The transformation of the state. What it freezes at `init` has no effect here.
+      tx: The transformation of the state. What it freezes at `init` has no effect here. For an
+        export of more than an optimizer state (a `TrainState`, a dict of params and state), such a
+        tree instead. Its leaves have no effect, and neither has what is frozen in it.
       params: The params that the state belongs to.
       exported: What `export_state` returned, with arrays from NumPy or JAX.
       frozen: What to freeze instead, as `set_frozen` would: leaves that train before and after keep
@@ -60,22 +62,24 @@ def import_state(
         the export.
 
     Returns:
-      The state. Its statistics have the sharding of their parameters. A statistic that gradients of
-      a wider dtype had widened keeps that dtype.
+      The state, or the tree with it. Its statistics have the sharding of their parameters. A
+      statistic that gradients of a wider dtype had widened keeps that dtype.
 
     Raises:
       ValueError: If the export is damaged, or is one of other params or of another transformation;
         the error names the paths on both sides. Also if `frozen` does not fit the params, or if one
         of two leaves that share a buffer would be frozen and the other not.
-      TypeError: If `tx` is not a transformation, or its state holds no `FreezeState`.
+      TypeError: If `tx` is neither a transformation nor a tree with a `FreezeState`, or its state
+        holds no `FreezeState`.
     """
     about = with_present_paths(unpack_text(exported), param_leaves(params))
-    with ignoring_specs(), collect_ties() as groups:
-        abstract = abstract_init(as_transformation("import_state", tx).init, params)
-    plan = _plan(about, only_state("import_state", abstract).plan, params)
-    template = Leaves(replace_state(abstract, _abstract_state(plan, params)))
+    like, groups = _tree_like(tx, params)
+    plan = _plan(about, only_state("import_state", like).plan, params)
+    template = Leaves(replace_state(like, _abstract_state(plan, params)))
     values = iter(decoded_leaves(about["leaves"], exported.get("leaves"), template))
-    tree = template.rebuild(x if is_hole(x) else next(values) for x in template.values)
+    tree = template.rebuild(
+        x if is_hole(x) else _as_before(next(values), x) for x in template.values
+    )
     tree = replace_state(tree, _place(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, params, frozen)
@@ -83,6 +87,28 @@ def import_state(
     for flags in [flags for _, flags in plan.schedule] or [plan.frozen]:
         check_mask(plan, leaves, plan.mask_of(flags), groups)
     return tree
+
+
+def _tree_like(tx: Any, params: Any) -> tuple[Any, list[Group]]:
+    """Returns a tree of the structure of the exported one, and the groups of each `tie` in it."""
+    with collect_ties() as groups:
+        if states_in(tx):
+            plan = only_state("import_state", tx).plan
+            plan.flags(param_leaves(params), "params")
+            wanted = [cohort != DROPPED for cohort in plan.cohorts]
+            abstract_init(lambda params: init_leaves(plan, params, wanted), params)
+            return tx, groups
+        with ignoring_specs():
+            return abstract_init(as_transformation("import_state", tx).init, params), groups
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """Returns a new leaf with the kind and the sharding of the old one, which may be abstract."""
+    if not is_array(old):
+        return type(old)(new.item())
+    if isinstance(old, np.ndarray | np.generic):
+        return np.array(new) if isinstance(old, np.ndarray) else np.asarray(new)[()]
+    return jax.device_put(new, old.sharding) if _is_sharded(old) else new
 
 
 def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves) -> list[Any]:
@@ -93,13 +119,21 @@ def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves)
             f"the export is damaged: its 'leaves' is a {type(arrays).__name__}, not a dict"
         )
     pairs = zip(template.paths, template.values, strict=True)
-    leaves = [(path, leaf) for path, leaf in pairs if not is_hole(leaf)]
+    leaves = [(path, as_array(leaf, path)) for path, leaf in pairs if not is_hole(leaf)]
     if len(leaves) == len(entries):
         leaf_entries = zip(leaves, entries, strict=True)
         leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in leaf_entries]
     in_export = [(entry["path"], _description(entry)) for entry in entries]
     expected = [(path, _description(describe_leaf(leaf))) for path, leaf in leaves]
     if in_export != expected:
+        place = _place_of_state(dict(in_export), dict(expected))
+        if place is not None:
+            others = [path for path, _ in in_export if not path.startswith(f"{place}/")]
+            raise ValueError(
+                f"the export is of a tree that holds the state at {place!r}, beside "
+                f"{quoted_list(others)}; give such a tree in place of the transformation: "
+                "fo.import_state(tree, params, exported)"
+            )
         differences = _differences(dict(in_export), dict(expected))
         raise ValueError(f"the export is not of a state of this transformation: {differences}")
     # In order, not by path: a key with a slash can make two leaves share one.
@@ -278,6 +312,18 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
 
     pairs = zip(layout.places(state.inner), layout.owners, strict=True)
     return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
+
+
+def _place_of_state(exported: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """Returns the path of a node of an export that has all the expected leaves, if there is one."""
+    first, entry = next(iter(expected.items()), ("", None))
+    for path, other in exported.items():
+        place = path.removesuffix(f"/{first}")
+        if place != path and other == entry:
+            below = {f"{place}/{name}": x for name, x in expected.items()}
+            if below.items() <= exported.items():
+                return place
+    return None
 
 
 def _differences(exported: dict[str, Any], expected: dict[str, Any]) -> str:

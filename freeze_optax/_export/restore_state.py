@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._export.encoding import unpack_text
@@ -13,7 +11,6 @@ from freeze_optax._export.import_state import decoded_leaves
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.holes import is_hole
-from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 
@@ -47,12 +44,8 @@ def restore_state(target: FreezeState, saved: Any) -> FreezeState:
     about = unpack_text(saved)
     _check_plan(about, target.plan)
     leaves = Leaves(target)
-    values = [x if is_hole(x) or is_array(x) else jnp.asarray(x) for x in leaves.values]
-    template = Leaves.with_values(target, values, leaves.treedef, leaves.paths)
-    restored = iter(decoded_leaves(about["leaves"], saved.get("leaves"), template))
-    return jax.tree.unflatten(
-        leaves.treedef, [x if is_hole(x) else next(restored) for x in leaves.values]
-    )
+    restored = iter(decoded_leaves(about["leaves"], saved.get("leaves"), leaves))
+    return leaves.rebuild(x if is_hole(x) else next(restored) for x in leaves.values)
 
 
 def _check_plan(about: dict[str, Any], plan: Plan) -> None:

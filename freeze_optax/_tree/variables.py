@@ -27,6 +27,12 @@ def is_box_type(cls: type) -> bool:
     )
 
 
+def is_nnx_object(x: Any) -> bool:
+    """Returns whether `x` is an NNX module, an `nnx.Optimizer` or another object of their kind."""
+    bases = type(x).__mro__
+    return any(b.__module__.startswith("flax.nnx") and b.__name__ == "Pytree" for b in bases)
+
+
 def is_variable(x: Any) -> bool:
     """Returns whether `x` is an NNX Variable."""
     return is_variable_type(type(x))
