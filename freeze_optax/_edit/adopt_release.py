@@ -19,6 +19,7 @@ from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.kinds import can_train, number_kind
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import few_clauses
+from freeze_optax._tree.overwritten import optimized_params
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 
@@ -50,6 +51,7 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
       ValueError: If `inner_state` is not a state of that transformation for these params. The
         error names what differs.
     """
+    params = optimized_params(params)
     plan = _plan_for("adopt", tx, params)
     leaves = param_leaves(params)
     frozen = tuple(not can_train(leaf) for leaf in leaves.values)

@@ -172,6 +172,6 @@ def _edit(
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:
     """Raises if leaves of one shared buffer or one tied group are not frozen alike."""
     by_path = dict(zip(plan.paths, mask, strict=True))
-    check_ties(leaves, plan.in_order_of(leaves, mask, "params"))
+    check_ties(leaves, plan.in_order_of(leaves, mask, "params", overwritten=False))
     for group in groups:
         check_group([(path, by_path[path]) for path in group], TIED)

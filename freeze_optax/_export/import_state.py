@@ -26,6 +26,7 @@ from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
+from freeze_optax._tree.overwritten import optimized_params
 from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
 
 
@@ -73,6 +74,9 @@ def import_state(
         holds no `FreezeState`.
     """
     about = with_present_paths(unpack_text(exported), param_leaves(params))
+    variables = params
+    if about["paths"] != list(param_leaves(params).paths):
+        params = optimized_params(params)
     like, groups = _tree_like(tx, params)
     plan = _plan(about, only_state("import_state", like).plan, params)
     template = Leaves(replace_state(like, _abstract_state(plan, params)))
@@ -82,7 +86,7 @@ def import_state(
     )
     tree = replace_state(tree, _place(only_state("import_state", tree), params))
     if frozen is not None:
-        tree = set_frozen(tree, params, frozen)
+        tree = set_frozen(tree, variables, frozen)
     plan, leaves = only_state("import_state", tree).plan, param_leaves(params)
     for flags in [flags for _, flags in plan.schedule] or [plan.frozen]:
         check_mask(plan, leaves, plan.mask_of(flags), groups)

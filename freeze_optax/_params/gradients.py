@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.rows import Flag, Rows, flag_or
-from freeze_optax._rows.take_put import scatter_rows, take_rows, with_live_rows
+from freeze_optax._rows.take_put import put_rows, scatter_rows, take_rows, with_live_rows
 from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_in_spec
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.overwritten import overwritten
 
 
 def value_and_grad(
@@ -43,7 +46,9 @@ def value_and_grad(
       A function that takes the arguments of `fun` and returns a pair: the value of `fun`, and the
       gradient. The gradient has the structure of the params. At frozen leaves it has zeros, or
       holes with `holes=True`; the zeros have the dtype `jax.dtypes.float0` where the dtype of the
-      leaf has no gradient. Where a leaf is frozen in part, the gradient has zeros at the frozen
+      leaf has no gradient. In Flax's collection `_overwrite_with_gradient` (the scales of fp8
+      layers), where the gradient is the next value, a frozen leaf has its present value, also with
+      `holes=True`. Where a leaf is frozen in part, the gradient has zeros at the frozen
       rows, or with `holes=True` only the rows that train.
 
     Raises:
@@ -109,13 +114,18 @@ def _value_and_grad(
     ]
     value, gradients = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
     zeros, remaining = Zeros(), iter(gradients)
-    pairs = zip(leaves.values, flags, strict=True)
-    if holes:
-        return value, leaves.rebuild(HOLE if flag is True else next(remaining) for _, flag in pairs)
-    return value, leaves.fill_leaves(
-        zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag)
-        for x, flag in pairs
-    )
+
+    def gradient(x: Any, flag: Flag, is_overwritten: bool) -> Any:
+        if is_overwritten:  # by what is returned here
+            new = None if flag is True else next(remaining)
+            return _copy(x) if flag is True else put_rows(x, ~flag, new) if flag else new
+        if holes:
+            return HOLE if flag is True else next(remaining)
+        return zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag)
+
+    triples = zip(leaves.values, flags, overwritten(leaves), strict=True)
+    new = [gradient(*triple) for triple in triples]
+    return value, leaves.rebuild(new) if holes else leaves.fill_leaves(new)
 
 
 def _live_rows(leaf: Any, frozen: Flag) -> Any:
@@ -127,6 +137,12 @@ def _live_leaf(leaf: Any, frozen: Flag, remaining: Iterator[Any]) -> Any:
     """Returns the whole leaf that `fun` needs, made with the next trainable argument."""
     live = next(remaining)
     return with_live_rows(leaf, live, ~frozen) if isinstance(frozen, Rows) else live
+
+
+def _copy(leaf: Any) -> Any:
+    """Returns the leaf, in a buffer of its own, so that the params can be donated beside it."""
+    is_concrete = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+    return leaf.copy() if is_concrete else leaf
 
 
 def _with_zero_rows(gradient: Any, frozen: Flag) -> Any:

@@ -1,6 +1,6 @@
 """The bytes of an optimizer state, in all and for each leaf."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, final
 
 import optax
@@ -16,6 +16,7 @@ from freeze_optax._transform.freezable import freezable, ignoring_specs
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import path_differences
+from freeze_optax._tree.overwritten import optimized_params, paths_in_params
 
 
 class StateBytes(NamedTuple):
@@ -29,6 +30,11 @@ class StateBytes(NamedTuple):
 
     total: int
     by_leaf: list[int | None]
+
+    def spread(self, flags: Iterable[bool]) -> "StateBytes":
+        """Returns the same bytes, with 0 bytes for each further leaf, whose flag is not set."""
+        remaining = iter(self.by_leaf)
+        return StateBytes(self.total, [next(remaining) if flag else 0 for flag in flags])
 
 
 @final
@@ -67,6 +73,12 @@ def state_bytes(
       ValueError: If `optimizer` contains several `freezable`s, or the state is not one of it.
     """
     state, leaves = state_in_spec(frozen), param_leaves(params)
+    in_params = paths_in_params(leaves)
+    if in_params and not (state and state.plan.paths == leaves.paths):
+        own = [flag for flag, path in zip(flags, in_params, strict=True) if path is not None]
+        found = state_bytes(optimized_params(params), frozen, own, optimizer)
+        present, unfrozen = (x and x.spread(path is not None for path in in_params) for x in found)
+        return present, unfrozen
     steps = [schedule.step for schedule in schedules_in_spec(frozen)] if state else []
     if optimizer is None:
         inner, around, unfrozen = _inner_of(state), 0, None

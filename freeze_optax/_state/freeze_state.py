@@ -124,7 +124,7 @@ class ScheduledState(NamedTuple):
         """
         plan = self.state.plan
         masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
-        return [plan.in_order_of(leaves, mask, "params") for mask in masks]
+        return [plan.in_order_of(leaves, mask, "params", overwritten=False) for mask in masks]
 
 
 class AnyAges:

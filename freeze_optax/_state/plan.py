@@ -17,6 +17,7 @@ from freeze_optax._tree.key_paths import check_unique
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, rewrap_copies
 from freeze_optax._tree.messages import path_differences, quoted_list
+from freeze_optax._tree.overwritten import OVERWRITE_WITH_GRADIENT, paths_in_params
 
 T = TypeVar("T")
 
@@ -24,7 +25,9 @@ DROPPED = -1
 """The cohort of a leaf that keeps no optimizer state."""
 
 
-def _reordered(paths: Sequence[str], values: Sequence[T], wanted_paths: Sequence[str]) -> list[T]:
+def _reordered(
+    paths: Sequence[str | None], values: Sequence[T], wanted_paths: Sequence[str]
+) -> list[T]:
     """Returns the values, one for each of `paths`, in the order of `wanted_paths`."""
     by_path = dict(zip(paths, values, strict=True))
     return [by_path[path] for path in wanted_paths]
@@ -227,15 +230,19 @@ class Plan:
         Raises:
           ValueError: If the paths differ, naming those that differ.
         """
-        return tuple(self.in_order_of(leaves, self.mask, role))
+        return tuple(self.in_order_of(leaves, self.mask, role, overwritten=False))
 
-    def in_order_of(self, leaves: Leaves, values: Sequence[T], role: str) -> Sequence[T]:
+    def in_order_of(
+        self, leaves: Leaves, values: Sequence[T], role: str, overwritten: T | None = None
+    ) -> Sequence[T]:
         """Returns values for the leaves, in the order of `leaves`.
 
         Args:
           leaves: As for `flags`.
           values: One value for each leaf, in the plan's order.
           role: As for `flags`.
+          overwritten: The value for leaves that their gradient overwrites, which stand beside the
+            params. If None, a tree with such leaves does not fit.
 
         Returns:
           The values, one for each leaf.
@@ -254,9 +261,21 @@ class Plan:
             return values
         if sorted(leaves.paths) == sorted(self.paths):
             return _reordered(self.paths, values, leaves.paths)
+        in_params, paths = paths_in_params(leaves), leaves.paths
+        if in_params:
+            paths = tuple(path for path in in_params if path is not None)
+        if in_params and sorted(paths) == sorted(self.paths):
+            if overwritten is not None:
+                by_path = dict(zip(self.paths, values, strict=True))
+                return [overwritten if x is None else by_path[x] for x in in_params]
+            raise ValueError(
+                f"the {role} is of all variables, but the optimizer state is of the params alone; "
+                "write tx.update(grads['params'], state, variables['params']), as the TrainState "
+                f"of Flax does, and take the next {OVERWRITE_WITH_GRADIENT!r} from the gradient"
+            )
         raise ValueError(
             f"the {role} and the optimizer state are of different params: "
-            + path_differences(leaves.paths, self.paths, f"in the {role}", "in the state")
+            + path_differences(paths, self.paths, f"in the {role}", "in the state")
         )
 
     def in_plan_order(self, leaves: Leaves, values: Sequence[T]) -> list[T]:
@@ -275,7 +294,8 @@ class Plan:
         if self.knows_structure(leaves):
             return list(values)
         check_unique(self.paths, "params")
-        return _reordered(leaves.paths, values, self.paths)
+        in_params = None if leaves.paths == self.paths else paths_in_params(leaves)
+        return _reordered(in_params or leaves.paths, values, self.paths)
 
     def knows_structure(self, leaves: Leaves) -> bool:
         """Returns whether the structure of a tree is known to be one of the params."""
