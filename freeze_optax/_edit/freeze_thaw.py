@@ -11,10 +11,10 @@ from freeze_optax._edit.repartition import repartition_state
 from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._edit.transition import apply_transition
 from freeze_optax._rows.rows import Flag, flag_minus, flag_or
+from freeze_optax._select.selector import can_thaw
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
-from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 
@@ -100,8 +100,9 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
     """
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = plan.in_plan_order(leaves, as_selector(where).flags(leaves))
-        trainable = plan.in_plan_order(leaves, [can_train(leaf) for leaf in leaves.values])
+        flags = as_selector(where).flags(leaves)
+        selected = plan.in_plan_order(leaves, flags)
+        trainable = plan.in_plan_order(leaves, can_thaw(flags, leaves))
         triples = zip(plan.mask, selected, trainable, strict=True)
         return [
             flag_minus(frozen, thawed) if can_be_trained else frozen

@@ -5,7 +5,7 @@ import functools
 import io
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -26,7 +26,8 @@ from freeze_optax._state.shared_buffers import check_ties, first_of_buffer
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.messages import printable
+from freeze_optax._tree.messages import printable, quoted_list
+from freeze_optax._tree.quantized import quantized_nodes
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 
@@ -103,6 +104,7 @@ class Summary(Counts):
     _root: Node = dataclasses.field(compare=False)
     _lines: list[Line] = dataclasses.field(compare=False)
     _depth: int | None = dataclasses.field(compare=False)
+    _quantized: Sequence[str] = dataclasses.field(default=(), compare=False)
 
     @property
     def headline(self) -> str:
@@ -201,6 +203,11 @@ class Summary(Counts):
             saved = self.saved_bytes or 0
             less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
+        if self._quantized:
+            count = len(self._quantized)
+            names = quoted_list(self._quantized, 2)
+            nodes = "1 node" if count == 1 else f"{count:,} nodes"
+            notes.append(f"quantized: {nodes}, frozen as a whole: {names}")
         return notes
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -345,7 +352,14 @@ def summary(
         Row(**x.counts.to_dict(), path=x.path, status=x.counts.status, same_as=x.node.same_as)
         for x in shown
     ]
-    return Summary(**counts, rows=rows, _root=root, _lines=shown, _depth=depth)
+    quantized = [
+        printable(node.path(leaves)) or _ROOT
+        for node in quantized_nodes(leaves)
+        if all(flags[i] is True for i in (node.stored, *node.companions))
+    ]
+    return Summary(
+        **counts, rows=rows, _root=root, _lines=shown, _depth=depth, _quantized=quantized
+    )
 
 
 def _levels(depth: Any) -> int:

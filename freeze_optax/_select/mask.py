@@ -12,8 +12,9 @@ def mask(spec: Spec, tree: Any) -> Any:
 
     The mask is True at each leaf that the spec selects. It is also True at each leaf that cannot be
     trained, whatever the spec says: integers, bools, PRNG keys, and anything that is neither an
-    array nor a Python float or complex number. `spec(tree)`, where the spec is a selector, is the
-    mask without this second rule.
+    array nor a Python float or complex number. The leaves of a quantized array, its values of a few
+    bits and their scales, are frozen together, unless the spec selects the values and not a scale.
+    `spec(tree)`, where the spec is a selector, is the mask without these rules.
 
     Examples:
       >>> import jax

@@ -22,6 +22,7 @@ from freeze_optax._tree.key_paths import nodes_of
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import nearest_names
+from freeze_optax._tree.quantized import QuantizedNode, quantized_nodes
 
 
 class Selector(abc.ABC):
@@ -102,7 +103,7 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        frozen = with_untrainable(self.flags(leaves), leaves)
+        frozen = with_untrainable(self.flags(leaves), leaves, quantized_nodes(leaves))
         for path, flag in zip(leaves.paths, frozen, strict=True):
             if isinstance(flag, Rows):
                 raise ValueError(
@@ -211,12 +212,21 @@ everything = _All(True)
 nothing = _All(False)
 
 
-def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = False) -> list[Flag]:
+def with_untrainable(
+    raw: Sequence[Flag],
+    leaves: Leaves,
+    quantized: Sequence[QuantizedNode],
+    partitioned: bool = False,
+) -> list[Flag]:
     """Returns the flags of what is frozen: what is selected, and all leaves that cannot be trained.
+
+    A quantized node is frozen as a whole, with one exception: where its values are selected and
+    another leaf of it is not, the spec tells them apart, and that other leaf trains.
 
     Args:
       raw: For each leaf, whether it is selected, or which of its rows.
       leaves: The leaves of the params.
+      quantized: The quantized nodes to keep whole.
       partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
 
     Raises:
@@ -224,6 +234,15 @@ def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = Fa
     """
     pairs = zip(raw, leaves.values, strict=True)
     flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
+    for node in quantized:
+        flags[node.stored] = True
+        for i in node.companions if raw[node.stored] is not True else ():
+            flags[i] = True
+    _check_rows(flags, leaves, partitioned)
+    return flags
+
+
+def _check_rows(flags: Sequence[Flag], leaves: Leaves, partitioned: bool) -> None:
     # The error alone reads the paths: their text takes time to make, and this runs in each eager
     # step.
     for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
@@ -232,6 +251,22 @@ def with_untrainable(raw: Sequence[Flag], leaves: Leaves, partitioned: bool = Fa
                 f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
                 f"{np.shape(leaf)}"
             )
+
+
+def can_thaw(selected: Sequence[Flag], leaves: Leaves) -> list[bool]:
+    """Returns for each leaf whether `thaw` trains it, where it is selected.
+
+    A leaf of a quantized node trains only if it is selected apart from the node's values.
+
+    Args:
+      selected: For each leaf, whether it is selected, or which of its rows.
+      leaves: The leaves of the params.
+    """
+    flags = list(map(can_train, leaves.values))
+    for node in quantized_nodes(leaves):
+        flags[node.stored] = False
+        for i in node.companions if selected[node.stored] is not False else ():
+            flags[i] = False
     return flags
 
 

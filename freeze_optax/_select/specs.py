@@ -16,6 +16,7 @@ from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import ancestors, check_unique, nodes_of
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
+from freeze_optax._tree.quantized import quantized_nodes
 
 Spec: TypeAlias = Any
 """What an argument named `frozen` or `where` accepts. Any tree of bools is one, so it is `Any`."""
@@ -254,4 +255,8 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
       leaves: The leaves of the params.
       partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
     """
-    return with_untrainable(as_selector(spec).flags(leaves), leaves, partitioned)
+    selector = as_selector(spec)
+    flags = selector.flags(leaves)
+    # A state was resolved at `init`. One of an older version may train a part of a quantized node.
+    nodes = [] if isinstance(selector, _Planned) else quantized_nodes(leaves)
+    return with_untrainable(flags, leaves, nodes, partitioned)

@@ -54,3 +54,25 @@ def is_numpy_only(leaf: Any) -> bool:
 def can_train(leaf: Any) -> bool:
     """Returns whether a gradient step can change `leaf`: float and complex arrays and numbers."""
     return number_kind(leaf) == "inexact"
+
+
+def is_storage(leaf: Any) -> bool:
+    """Returns whether `leaf` is an array of a dtype that quantized weights are stored in.
+
+    These are the integers and floats of at most eight bits, but not the exponents that are scales.
+    """
+    return is_array(leaf) and _is_storage_dtype(leaf.dtype)
+
+
+def is_scale(leaf: Any) -> bool:
+    """Returns whether `leaf` is an array of exponents, the scales of block formats."""
+    return is_array(leaf) and leaf.dtype == jnp.float8_e8m0fnu
+
+
+@functools.cache
+def _is_storage_dtype(dtype: Any) -> bool:
+    if dtype == jnp.float8_e8m0fnu:
+        return False
+    if jnp.issubdtype(dtype, jnp.integer) and _dtype_kind(dtype) == "exact":
+        return jnp.iinfo(dtype).bits <= 8
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8

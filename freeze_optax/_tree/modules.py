@@ -1,15 +1,16 @@
 """The modules of a model by path: nodes of its tree, or a table that `linen` or `nnx` makes."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.key_paths import path_text
-from freeze_optax._tree.variables import is_variable_or_box
+from freeze_optax._tree.variables import is_box_type, is_variable_or_box, is_variable_type
 
 KeyPath = tuple[Any, ...]
 Children = Callable[[Any], list[tuple[KeyPath, Any]] | None]
@@ -87,17 +88,42 @@ def _is_above(node: Any, chain: Any) -> bool:
 
 
 _CONTAINERS = (dict, list, tuple, type(None))
+_NNX_MODULE = "flax.nnx.module.Module"
 # By name, as flax may not be installed: the state that NNX keeps in a module.
 _FLAX_WRAPPERS = {"flax.nnx.pytreelib.PytreeState"}
 
 
 def is_module(node: Any) -> bool:
-    """Returns whether a node can be a module: no container, hole or Flax wrapper."""
-    if type(node) in _CONTAINERS or is_hole(node) or is_variable_or_box(node):
+    """Returns whether a node can be a module: no container, hole, Variable, box or Flax wrapper."""
+    return is_module_type(type(node))
+
+
+@functools.cache
+def is_module_type(cls: type) -> bool:
+    """Returns whether nodes of a class can be modules."""
+    is_wrapper = is_variable_type(cls) or is_box_type(cls)
+    if cls in _CONTAINERS or issubclass(cls, type(HOLE)) or is_wrapper:
         return False
-    bases = {f"{base.__module__}.{base.__name__}" for base in type(node).__mro__}
+    bases = _base_names(cls)
     if bases & _FLAX_WRAPPERS:
         return False
     # Dataclasses of chex are Mappings too, and so is nnx.Dict.
-    is_class = dataclasses.is_dataclass(node) or "flax.nnx.module.Module" in bases
-    return is_class or not isinstance(node, Mapping)
+    is_class = dataclasses.is_dataclass(cls) or _NNX_MODULE in bases
+    return is_class or not issubclass(cls, Mapping)
+
+
+def is_framework_module(cls: type) -> bool:
+    """Returns whether a class is an NNX or Equinox module, which has params of its own."""
+    bases = _base_names(cls)
+    is_equinox = any(x.startswith("equinox.") and x.endswith(".Module") for x in bases)
+    return is_equinox or _NNX_MODULE in bases
+
+
+def is_sparse_type(cls: type) -> bool:
+    """Returns whether a class is one of the sparse matrices of `jax.experimental.sparse`."""
+    return any(name.startswith("jax.experimental.sparse.") for name in _base_names(cls))
+
+
+def _base_names(cls: type) -> set[str]:
+    # By name, because an import of these packages would cost every user time.
+    return {f"{base.__module__}.{base.__name__}" for base in cls.__mro__}

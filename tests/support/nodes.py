@@ -1,5 +1,8 @@
 """Nodes of pytrees as users register them."""
 
+import dataclasses
+from typing import Any
+
 import jax
 
 
@@ -16,3 +19,17 @@ class Keyless:
     @classmethod
     def tree_unflatten(cls, aux, children):
         return cls(*children)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Quantized:
+    """An array of few bits with its scale, as quantization libraries have it."""
+
+    values: Any
+    scale: Any
+    zero_point: Any = None
+
+    def dequantized(self):
+        zero_point = 0 if self.zero_point is None else self.zero_point
+        return (self.values.astype(self.scale.dtype) - zero_point) * self.scale
