@@ -10,8 +10,7 @@ from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.take_put import put_rows
-from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import resolve
+from freeze_optax._select.specs import untrainable
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import CLOCK, COUNTER, Place, array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
@@ -56,7 +55,7 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
     params = optimized_params(params)
     plan = _plan_for("adopt", tx, params)
     leaves = param_leaves(params)
-    frozen = [flag is True for flag in resolve(nothing, leaves)]
+    frozen = [flag is True for flag in untrainable(leaves)]
     plan = Plan.from_flags(plan.paths, frozen, plan.context)
     layout = plan.layout
     values = layout.places(inner_state)

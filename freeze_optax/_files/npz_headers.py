@@ -15,9 +15,15 @@ from freeze_optax._files.abstract_arrays import as_abstract_array
 from freeze_optax._tree.messages import quoted_list
 
 # NumPy does not know the dtypes of machine learning, and stores them as raw bytes. Only one of them
-# has two bytes. Several have one byte, float8s and integers of four bits: float8_e4m3fn stands for
-# all of these. Without it they would not be counted at all, and with it their bytes are right.
-_RAW: dict[str, Any] = {"V2": jnp.bfloat16, "V1": jnp.float8_e4m3fn}
+# has two bytes.
+_BFLOAT16 = np.dtype("V2")
+
+# Many have one byte: float8s, float4 and integers of a few bits. Which one it was is not stored, so
+# the array stays raw, and is an error unless it is frozen.
+_ONE_BYTE = np.dtype("V1")
+
+# This one has the character of a float, and NumPy itself can't read what it writes for it.
+_FLOAT8_E5M2 = (b"'descr': '<f1'", b"'descr': '|V1'")
 
 _INFLATED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1_032}
 """The compressions that NumPy uses, each with the most bytes that it can make of one byte. Python
@@ -79,10 +85,15 @@ def _npy(member: IO[bytes], size: int) -> jax.ShapeDtypeStruct | None:
         )
     first = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, _, stored = read(io.BytesIO(length + member.read(count)))
-    raw = stored.names is None and stored.subdtype is None
-    dtype = np.dtype(_RAW.get(stored.str.lstrip("<>|"), stored) if raw else stored)
+    header = member.read(count)
+    known = header.replace(*_FLOAT8_E5M2)
+    shape, _, stored = read(io.BytesIO(length + known))
+    if known != header:
+        stored = np.dtype(jnp.float8_e5m2)
+    dtype = np.dtype(jnp.bfloat16) if stored.newbyteorder("=") == _BFLOAT16 else stored
     leaf = as_abstract_array(shape, dtype)
+    if stored == _ONE_BYTE:
+        leaf = jax.ShapeDtypeStruct(tuple(shape), stored)
     if not stored.hasobject and member.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} has the wrong size")
     return leaf

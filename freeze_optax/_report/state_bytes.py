@@ -94,7 +94,7 @@ def state_bytes(
     now = _state_bytes(state, leaves, around)
     if inner is None:
         return now, None
-    unfrozen = unfrozen or abstract_init(freezable(inner).init, params)
+    unfrozen = unfrozen or _unfrozen(inner, params)
     return now, _state_bytes(unfrozen, leaves, around)
 
 
@@ -122,7 +122,7 @@ def _find_inner(
             "as optax.adamw(1e-3)"
         )
     without_specs = _without_specs(optimizer)
-    unfrozen = abstract_init(freezable(without_specs).init, params)
+    unfrozen = _unfrozen(without_specs, params)
     states = states_in(unfrozen.inner)
     if not states:
         return optimizer, 0, unfrozen
@@ -135,6 +135,12 @@ def _find_inner(
     steps = [schedule.step for schedule in schedules_in(complete)] if is_stepped else []
     around = total_bytes(complete) - total_bytes([states_in(complete), steps])
     return _inner_of(states[0]), around, None
+
+
+def _unfrozen(inner: Any, params: Any) -> FreezeState:
+    """Returns the state that `inner` has if all that can train does, as shapes."""
+    with ignoring_specs():
+        return abstract_init(freezable(inner).init, params)
 
 
 def _without_specs(optimizer: Any) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, final
 
+import jax
 import numpy as np
 from jax.core import Tracer
 
@@ -13,6 +14,7 @@ from freeze_optax._select.specs import Spec, as_selector
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.modules import is_sparse_type
 
 
 @final
@@ -22,8 +24,25 @@ class _Rows(Selector):
 
     def flags(self, leaves: Leaves) -> list[Flag]:
         selected = self._selector.flags(leaves)
+        self._check_dense(leaves, selected)
         triples = zip(leaves.paths, leaves.values, selected, strict=True)
         return [self._flag(path, leaf, flag) for path, leaf, flag in triples]
+
+    def _check_dense(self, leaves: Leaves, selected: Sequence[Flag]) -> None:
+        """Raises if a selected leaf is in a sparse matrix, where an array has no row for each row.
+
+        The leading axis of a batched one is that of the matrix, so its rows are right.
+        """
+        nodes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_sparse_type(type(x)))
+        for path, node in zip(nodes.paths, nodes.values, strict=True):
+            if not is_sparse_type(type(node)) or _is_batched(node):
+                continue
+            below = leaves.flags_below({path})
+            if any(a and b is not False for a, b in zip(below, selected, strict=True)):
+                raise ValueError(
+                    f"{self!r}: {path!r} is a sparse matrix, a {type(node).__name__}, which stores "
+                    "entries and no rows; freeze all of it, or make it dense: .todense()"
+                )
 
     def _flag(self, path: str, leaf: Any, flag: Flag) -> Flag:
         shape = getattr(leaf, "shape", ()) if is_array(leaf) else ()
@@ -48,6 +67,14 @@ class _Rows(Selector):
         else:
             text = f"{len(rows)} {'bools' if rows.dtype == bool else 'indices'}"
         return f"rows({self._selector!r}, {text})"
+
+
+def _is_batched(matrix: Any) -> bool:
+    """Whether the rows of a sparse matrix are those of each of its arrays."""
+    arrays = [x for x in jax.tree.leaves(matrix) if is_array(x)]
+    return bool(getattr(matrix, "n_batch", 0)) and all(
+        x.shape[:1] == matrix.shape[:1] for x in arrays
+    )
 
 
 def _problem(rows: slice | np.ndarray, count: int) -> str:

@@ -19,7 +19,7 @@ from freeze_optax._rows.rows import (
 from freeze_optax._tree.globs import compile_glob
 from freeze_optax._tree.holes import is_placeholder
 from freeze_optax._tree.key_paths import nodes_of
-from freeze_optax._tree.kinds import can_train
+from freeze_optax._tree.kinds import can_train, why_lost
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import nearest_names
 from freeze_optax._tree.quantized import QuantizedNode, quantized_nodes
@@ -103,7 +103,9 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        frozen = with_untrainable(self.flags(leaves), leaves, quantized_nodes(leaves))
+        flags = self.flags(leaves)
+        check_not_lost([flag is not True for flag in flags], leaves)
+        frozen = with_untrainable(flags, leaves, quantized_nodes(leaves))
         for path, flag in zip(leaves.paths, frozen, strict=True):
             if isinstance(flag, Rows):
                 raise ValueError(
@@ -242,6 +244,25 @@ def with_untrainable(
     return flags
 
 
+def check_not_lost(selected: Sequence[bool], leaves: Leaves) -> None:
+    """Raises if one of the selected leaves is in a form that would silently not train.
+
+    Args:
+      selected: For each leaf, whether it is meant to train.
+      leaves: The leaves of the params.
+
+    Raises:
+      ValueError: Naming its path.
+    """
+    for i, (flag, leaf) in enumerate(zip(selected, leaves.values, strict=True)):
+        reason = flag and not can_train(leaf) and why_lost(leaf)
+        if reason:
+            raise ValueError(
+                f"the leaf {leaves.paths[i]!r} is {reason}; or freeze it by its path, as it can't "
+                "be trained so"
+            )
+
+
 def _check_rows(flags: Sequence[Flag], leaves: Leaves, partitioned: bool) -> None:
     # The error alone reads the paths: their text takes time to make, and this runs in each eager
     # step.
@@ -261,7 +282,11 @@ def can_thaw(selected: Sequence[Flag], leaves: Leaves) -> list[bool]:
     Args:
       selected: For each leaf, whether it is selected, or which of its rows.
       leaves: The leaves of the params.
+
+    Raises:
+      ValueError: As `check_not_lost`.
     """
+    check_not_lost([flag is not False for flag in selected], leaves)
     flags = list(map(can_train, leaves.values))
     for node in quantized_nodes(leaves):
         flags[node.stored] = False

@@ -9,7 +9,14 @@ import optax
 from jax.core import Tracer
 
 from freeze_optax._rows.rows import Flag, flag_from_vector, flag_union
-from freeze_optax._select.selector import Path, Selector, everything, nothing, with_untrainable
+from freeze_optax._select.selector import (
+    Path,
+    Selector,
+    check_not_lost,
+    everything,
+    nothing,
+    with_untrainable,
+)
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
 from freeze_optax._state.plan import Plan
 from freeze_optax._tree.holes import is_hole
@@ -254,9 +261,19 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
       spec: Any spec, see `freeze_optax.mask`.
       leaves: The leaves of the params.
       partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
+
+    Raises:
+      ValueError: If the spec does not fit, or if a leaf that is not selected would silently not
+        train (see `check_not_lost`).
     """
     selector = as_selector(spec)
     flags = selector.flags(leaves)
+    check_not_lost([flag is not True for flag in flags], leaves)
     # A state was resolved at `init`. One of an older version may train a part of a quantized node.
     nodes = [] if isinstance(selector, _Planned) else quantized_nodes(leaves)
     return with_untrainable(flags, leaves, nodes, partitioned)
+
+
+def untrainable(leaves: Leaves) -> list[Flag]:
+    """Returns the flags of the leaves that are frozen under any spec, without an error for any."""
+    return with_untrainable([False] * len(leaves.values), leaves, quantized_nodes(leaves))

@@ -15,7 +15,7 @@ from freeze_optax._rows.parts import is_hole_or_parts, join_parts, put_live_rows
 from freeze_optax._rows.rows import Flag, Rows
 from freeze_optax._rows.take_put import scatter_rows
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec, as_selector, resolve
+from freeze_optax._select.specs import Spec, as_selector, resolve, untrainable
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import AnyAges, FreezeState
 from freeze_optax._state.plan import Plan
@@ -100,7 +100,7 @@ def freezable(
         if is_placeholder(params):
             return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
         leaves = param_leaves(params)
-        flags = resolve(nothing if _take_specs_ignored() else selector, leaves)
+        flags = untrainable(leaves) if _take_specs_ignored() else resolve(selector, leaves)
         check_ties(leaves, flags)
         if all(flag is True for flag in flags):
             warnings.warn(

@@ -1,10 +1,12 @@
 """Kinds of leaf: which leaves are arrays, which hold numbers, and which can be trained."""
 
+import contextlib
 import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @functools.cache
@@ -31,7 +33,7 @@ def number_kind(leaf: Any) -> str:
       `"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`.
     """
     if is_array(leaf):
-        return _dtype_kind(leaf.dtype)
+        return "other" if is_ref(leaf) else _dtype_kind(leaf.dtype)
     if isinstance(leaf, float | complex):
         return "inexact"
     return "exact" if isinstance(leaf, int) else "other"
@@ -41,6 +43,52 @@ def is_array(leaf: Any) -> bool:
     """Returns whether `leaf` has a shape and a dtype, as JAX, NumPy and abstract arrays have."""
     # Classes such as jnp.float32 have these attributes too.
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def is_ref(leaf: Any) -> bool:
+    """Returns whether `leaf` is a reference to an array that changes in place (`jax.new_ref`)."""
+    # By name, as the class is private and was called ArrayRef.
+    cls = type(leaf)
+    is_reference = _is_ref_type(cls)
+    return type(leaf.aval).__name__ == "AbstractRef" if is_reference is None else is_reference
+
+
+@functools.cache
+def _is_ref_type(cls: type) -> bool | None:
+    """Whether a class is that of references; None for tracers, whose abstract value says it."""
+    if issubclass(cls, Tracer):
+        return None
+    return cls.__module__.startswith("jax.") and cls.__name__ in ("Ref", "ArrayRef", "MutableArray")
+
+
+def why_lost(leaf: Any) -> str:
+    """Says why params in `leaf` can't be trained though they seem to be; empty for other leaves.
+
+    The text continues "the leaf is".
+    """
+    if not is_array(leaf):
+        return ""
+    if is_ref(leaf):
+        return (
+            "a reference (jax.new_ref), which changes in place and has no gradient and no update; "
+            "put an array in its place: ref[...]"
+        )
+    return _why_raw(leaf.dtype) if isinstance(leaf.dtype, np.dtype) else ""
+
+
+_RAW = {
+    1: "np.load gives float8, float4 and small integers so; view it as what it was, "
+    "x.view(jnp.float8_e4m3fn), for example",
+    2: "np.load gives bfloat16 so; view it as what it was: x.view(jnp.bfloat16)",
+}
+
+
+@functools.cache
+def _why_raw(dtype: np.dtype[Any]) -> str:
+    is_raw = dtype.type is np.void and dtype.names is None and dtype.subdtype is None
+    if not is_raw or dtype.itemsize not in _RAW:
+        return ""
+    return f"raw bytes, of dtype {dtype.str[1:]}: {_RAW[dtype.itemsize]}"
 
 
 def is_numpy_only(leaf: Any) -> bool:
@@ -76,3 +124,13 @@ def _is_storage_dtype(dtype: Any) -> bool:
     if jnp.issubdtype(dtype, jnp.integer) and _dtype_kind(dtype) == "exact":
         return jnp.iinfo(dtype).bits <= 8
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
+
+
+@functools.cache
+def dtype_bits(dtype: Any) -> int:
+    """Returns the bits of one element, four for an int4, where NumPy has a whole byte."""
+    if dtype.itemsize == 1 and isinstance(dtype, np.dtype):
+        for info in (jnp.iinfo, jnp.finfo):
+            with contextlib.suppress(ValueError, TypeError):
+                return int(info(dtype).bits)
+    return 8 * dtype.itemsize

@@ -119,6 +119,7 @@ def is_framework_module(cls: type) -> bool:
     return is_equinox or _NNX_MODULE in bases
 
 
+@functools.cache
 def is_sparse_type(cls: type) -> bool:
     """Returns whether a class is one of the sparse matrices of `jax.experimental.sparse`."""
     return any(name.startswith("jax.experimental.sparse.") for name in _base_names(cls))

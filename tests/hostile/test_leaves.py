@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from jax import experimental
 
 import freeze_optax as fo
 
@@ -32,6 +33,7 @@ def deleted() -> jax.Array:
     return x
 
 
+new_ref = getattr(jax, "new_ref", None) or experimental.mutable_array  # its name before JAX 0.9
 UNTRAINABLE: dict[str, Any] = {
     "int": 3,
     "bool": True,
@@ -75,7 +77,12 @@ FROZEN: dict[str, Any] = {
     "float": 1.5,
     "big endian": np.ones(2, ">f4"),
     "long double": np.ones(2, np.longdouble),
+    # NumPy's files and references lose what would train: an error, unless a spec freezes it.
+    "raw bfloat16": np.ones(2, jnp.bfloat16).view("V2"),
+    "raw float8": np.ones(2, jnp.float8_e4m3fn).view("V1"),
+    "reference": new_ref(jnp.ones(2)),
 }
+LOST = ("raw bfloat16", "raw float8", "reference")
 STILL = {**UNTRAINABLE, **FROZEN}
 # Beside what no array of jax can be, a step can be taken, but no state be made without the spec.
 OF_JAX = [name for name in STILL if name not in ("big endian", "long double")]
@@ -312,3 +319,44 @@ def test_everything_that_needs_no_values_takes_abstract_leaves():
     assert fo.tied_paths({**abstract, "y": abstract["x"]}) == []
     assert fo.summary(abstract, "x", BARE).to_dict() == fo.summary(params, "x", BARE).to_dict()
     fo.Phases({0: "w", 1: fo.rows("x", [0])}).validate(abstract)
+
+
+TAKE_PARAMS: dict[str, Callable[[Any], Any]] = {
+    "mask": lambda params: fo.mask("w", params),
+    "labels": fo.path("w").labels,
+    "partition": lambda params: fo.partition(params, fo.nothing),
+    "grad": fo.grad(loss, fo.nothing),
+    "init": fo.freezable(BARE).init,
+    "scheduled": fo.scheduled(BARE, fo.Phases({0: "x", 5: "w"})).init,
+    "apply_updates": lambda params: fo.apply_updates(params, params),
+    "summary": fo.summary,
+    "summary of an optimizer": lambda params: fo.summary(params, "w", BARE),
+    "set_frozen": lambda params: fo.set_frozen(frozen_x(params), params, "w"),
+    "thaw": lambda params: fo.thaw(frozen_x(params), params, "x"),
+}
+
+
+def frozen_x(params: Any) -> Any:
+    return fo.freezable(BARE, "x").init(params)
+
+
+@pytest.mark.parametrize("take", TAKE_PARAMS.values(), ids=TAKE_PARAMS)
+def test_a_leaf_that_would_silently_not_train_is_an_error_with_its_path_and_the_remedy(take):
+    remedies = (r"x.view\(jnp.bfloat16\)", r"x.view\(jnp.float8_e4m3fn\)", r"ref\[...\]")
+    for name, remedy in zip(LOST, remedies, strict=True):
+        with pytest.raises(ValueError, match=f"the leaf 'x' is .*{remedy}.*; or freeze it"):
+            take({"w": W, "x": STILL[name]})
+
+
+def test_a_traced_reference_is_an_error_too():
+    def step(params):
+        return fo.partition(params, "w")[0]["w"]
+
+    with pytest.raises(ValueError, match="'x' is a reference"):
+        jax.jit(step)({"w": W, "x": new_ref(jnp.ones(2))})
+
+
+def test_the_views_that_the_errors_name_train():
+    for dtype, raw in (("bfloat16", "V2"), ("float8_e4m3fn", "V1")):
+        x = np.ones(2, dtype).view(raw).view(dtype)
+        assert fo.mask(fo.nothing, {"x": x}) == {"x": False}
