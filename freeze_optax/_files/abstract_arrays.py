@@ -21,9 +21,10 @@ def as_abstract_array(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct 
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"it holds an array of the shape {tuple(shape)}")
     dtype = np.dtype(dtype)
-    # NumPy counts a time span as a number, but not a bfloat16, which jnp.issubdtype counts.
+    # NumPy counts a time span as a number, but not a bfloat16, which jnp.issubdtype counts. For the
+    # formats that ml_dtypes adds to NumPy, not all of which an older JAX knows, `isbuiltin` is 2.
     is_number = jnp.issubdtype(dtype, np.number) and dtype.kind != "m"
-    if not (is_number or dtype == np.bool_):
+    if not (is_number or dtype == np.bool_ or dtype.isbuiltin == 2):
         return None
     return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freeze_optax._files.abstract_arrays import MOST_AXES
 
+# By name where JAX did not always have it. NumPy knows it from ml_dtypes, which JAX imports.
 _SAFETENSORS: dict[str, Any] = {
     "BOOL": jnp.bool_,
     "U8": jnp.uint8,
@@ -20,6 +22,8 @@ _SAFETENSORS: dict[str, Any] = {
     "I32": jnp.int32,
     "I64": jnp.int64,
     "F4": jnp.float4_e2m1fn,
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
     "F8_E5M2": jnp.float8_e5m2,
@@ -49,7 +53,7 @@ def read_safetensors_headers(file: Path) -> Iterator[tuple[str, Any]]:
                 shape = tuple(array.get_shape())
                 if len(shape) > MOST_AXES:
                     raise ValueError(f"{file} has {name!r} of over {MOST_AXES} axes")
-                yield name, jax.ShapeDtypeStruct(shape, _SAFETENSORS[dtype])
+                yield name, jax.ShapeDtypeStruct(shape, np.dtype(_SAFETENSORS[dtype]))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a valid .safetensors file: {error}") from error
 

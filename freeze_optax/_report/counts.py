@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from freeze_optax._former_names import with_present_names
 from freeze_optax._rows.rows import Flag
-from freeze_optax._tree.kinds import is_array, number_kind
+from freeze_optax._tree.kinds import dtype_bits, is_array, number_kind
 
 Status: TypeAlias = Literal["trainable", "frozen", "partial"]
 
@@ -25,10 +25,18 @@ def count_elements(leaf: Any) -> int:
 
 
 def leaf_bytes(leaf: Any) -> int:
-    """Returns the bytes of a leaf as jax counts them, also of an abstract array or a number."""
+    """Returns the bytes of a leaf, also of an abstract array or a number.
+
+    Elements of less than a byte (int4, float4) are packed, as files and accelerators have them.
+    """
+    return _bytes_of(leaf, count_elements(leaf))
+
+
+def _bytes_of(leaf: Any, count: int) -> int:
+    """Returns the bytes of some elements of a leaf."""
     if not is_array(leaf):
-        return jnp.result_type(leaf).itemsize if count_elements(leaf) else 0
-    return count_elements(leaf) * leaf.dtype.itemsize
+        return jnp.result_type(leaf).itemsize * count if count else 0
+    return -(-count * dtype_bits(leaf.dtype) // 8)
 
 
 def total_bytes(tree: Any) -> int:
@@ -99,7 +107,8 @@ class LeafCounts(Counts):
         if isinstance(flag, bool):
             frozen, frozen_size = (count, size) if flag else (0, 0)
         else:
-            frozen, frozen_size = (n // len(flag.mask) * flag.count for n in (count, size))
+            frozen = count // len(flag.mask) * flag.count
+            frozen_size = _bytes_of(leaf, frozen)
         trainable, trainable_size = count - frozen, size - frozen_size
         if is_alias:
             return cls(trainable_with_aliases=trainable, frozen_with_aliases=frozen)
