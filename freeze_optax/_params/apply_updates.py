@@ -67,7 +67,8 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
 
 
 def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
-    if np.ndim(update) and not frozen.fits(update, partitioned=True):
+    fits = np.ndim(update) == leaves.values[i].ndim and frozen.fits(update, partitioned=True)
+    if np.ndim(update) and not fits:
         raise ValueError(
             f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf is of "
             f"shape {leaves.values[i].shape}, and {~frozen!r} train; give an update of all rows or "

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 
 from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_not, flag_union
-from freeze_optax._rows.take_put import join_rows, put_rows, take_rows
+from freeze_optax._rows.take_put import below_axes, join_rows, put_rows, take_rows
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.key_paths import Transparent
+from freeze_optax._tree.kinds import rank
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.variables import is_variable_or_box, rewrap_variable, unwrap_variable
 
@@ -52,13 +53,25 @@ def is_hole_or_parts(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode | Parts)
 
 
-def join_parts(value: Any) -> Any:
-    """Returns the rows in `Parts` as one array, in order, without holes; else `value` itself."""
+def join_parts(value: Any, leaf_rank: int | None = None) -> Any:
+    """Returns the rows in `Parts` as one array, in order, without holes; else `value` itself.
+
+    Args:
+      value: `Parts`, or anything else.
+      leaf_rank: The number of axes of the leaf, if its rows may have axes of examples in front.
+    """
     if not isinstance(value, Parts):
         return value
     pairs = zip(value.rows, map(unwrap_variable, value.values), strict=True)
     present = [(rows, x) for rows, x in pairs if not is_hole(x)]
-    return join_rows([rows for rows, _ in present], [x for _, x in present])
+    rows, arrays = [rows for rows, _ in present], [x for _, x in present]
+    in_front = axes_in_front(arrays[0], leaf_rank)
+    return below_axes(lambda *arrays: join_rows(rows, arrays), in_front, *arrays)
+
+
+def axes_in_front(x: Any, leaf_rank: int | None) -> int:
+    """Returns how many axes `x` has more than its leaf, which come first; None is as `x`."""
+    return 0 if leaf_rank is None else max(rank(x) - leaf_rank, 0)
 
 
 @final
@@ -120,7 +133,13 @@ class PartTable:
         rows = [self.parts[i][1] for i, flag in zip(parts, flags, strict=True) if flag]
         return flag_union(True if part is None else part for part in rows)
 
-    def split(self, leaves: Leaves, frozen: Sequence[bool], numbers: bool = False) -> Any:
+    def split(
+        self,
+        leaves: Leaves,
+        frozen: Sequence[bool],
+        numbers: bool = False,
+        ranks: Sequence[int | None] | None = None,
+    ) -> Any:
         """Returns the tree with the leaves split into parts, and holes for the frozen parts.
 
         Args:
@@ -128,29 +147,32 @@ class PartTable:
             part may have all rows, or only the rows that train.
           frozen: For each part, whether a hole takes its place.
           numbers: Whether a leaf may be a scalar that stands for all its rows. It is not split.
+          ranks: The number of axes of each leaf of the params, where the leaves of `leaves` may
+            have axes of examples in front.
 
         Raises:
           ValueError: If a leaf has neither all rows nor exactly those that train, naming it.
         """
         mask = self.mask(frozen)
-        triples = zip(leaves.values, self.by_leaf, mask, strict=True)
         tree = leaves.rebuild(
             x
             if numbers and not np.ndim(x) and not is_hole(x) and flag is not True
-            else self._split_leaf(x, parts, flag_not(flag), frozen, leaves, i)
-            for i, (x, parts, flag) in enumerate(triples)
+            else self._split_leaf(leaves, i, flag_not(flag), frozen, ranks[i] if ranks else None)
+            for i, (x, flag) in enumerate(zip(leaves.values, mask, strict=True))
         )
         if len(self.parts) == len(self.by_leaf):
             return tree
         return parts_of_variables(tree)
 
     def _split_leaf(
-        self, x: Any, parts: list[int], live: Flag, frozen: Sequence[bool], leaves: Leaves, i: int
+        self, leaves: Leaves, i: int, live: Flag, frozen: Sequence[bool], leaf_rank: int | None
     ) -> Any:
+        x, parts = leaves.values[i], self.by_leaf[i]
+        in_front = axes_in_front(x, leaf_rank)
         values = [
             HOLE
             if frozen[part] or is_hole(x)
-            else _take_part(x, self.parts[part][1], live, leaves, i)
+            else _take_part(leaves, i, self.parts[part][1], live, in_front)
             for part in parts
         ]
         rows = [self.parts[part][1] for part in parts]
@@ -185,16 +207,19 @@ def _parts_of_variable(x: Any) -> Any:
     return Parts((rewrap_variable(x, value) for value in content.values), content.rows)
 
 
-def _take_part(x: Any, rows: Rows | None, live: Flag, leaves: Leaves, i: int) -> Any:
+def _take_part(leaves: Leaves, i: int, rows: Rows | None, live: Flag, in_front: int) -> Any:
     """Returns the rows of a part, from a leaf with all rows or with the rows that train."""
+    x = leaves.values[i]
     if rows is None:
         return x
-    count = x.shape[0] if getattr(x, "shape", ()) else None
+    count = x.shape[in_front] if getattr(x, "shape", ()) else None
     if count == len(rows.mask):
-        return take_rows(x, rows)
+        return below_axes(functools.partial(take_rows, rows=rows), in_front, x)
     if isinstance(live, Rows) and count == live.count:
-        rows_among_live = flag_from_vector(rows.mask[live.mask])
-        return take_rows(x, rows_among_live) if isinstance(rows_among_live, Rows) else x
+        among_live = flag_from_vector(rows.mask[live.mask])
+        if not isinstance(among_live, Rows):
+            return x
+        return below_axes(functools.partial(take_rows, rows=among_live), in_front, x)
     shape = f"of shape {getattr(x, 'shape', ())}"
     expected = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
     raise ValueError(f"{leaves.paths[i]!r} is {shape}, but the optimizer state is for {expected}")

@@ -119,6 +119,19 @@ def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
     return _concatenate([*pieces, filled(len(rows.mask) - end)])
 
 
+def below_axes(move: Callable[..., Any], count: int, *arrays: Any) -> Any:
+    """Calls a function that moves rows on arrays that have axes of examples in front of the rows.
+
+    Args:
+      move: The function.
+      count: The number of axes in front. All arrays have them.
+      *arrays: The arguments of `move`.
+    """
+    for _ in range(count):
+        move = jax.vmap(move)
+    return move(*arrays)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
     """Returns `x`, with derivatives for `part`, which holds some of its rows.

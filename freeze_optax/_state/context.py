@@ -1,4 +1,4 @@
-"""`PlanContext`: what the plans of one optimizer state share and do not compare."""
+"""`PlanContext`: what the plans of one optimizer state share."""
 
 import functools
 from collections.abc import Callable
@@ -11,12 +11,17 @@ from freeze_optax._rows.parts import PartTable, parts_of_variables
 from freeze_optax._state.layout import Layout
 from freeze_optax._state.tracers import holds_tracers
 from freeze_optax._tree.holes import HOLE, is_hole
+from freeze_optax._tree.kinds import number_kind, rank
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import map_copies, param_leaves
 from freeze_optax._tree.variables import tree_of_holes
 
 _MOST_REMEMBERED = 8
 """The largest number of layouts, and of structures, that a context keeps."""
+
+
+LeafKind = tuple[int, str]
+"""The number of axes of a leaf, and the kind of numbers that it holds, see `number_kind`."""
 
 
 def _structure(tree: Any) -> Any:
@@ -26,7 +31,7 @@ def _structure(tree: Any) -> Any:
 class PlanContext:
     """Holds what the plans of one optimizer state share, from `init` through all edits.
 
-    Plans are compared and hashed without it.
+    Plans are hashed without it, and of all that it holds only the kinds of the leaves are compared.
 
     Args:
       inner: The wrapped transformation.
@@ -38,7 +43,13 @@ class PlanContext:
         Under `optax.inject_hyperparams` each trace makes a new one, which holds tracers, so
         `update` passes on the one that `init` was given. It is None after unpickling.
       treedefs: The known structures of params and gradients.
+      leaf_kinds: The kind of each leaf of the params, None for a hole. Gradients alone do not show
+        it, as they may have axes of examples in front. Shapes are not kept: under `jax.shard_map`
+        the leaves of one state have other lengths than outside. In a pickle of version 0.1.0 it is
+        missing.
     """
+
+    leaf_kinds: tuple[LeafKind | None, ...] | None = None
 
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
         self.inner: optax.GradientTransformationExtraArgs | None = inner
@@ -46,6 +57,17 @@ class PlanContext:
         self._count = len(leaves.values)
         self.treedefs: list[Any] = [leaves.treedef]
         self._layouts: dict[PartTable | None, Layout] = {}
+        self.leaf_kinds = tuple(
+            None if is_hole(x) else (rank(x), number_kind(x)) for x in leaves.values
+        )
+
+    def is_of_same_kinds(self, other: "PlanContext") -> bool:
+        """Returns whether the leaves are of the kinds of those of another state, where known."""
+        ours, theirs = self.leaf_kinds, other.leaf_kinds
+        if ours is theirs or ours is None or theirs is None or ours == theirs:
+            return True
+        pairs = zip(ours, theirs, strict=True)
+        return all(a is None or b is None or a == b for a, b in pairs)
 
     @functools.cached_property
     def skeleton(self) -> Any:
@@ -124,4 +146,4 @@ class PlanContext:
     def __getstate__(self) -> dict[str, Any]:
         # Transformations are made of closures, which pickle refuses.
         without_inner: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
-        return {**without_inner, "_layouts": {}, "_count": 0}
+        return {**without_inner, "_layouts": {}, "_count": 0, "leaf_kinds": self.leaf_kinds}

@@ -9,11 +9,12 @@ import optax
 
 from freeze_optax._former_names import with_present_names
 from freeze_optax._rows.parts import PartTable
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.rows import Flag, Rows
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.layout import Layout
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import check_unique
+from freeze_optax._tree.kinds import rank
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, rewrap_copies
 from freeze_optax._tree.messages import path_differences, quoted_list
@@ -38,7 +39,7 @@ class Plan:
 
     A plan is part of the tree structure of the state, so `jax.jit` retraces exactly when the plan
     changes. Two plans are equal when their paths, frozen flags, cohorts, parts and schedules are
-    equal.
+    equal, and their leaves are of the same kinds (see `PlanContext`).
 
     Attributes:
       paths: The key path of each leaf of the params.
@@ -48,7 +49,7 @@ class Plan:
         frozen part that has a cohort is parked: its state is kept unchanged.
       schedule: Under `scheduled`, pairs of a first step and the frozen flags from that step on.
       part_table: The parts, if a leaf is frozen by rows; else None.
-      context: What the plan shares with other plans of the state. It is not compared.
+      context: What the plan shares with other plans of the state.
     """
 
     def __init__(
@@ -159,7 +160,11 @@ class Plan:
             unknown, known = (self, other) if self.is_unknown else (other, self)
             unknown._copy_from(known)
             return True
-        return hash(self) == hash(other) and self._key() == other._key()
+        return (
+            hash(self) == hash(other)
+            and self._key() == other._key()
+            and self.context.is_of_same_kinds(other.context)
+        )
 
     def __hash__(self) -> int:
         if self.is_unknown:
@@ -186,14 +191,17 @@ class Plan:
         frozen_whole = sum(flag is True for flag in self.mask)
         return f"Plan({frozen_whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
-    def drop_frozen(self, leaves: Leaves, numbers: bool = False) -> Any:
+    def drop_frozen(
+        self, leaves: Leaves, numbers: bool = False, ranks: Sequence[int | None] | None = None
+    ) -> Any:
         """Returns the tree with holes for what is frozen.
 
         Args:
           leaves: The leaves of the tree, in the plan's order.
           numbers: As for `PartTable.split`.
+          ranks: As for `PartTable.split`.
         """
-        return self.drop_parts(leaves, self.frozen, numbers)
+        return self.drop_parts(leaves, self.frozen, numbers, ranks)
 
     def drop_frozen_params(self, params: Any, leaves: Leaves) -> Any:
         """Returns the params, in each of their copies, with holes for what is frozen.
@@ -205,17 +213,24 @@ class Plan:
         copies = (leaves, *map(Leaves, param_copies(params)[1:]))
         return rewrap_copies(params, [self.drop_frozen(copy) for copy in copies])
 
-    def drop_parts(self, leaves: Leaves, dropped: Sequence[bool], numbers: bool = False) -> Any:
+    def drop_parts(
+        self,
+        leaves: Leaves,
+        dropped: Sequence[bool],
+        numbers: bool = False,
+        ranks: Sequence[int | None] | None = None,
+    ) -> Any:
         """Returns the tree with holes for some parts.
 
         Args:
           leaves: The leaves of the tree, in the plan's order.
           dropped: For each part, whether a hole takes its place.
           numbers: As for `PartTable.split`.
+          ranks: As for `PartTable.split`.
         """
         if self.part_table is None:
             return leaves.with_holes(dropped)
-        return self.part_table.split(leaves, dropped, numbers)
+        return self.part_table.split(leaves, dropped, numbers, ranks)
 
     def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
         """Returns what is frozen, in the order of `leaves`.
@@ -228,9 +243,21 @@ class Plan:
           One flag for each leaf.
 
         Raises:
-          ValueError: If the paths differ, naming those that differ.
+          ValueError: If the paths differ, naming those that differ; or if a leaf that is frozen in
+            part has another number of axes than the params, as its rows are on one of them.
         """
-        return tuple(self.in_order_of(leaves, self.mask, role, overwritten=False))
+        flags = tuple(self.in_order_of(leaves, self.mask, role, overwritten=False))
+        if self.part_table is not None and self.context.leaf_kinds is not None:
+            kinds = self.in_order_of(leaves, self.context.leaf_kinds, role, overwritten=())
+            columns = zip(leaves.values, flags, kinds, strict=True)
+            for i, (leaf, flag, kind) in enumerate(columns):
+                if isinstance(flag, Rows) and kind and rank(leaf) not in (0, kind[0]):
+                    raise ValueError(
+                        f"{flag!r} of {leaves.paths[i]!r} are frozen, of a leaf of {kind[0]} axes, "
+                        f"but in the {role} it is of shape {leaf.shape}; where there are axes of "
+                        "examples or of models in front, use jax.vmap"
+                    )
+        return flags
 
     def in_order_of(
         self, leaves: Leaves, values: Sequence[T], role: str, overwritten: T | None = None

@@ -1,6 +1,7 @@
 """The gradient transformation that freezes leaves."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Generator
 from contextvars import ContextVar
@@ -11,9 +12,14 @@ import numpy as np
 import optax
 
 from freeze_optax._params.zeros import Zeros
-from freeze_optax._rows.parts import is_hole_or_parts, join_parts, put_live_rows
+from freeze_optax._rows.parts import (
+    axes_in_front,
+    is_hole_or_parts,
+    join_parts,
+    put_live_rows,
+)
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import scatter_rows
+from freeze_optax._rows.take_put import below_axes, scatter_rows
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve, untrainable
 from freeze_optax._state.context import PlanContext
@@ -21,6 +27,12 @@ from freeze_optax._state.freeze_state import AnyAges, FreezeState
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.cohorts import update_cohorts
+from freeze_optax._transform.example_axes import (
+    Ranks,
+    check_gradients_of_rows,
+    leaf_of_gradient,
+    leaf_ranks,
+)
 from freeze_optax._transform.extra_arguments import adapt_extra_arguments
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
@@ -118,19 +130,24 @@ def freezable(
         grads = plan.align(updates, "gradient")
         _check_no_missing(grads, plan)
         copies = [plan.align(copy, "params") for copy in param_copies(params)]
-        live_grads = plan.drop_frozen(grads)
+        ranks = leaf_ranks(plan, copies[0] if copies else None)
+        if plan.part_table is not None:
+            check_gradients_of_rows(plan, grads, ranks, copies[0] if copies else None)
+        live_grads = plan.drop_frozen(grads, ranks=ranks)
         live_params = rewrap_copies(params, [plan.drop_frozen(copy) for copy in copies])
         reference = copies[0] if copies else grads
         plan.context.recover_inner(inner, params if copies else updates, reference)
-        inner_extra = _adapt_extra(extra, plan, reference, has_params=bool(copies))
+        inner_extra = _adapt_extra(extra, plan, reference, ranks, has_params=bool(copies))
 
         def run(inner_state: Any) -> tuple[Any, Any]:
             return inner.update(live_grads, inner_state, live_params, **inner_extra)
 
         live_updates, state = update_cohorts(run, state)
         full_updates = [
-            _with_frozen_updates(grads, leaves, Leaves(copy, stop=is_hole_or_parts).values, plan)
-            for copy, leaves in zip(param_copies(live_updates), copies or [grads], strict=True)
+            _with_frozen_updates(
+                grads, leaves, Leaves(copy, stop=is_hole_or_parts).values, plan, ranks
+            )
+            for copy, leaves in zip(param_copies(live_updates), copies or [None], strict=True)
         ]
         return rewrap_copies(live_updates, full_updates), state
 
@@ -186,37 +203,46 @@ def _check_no_missing(grads: Leaves, plan: Plan) -> None:
         )
 
 
-def _with_frozen_updates(grads: Leaves, params: Leaves, live: list[Any], plan: Plan) -> Any:
+def _with_frozen_updates(
+    grads: Leaves, params: Leaves | None, live: list[Any], plan: Plan, ranks: Ranks
+) -> Any:
     """Returns the updates of the live leaves with zeros or holes at the frozen leaves.
 
     Args:
       grads: The gradients.
-      params: The params, or the gradients where `update` got no params.
+      params: The params, or None where `update` got no params.
       live: The updates that `inner` gave for the live leaves, with holes or parts.
       plan: What is frozen.
+      ranks: The ranks of the leaves.
     """
     zeros = Zeros()
 
-    def frozen_update(grad: Any, param: Any) -> Any:
+    def frozen_update(grad: Any, param: Any, leaf_rank: int | None) -> Any:
         if is_hole(grad):
             return HOLE
-        leaf = grad if is_hole(param) else param
+        leaf = leaf_of_gradient(grad, leaf_rank) if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    def update(grad: Any, param: Any, live_update: Any, frozen: bool | Rows) -> Any:
+    def update(grad: Any, param: Any, live_update: Any, frozen: Flag, leaf_rank: int | None) -> Any:
         if frozen is True:
-            return frozen_update(grad, param)
-        rows = join_parts(live_update)
+            return frozen_update(grad, param, leaf_rank)
+        rows = join_parts(live_update, leaf_rank)
         if frozen is False:
             return rows
-        return rows if np.shape(grad)[:1] == rows.shape[:1] else scatter_rows(rows, ~frozen, -0.0)
+        live_rows = ~frozen
+        if np.shape(grad)[axes_in_front(grad, leaf_rank)] == live_rows.count:
+            return rows
+        # The inner transformation may keep the axes of examples, or reduce them.
+        scatter = functools.partial(scatter_rows, rows=live_rows, fill=-0.0)
+        return below_axes(scatter, axes_in_front(rows, leaf_rank), rows)
 
-    quadruples = zip(grads.values, params.values, live, plan.mask, strict=True)
-    return grads.rebuild(update(*quadruple) for quadruple in quadruples)
+    param_values = [HOLE] * len(grads.values) if params is None else params.values
+    columns = zip(grads.values, param_values, live, plan.mask, ranks, strict=True)
+    return grads.rebuild(update(*column) for column in columns)
 
 
 def _adapt_extra(
-    extra: dict[str, Any], plan: Plan, reference: Leaves, has_params: bool
+    extra: dict[str, Any], plan: Plan, reference: Leaves, ranks: Ranks, has_params: bool
 ) -> dict[str, Any]:
     """Returns the extra arguments as `inner` needs them, without the frozen leaves.
 
@@ -224,6 +250,7 @@ def _adapt_extra(
       extra: The extra arguments that `update` got.
       plan: What is frozen.
       reference: The params, or the gradients where `update` got no params.
+      ranks: The ranks of the leaves.
       has_params: Whether `reference` is the params.
     """
 
@@ -235,10 +262,10 @@ def _adapt_extra(
             # If the params are one bare array, every scalar has their structure.
             (frozen,) = plan.mask
             return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
-        return all(map(_may_stand_for, leaves.values, reference.values, plan.mask))
+        return all(map(_may_stand_for, leaves.values, reference.values, plan.mask, ranks))
 
     def drop(value: Any) -> Any:
-        return plan.drop_frozen(Leaves(value), numbers=True)
+        return plan.drop_frozen(Leaves(value), numbers=True, ranks=ranks)
 
     def fill_holes(value: Any) -> Any:
         leaves = Leaves(value, stop=is_hole_or_parts)
@@ -265,12 +292,22 @@ def _adapt_extra(
     return adapt_extra_arguments(extra, is_like_params, to_inner, fill_holes, drop)
 
 
-def _may_stand_for(x: Any, leaf: Any, frozen: Flag) -> bool:
+def _may_stand_for(x: Any, leaf: Any, frozen: Flag, leaf_rank: int | None) -> bool:
     """Whether `x` may belong to `leaf`, by its shape; a batch may have the same keys as the params.
 
-    `x` may consist of the rows that train alone, and a number may stand for a whole leaf.
+    `x` may consist of the rows that train alone, and a number may stand for a whole leaf. `leaf` is
+    a param or a gradient, which may have axes of examples in front.
     """
     if x is None or leaf is None or is_hole_or_parts(x) or is_hole(leaf):
         return True
-    rows = slice(1 if isinstance(frozen, Rows) else 0, None)
-    return np.ndim(x) == 0 or np.shape(x)[rows] == np.shape(leaf)[rows]
+    if np.ndim(x) == 0:
+        return True
+    in_front = axes_in_front(leaf, leaf_rank)
+    shape = _without_row_axis(np.shape(leaf), in_front, frozen)
+    if _without_row_axis(np.shape(x), in_front, frozen) == shape:
+        return True
+    return _without_row_axis(np.shape(x), 0, frozen) == shape[in_front:]
+
+
+def _without_row_axis(shape: tuple[int, ...], axis: int, frozen: Flag) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :]) if isinstance(frozen, Rows) else shape

@@ -91,6 +91,11 @@ def _why_raw(dtype: np.dtype[Any]) -> str:
     return f"raw bytes, of dtype {dtype.str[1:]}: {_RAW[dtype.itemsize]}"
 
 
+def rank(leaf: Any) -> int:
+    """Returns the number of axes of a leaf; 0 if it is no array."""
+    return len(leaf.shape) if is_array(leaf) else 0
+
+
 def is_numpy_only(leaf: Any) -> bool:
     """Returns whether `leaf` is a NumPy float that JAX lacks: longer, or in another byte order."""
     dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else None

@@ -1,0 +1,62 @@
+"""Gradients of single examples: they have axes in front of those of their leaf.
+
+Transformations that aggregate such gradients take them (`optax.contrib.dpsgd`, the aggregators of
+`optax.experimental`), and give updates of the shape of the params.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from freeze_optax._rows.parts import axes_in_front
+from freeze_optax._rows.rows import Rows
+from freeze_optax._state.plan import Plan
+from freeze_optax._tree.holes import is_hole
+from freeze_optax._tree.kinds import rank
+from freeze_optax._tree.leaves import Leaves
+
+Ranks = Sequence[int | None]
+"""The number of axes of each leaf of the params; None where it is not known."""
+
+
+def leaf_ranks(plan: Plan, params: Leaves | None) -> Ranks:
+    """Returns the ranks of the params: of these, or of those that `init` was given if None."""
+    kinds = plan.context.leaf_kinds or [None] * len(plan.paths)
+    planned = [kind and kind[0] for kind in kinds]
+    if params is None:
+        return planned
+    # The params come first: under `jax.vmap` they may have fewer axes than `init` saw.
+    pairs = zip(params.values, planned, strict=True)
+    return [known if is_hole(x) or x is None else rank(x) for x, known in pairs]
+
+
+def leaf_of_gradient(grad: Any, leaf_rank: int | None) -> Any:
+    """Returns an array like the leaf of a gradient: the gradient of the first example alone."""
+    in_front = axes_in_front(grad, leaf_rank)
+    return grad[(0,) * in_front] if in_front else grad
+
+
+def check_gradients_of_rows(plan: Plan, grads: Leaves, ranks: Ranks, params: Leaves | None) -> None:
+    """Raises if the gradient of a leaf that is frozen in part does not fit its rows.
+
+    A whole leaf is left to the inner transformation, which takes what it takes without `freezable`.
+    """
+    for i, (grad, flag, leaf_rank) in enumerate(zip(grads.values, plan.mask, ranks, strict=True)):
+        if not isinstance(flag, Rows):
+            continue
+        live = (~flag).count
+        shape = np.shape(grad)
+        of_leaf = shape[axes_in_front(grad, leaf_rank) :]
+        leaf_shape = None if params is None or is_hole(params.values[i]) else params.values[i].shape
+        fits = of_leaf[:1] in ((len(flag.mask),), (live,))
+        fits = fits and leaf_rank in (None, len(of_leaf))
+        if fits and leaf_shape is not None:
+            fits = of_leaf[1:] == leaf_shape[1:]
+        if not fits:
+            of_shape = f"shape {leaf_shape}" if leaf_shape else f"{leaf_rank} axes"
+            raise ValueError(
+                f"the gradient of {plan.paths[i]!r} is of shape {shape}, but the optimizer state "
+                f"is for all {len(flag.mask)} rows or the {live} that train, of a leaf of "
+                f"{of_shape}; only axes of examples, in front of the rows, may be added"
+            )
