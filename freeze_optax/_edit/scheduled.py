@@ -14,6 +14,7 @@ from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_vector
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
 from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._transform.chained import remember_updates
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._transform.freezable import freezable
 from freeze_optax._transform.inner_transformation import as_transformation
@@ -118,6 +119,7 @@ def scheduled(
 
         branches = _with_equal_dtypes([branch(frozen) for _, frozen in plan.schedule], plan)
         new_updates, inner_state, ages = jax.lax.switch(state.phase, branches, None)
+        remember_updates(Leaves(new_updates).values, plan.mask)
         after = FreezeState(inner_state, ages, plan)
         count: Any = optax.safe_increment(step)
         return new_updates, ScheduledState(count, after)

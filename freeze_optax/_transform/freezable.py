@@ -26,6 +26,7 @@ from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import AnyAges, FreezeState
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
+from freeze_optax._transform.chained import check_not_chained, remember_updates
 from freeze_optax._transform.cohorts import update_cohorts
 from freeze_optax._transform.example_axes import (
     Ranks,
@@ -99,8 +100,9 @@ def freezable(
       params.
 
       `update` raises ValueError if the gradients, the state or the params are of different params,
-      or if the gradient of a trainable leaf is a hole or None. It raises TypeError if the state is
-      not a `FreezeState`.
+      or if the gradient of a trainable leaf is a hole or None; or, in a chain, if another
+      `freezable` before this one freezes all that this one trains. It raises TypeError if the state
+      is not a `FreezeState`.
 
     Raises:
       TypeError: If `inner` is not a transformation.
@@ -129,6 +131,7 @@ def freezable(
         plan = _plan_of(state)
         grads = plan.align(updates, "gradient")
         _check_no_missing(grads, plan)
+        check_not_chained(grads, plan)
         copies = [plan.align(copy, "params") for copy in param_copies(params)]
         ranks = leaf_ranks(plan, copies[0] if copies else None)
         if plan.part_table is not None:
@@ -238,7 +241,9 @@ def _with_frozen_updates(
 
     param_values = [HOLE] * len(grads.values) if params is None else params.values
     columns = zip(grads.values, param_values, live, plan.mask, ranks, strict=True)
-    return grads.rebuild(update(*column) for column in columns)
+    values = [update(*column) for column in columns]
+    remember_updates(values, plan.mask)
+    return grads.rebuild(values)
 
 
 def _adapt_extra(
