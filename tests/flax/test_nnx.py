@@ -1,5 +1,6 @@
 """NNX: the modules of a model, filters of what trains, and gradients that skip what does not."""
 
+import pickle
 import re
 from typing import Any
 
@@ -188,6 +189,14 @@ def test_filters_are_equal_if_they_let_the_same_variables_through():
     assert hash(one) == hash(other)
     assert one != fnnx.wrt(model, "head")
     assert trained(one, model) == {"head/bias", "head/kernel", "norm/bias", "norm/scale"}
+
+
+def test_a_filter_that_version_0_1_0_pickled_is_the_same_filter():
+    filter_ = fnnx.wrt(Net(), "backbone")
+    present = f"c{type(filter_).__module__}\n{type(filter_).__qualname__}\n".encode()
+    pickled = pickle.dumps(filter_, protocol=0)
+    assert present in pickled
+    assert pickle.loads(pickled.replace(present, b"cfreeze_optax.nnx\n_Variables\n")) == filter_
 
 
 def test_a_filter_trains_as_one_by_hand_and_never_retraces():

@@ -1,0 +1,106 @@
+"""Edits of an `nnx.Optimizer` in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+from freeze_optax._edit import freeze_thaw as _edit
+from freeze_optax._select.specs import Spec
+from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._specs import OnModel
+
+
+def freeze(
+    optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, keep_state: bool = False
+) -> None:
+    """Freezes more variables, in place, as `freeze_optax.freeze` does for a state.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, fo.freezable(optax.adam(1e-3)), wrt=nnx.Param)
+      >>> fnnx.freeze(optimizer, model, "kernel")
+
+    Args:
+      optimizer: An optimizer whose transformation is a `freezable`, or contains one.
+      model: The model that the optimizer updates.
+      where: The variables to freeze: any spec, see `freeze_optax.mask`. Types are read from the
+        model. A shared variable can be named by each of its paths.
+      keep_state: Whether to park the state of these variables for `thaw`. If False, it is dropped.
+
+    Raises:
+      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no `FreezeState`, or `model` is
+        not an NNX module.
+      ValueError, IndexError: As `freeze_optax.freeze`. After an error the optimizer is unchanged.
+    """
+    _edit_in_place(_edit.freeze, optimizer, model, where, keep_state=keep_state)
+
+
+def thaw(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec) -> None:
+    """Trains variables again, in place, as `freeze_optax.thaw` does for a state.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> tx = fo.freezable(optax.adam(1e-3), "kernel")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> fnnx.thaw(optimizer, model, "kernel")
+
+    Args:
+      optimizer: As for `freeze`.
+      model: As for `freeze`.
+      where: The variables to train: any spec, as for `freeze`.
+
+    Raises:
+      TypeError, ValueError, IndexError: As for `freeze`.
+    """
+    _edit_in_place(_edit.thaw, optimizer, model, where)
+
+
+def set_frozen(
+    optimizer: nnx.Optimizer[Any], model: nnx.Module, frozen: Spec, keep_state: bool = False
+) -> None:
+    """Freezes exactly these variables, in place, as `freeze_optax.set_frozen` does for a state.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> tx = fo.freezable(optax.adam(1e-3), "kernel")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> fnnx.set_frozen(optimizer, model, "bias")
+
+    Args:
+      optimizer: As for `freeze`.
+      model: As for `freeze`.
+      frozen: The variables that are frozen afterwards: any spec, as for `freeze`.
+      keep_state: As for `freeze`, for the variables that this call freezes.
+
+    Raises:
+      TypeError, ValueError, IndexError: As for `freeze`.
+    """
+    _edit_in_place(_edit.set_frozen, optimizer, model, frozen, keep_state=keep_state)
+
+
+def _edit_in_place(
+    edit: Callable[..., Any], optimizer: Any, model: nnx.Module, where: Spec, **options: bool
+) -> None:
+    """Puts the edited state into the optimizer; an edit that raises leaves it unchanged."""
+    if not isinstance(optimizer, nnx.Optimizer):
+        name = edit.__name__
+        raise TypeError(
+            f"nnx.{name} takes an nnx.Optimizer first, not a {type(optimizer).__name__}: "
+            f"{name}(optimizer, model, ...)"
+        )
+    selector = OnModel(where, model)
+    state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt)
+    edited = edit(state, params, selector, **options)
+    if edited is not state:
+        optimizer.opt_state = nnx.data(edited)

@@ -1,0 +1,139 @@
+"""Gradients of NNX models, without a backward pass for frozen variables."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from freeze_optax._params.zeros import Zeros
+from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.take_put import scatter_rows, take_rows
+from freeze_optax._select.selector import Selector, nothing
+from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
+from freeze_optax._state.freeze_state import states_in
+from freeze_optax._tree.key_paths import nodes_of, path_text
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._specs import OnModel
+from freeze_optax.nnx._wrt import trainable_filter
+
+
+def value_and_grad(
+    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False
+) -> Callable[..., Any]:
+    """As `nnx.value_and_grad`, but without a backward pass for frozen variables.
+
+    `fun` updates the other state of the model too (BatchNorm statistics, RNG counts), as with NNX.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(2)))
+      >>> tx = fo.freezable(optax.adam(1e-3), "layers/0")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> loss = lambda model, x: (model(x) ** 2).mean()
+      >>> value, grads = fnnx.value_and_grad(loss, frozen=optimizer)(model, jnp.ones((1, 2)))
+      >>> updates = optimizer.update(model, grads)
+
+    Args:
+      fun: Takes the model first and returns a real scalar; with `has_aux`, (scalar, anything).
+      frozen: What not to differentiate: any spec, see `freeze_optax.mask`. It is safest to pass the
+        optimizer. Types are read from the model.
+      has_aux: Whether `fun` returns a pair.
+
+    Returns:
+      A function with the arguments of `fun`, the model by position. It returns the pair of the
+      value of `fun` and the gradient, an `nnx.State` that `optimizer.update(model, grads)` takes.
+      The gradient has the variables of the optimizer if `frozen` is one, else all `nnx.Param`s,
+      with zeros at the frozen ones.
+
+    Raises:
+      ValueError: If `frozen` is the state of `freeze_optax.scheduled`. When called, if the spec
+        does not fit the params, or freezes some leaves, but not all, of a tree in a Variable.
+      IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
+      TypeError: When called, if the first argument is not an NNX module.
+    """
+    if schedules_in_spec(frozen):
+        raise ValueError(
+            "with the state of fo.scheduled, what is frozen changes while the program runs; "
+            "differentiate an nnx.State with fo.value_and_grad, which switches"
+        )
+
+    @functools.wraps(fun)
+    def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        leaves = Leaves(nnx.state(model, _filter_of(frozen)))
+        is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
+        flags = resolve(OnModel(nothing if is_bare else frozen, model), leaves)
+        argument = nnx.DiffState(0, trainable_filter(leaves, flags))
+        value_and_trainable_grad = nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)
+        value, gradient = value_and_trainable_grad(model, *args, **kwargs)
+        return value, _with_zeros(leaves, flags, gradient)
+
+    return value_and_grad_fn
+
+
+def _filter_of(frozen: Spec) -> Any:
+    """Returns a filter of the variables of a gradient: the optimizer's, if `frozen` is one."""
+    if isinstance(frozen, nnx.Optimizer):
+        return frozen.wrt
+    states = [] if isinstance(frozen, Selector | str) else states_in(frozen)
+    if len(states) != 1:
+        return nnx.Param
+    nodes = nodes_of(states[0].plan.paths)  # for a Variable that holds a tree
+    return lambda path, _: path_text(path) in nodes
+
+
+def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
+    """Returns the gradient with zeros at all frozen variables and rows."""
+    zeros, by_path = Zeros(), dict(nnx.to_flat_state(gradient))
+    complete = Leaves(
+        nnx.from_flat_state(
+            (path, by_path[path] if path in by_path else _zeros_like(variable, zeros))
+            for path, variable in nnx.to_flat_state(leaves.tree)
+        )
+    )
+    return complete.rebuild(
+        scatter_rows(take_rows(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
+        for x, flag in zip(complete.values, frozen, strict=True)
+    )
+
+
+def _zeros_like(variable: Any, zeros: Zeros) -> Any:
+    """Returns a variable with zeros in the place of its leaves, for a gradient."""
+    leaves = Leaves(variable)
+    return leaves.fill_leaves(map(zeros.gradient, leaves.values))
+
+
+def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callable[..., Any]:
+    """As `value_and_grad`, without the value.
+
+    Examples:
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> grads = fnnx.grad(lambda model: model.bias.sum() ** 2, frozen="kernel")(model)
+      >>> grads["kernel"][...].any()
+      Array(False, dtype=bool)
+
+    Args:
+      fun: As for `value_and_grad`.
+      frozen: As for `value_and_grad`.
+      has_aux: As for `value_and_grad`.
+
+    Returns:
+      A function with the arguments of `fun` that returns the gradient; with `has_aux`, the pair of
+      the gradient and the auxiliary value.
+
+    Raises:
+      TypeError, ValueError, IndexError: As for `value_and_grad`.
+    """
+    with_value = value_and_grad(fun, frozen, has_aux=has_aux)
+
+    @functools.wraps(fun)
+    def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        value, grads = with_value(model, *args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fn
