@@ -7,12 +7,16 @@ from freeze_optax._edit import freeze_thaw as _edit
 from freeze_optax._select.specs import Spec
 from freeze_optax.nnx._flax import nnx
 from freeze_optax.nnx._specs import OnModel
+from freeze_optax.nnx._step_counts import check_current, renew_step_count
 
 
 def freeze(
     optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, keep_state: bool = False
 ) -> None:
     """Freezes more variables, in place, as `freeze_optax.freeze` does for a state.
+
+    `nnx.jit` follows the edit. What stored the optimizer before does not, and raises when it is
+    used: call `nnx.cached_partial` again after an edit, and take `optimizer.step` again.
 
     Examples:
       >>> import optax
@@ -33,7 +37,8 @@ def freeze(
     Raises:
       TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no `FreezeState`, or `model` is
         not an NNX module.
-      ValueError, IndexError: As `freeze_optax.freeze`. After an error the optimizer is unchanged.
+      ValueError, IndexError: As `freeze_optax.freeze`. ValueError also if the optimizer is a stored
+        copy, and another edit has changed the original. After an error the optimizer is unchanged.
     """
     _edit_in_place(_edit.freeze, optimizer, model, where, keep_state=keep_state)
 
@@ -99,8 +104,10 @@ def _edit_in_place(
             f"nnx.{name} takes an nnx.Optimizer first, not a {type(optimizer).__name__}: "
             f"{name}(optimizer, model, ...)"
         )
+    check_current(optimizer)
     selector = OnModel(where, model)
     state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt)
     edited = edit(state, params, selector, **options)
     if edited is not state:
         optimizer.opt_state = nnx.data(edited)
+        renew_step_count(optimizer)

@@ -14,6 +14,7 @@ from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax.nnx._flax import nnx
 from freeze_optax.nnx._specs import OnModel
+from freeze_optax.nnx._step_counts import check_current
 from freeze_optax.nnx._wrt import trainable_filter
 
 
@@ -63,6 +64,8 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(frozen, nnx.Optimizer):
+            check_current(frozen)
         leaves = Leaves(nnx.state(model, _filter_of(frozen)))
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(OnModel(nothing if is_bare else frozen, model), leaves)
