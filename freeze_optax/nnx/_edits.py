@@ -5,7 +5,7 @@ from typing import Any
 
 from freeze_optax._edit import freeze_thaw as _edit
 from freeze_optax._select.specs import Spec
-from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._flax import AS_GRAPH, nnx
 from freeze_optax.nnx._specs import OnModel
 from freeze_optax.nnx._step_counts import check_current, renew_step_count
 
@@ -106,7 +106,7 @@ def _edit_in_place(
         )
     check_current(optimizer)
     selector = OnModel(where, model)
-    state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt)
+    state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt, **AS_GRAPH)
     edited = edit(state, params, selector, **options)
     if edited is not state:
         optimizer.opt_state = nnx.data(edited)

@@ -12,7 +12,7 @@ from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
 from freeze_optax._state.freeze_state import states_in
 from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._flax import AS_GRAPH, is_graph_mode, nnx
 from freeze_optax.nnx._specs import OnModel
 from freeze_optax.nnx._step_counts import check_current
 from freeze_optax.nnx._wrt import trainable_filter
@@ -66,15 +66,37 @@ def value_and_grad(
     def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(frozen, nnx.Optimizer):
             check_current(frozen)
-        leaves = Leaves(nnx.state(model, _filter_of(frozen)))
+        leaves = Leaves(nnx.state(model, _filter_of(frozen), **AS_GRAPH))
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(OnModel(nothing if is_bare else frozen, model), leaves)
-        argument = nnx.DiffState(0, trainable_filter(leaves, flags))
-        value_and_trainable_grad = nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)
-        value, gradient = value_and_trainable_grad(model, *args, **kwargs)
+        trainable = trainable_filter(leaves, flags)
+        value, gradient = _differentiate(fun, trainable, has_aux, model, *args, **kwargs)
         return value, _with_zeros(leaves, flags, gradient)
 
     return value_and_grad_fn
+
+
+def _differentiate(
+    fun: Callable[..., Any],
+    wrt: Any,
+    has_aux: bool,
+    model: nnx.Module,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Returns the value of `fun`, and its gradient by the variables of the model that `wrt` matches."""
+    if is_graph_mode():
+        argument = nnx.DiffState(0, wrt)
+        return nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)(model, *args, **kwargs)
+    # Tree mode takes no part of an argument. The states hold the Variables of the model, and not
+    # copies of them, so what `fun` writes reaches the model.
+    graph, own, rest = nnx.split(model, wrt, ..., **AS_GRAPH)
+
+    def merged_fun(own: Any, rest: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return fun(nnx.merge(graph, own, rest), *args, **kwargs)
+
+    return nnx.value_and_grad(merged_fun, has_aux=has_aux)(own, rest, *args, **kwargs)
 
 
 def _filter_of(frozen: Spec) -> Any:

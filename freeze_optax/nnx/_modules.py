@@ -5,7 +5,7 @@ from typing import Any
 from freeze_optax._tree.key_paths import path_text
 from freeze_optax._tree.modules import KeyPath, Modules, children_of, walk_nodes
 from freeze_optax._tree.variables import is_variable
-from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._flax import AS_GRAPH, nnx
 
 
 def modules(module: nnx.Module, /) -> Modules:
@@ -51,7 +51,9 @@ def modules(module: nnx.Module, /) -> Modules:
     shared = [group for group in paths.values() if len(group) > 1]
     aliases: dict[str, str] = {}
     if shared:
-        state_paths = {path_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module))}
+        state_paths = {
+            path_text(entries) for entries, _ in nnx.to_flat_state(nnx.state(module, **AS_GRAPH))
+        }
         for group in shared:
             stored = [path for path in group if path in state_paths]
             aliases.update((path, stored[0]) for path in group if stored and path not in stored)

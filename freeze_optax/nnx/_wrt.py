@@ -9,7 +9,7 @@ from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.key_paths import path_text
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.modules import KeyPath
-from freeze_optax.nnx._flax import nnx
+from freeze_optax.nnx._flax import AS_GRAPH, nnx
 from freeze_optax.nnx._specs import OnModel
 
 
@@ -72,7 +72,7 @@ def wrt(model: nnx.Module, where: Spec) -> Callable[[KeyPath, Any], bool]:
       IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
       TypeError: If `model` is not an NNX module.
     """
-    leaves = Leaves(nnx.state(model, nnx.Param))
+    leaves = Leaves(nnx.state(model, nnx.Param, **AS_GRAPH))
     flags = resolve(OnModel(where, model), leaves)
     for path, flag in zip(leaves.paths, flags, strict=True):
         if isinstance(flag, Rows):
