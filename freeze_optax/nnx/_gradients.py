@@ -15,11 +15,11 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax.nnx._flax import AS_GRAPH, is_graph_mode, nnx
 from freeze_optax.nnx._specs import OnModel
 from freeze_optax.nnx._step_counts import check_current
-from freeze_optax.nnx._wrt import trainable_filter
+from freeze_optax.nnx._wrt import trainable_filter, variables_of
 
 
 def value_and_grad(
-    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False
+    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, wrt: Any = None
 ) -> Callable[..., Any]:
     """As `nnx.value_and_grad`, but without a backward pass for frozen variables.
 
@@ -43,16 +43,18 @@ def value_and_grad(
       frozen: What not to differentiate: any spec, see `freeze_optax.mask`. It is safest to pass the
         optimizer. Types are read from the model.
       has_aux: Whether `fun` returns a pair.
+      wrt: An NNX filter of the variables of the gradient, a type of Variable for example. If None,
+        the variables of the optimizer if `frozen` is one or its state, else all `nnx.Param`s.
 
     Returns:
       A function with the arguments of `fun`, the model by position. It returns the pair of the
       value of `fun` and the gradient, an `nnx.State` that `optimizer.update(model, grads)` takes.
-      The gradient has the variables of the optimizer if `frozen` is one, else all `nnx.Param`s,
-      with zeros at the frozen ones.
+      The gradient has all variables that `wrt` says, with zeros at the frozen ones.
 
     Raises:
       ValueError: If `frozen` is the state of `freeze_optax.scheduled`. When called, if the spec
-        does not fit the params, or freezes some leaves, but not all, of a tree in a Variable.
+        does not fit the params, or freezes some leaves, but not all, of a tree in a Variable; or if
+        no variable of the model is matched by `wrt`, or by that of the optimizer.
       IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
       TypeError: When called, if the first argument is not an NNX module.
     """
@@ -66,7 +68,7 @@ def value_and_grad(
     def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(frozen, nnx.Optimizer):
             check_current(frozen)
-        leaves = Leaves(nnx.state(model, _filter_of(frozen), **AS_GRAPH))
+        leaves = Leaves(_variables_of_gradient(model, frozen, wrt))
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(OnModel(nothing if is_bare else frozen, model), leaves)
         trainable = trainable_filter(leaves, flags)
@@ -85,7 +87,7 @@ def _differentiate(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Returns the value of `fun`, and its gradient by the variables of the model that `wrt` matches."""
+    """Returns the value of `fun`, and its gradient with respect to the variables of `wrt`."""
     if is_graph_mode():
         argument = nnx.DiffState(0, wrt)
         return nnx.value_and_grad(fun, argnums=argument, has_aux=has_aux)(model, *args, **kwargs)
@@ -99,15 +101,15 @@ def _differentiate(
     return nnx.value_and_grad(merged_fun, has_aux=has_aux)(own, rest, *args, **kwargs)
 
 
-def _filter_of(frozen: Spec) -> Any:
-    """Returns a filter of the variables of a gradient: the optimizer's, if `frozen` is one."""
-    if isinstance(frozen, nnx.Optimizer):
-        return frozen.wrt
+def _variables_of_gradient(model: nnx.Module, frozen: Spec, wrt: Any) -> Any:
+    """Returns the variables of the gradient."""
+    if wrt is None and isinstance(frozen, nnx.Optimizer):
+        wrt = frozen.wrt
     states = [] if isinstance(frozen, Selector | str) else states_in(frozen)
-    if len(states) != 1:
-        return nnx.Param
+    if wrt is not None or len(states) != 1:
+        return variables_of(model, nnx.Param if wrt is None else wrt)
     nodes = nodes_of(states[0].plan.paths)  # for a Variable that holds a tree
-    return lambda path, _: path_text(path) in nodes
+    return nnx.state(model, lambda path, _: path_text(path) in nodes, **AS_GRAPH)
 
 
 def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
@@ -131,7 +133,9 @@ def _zeros_like(variable: Any, zeros: Zeros) -> Any:
     return leaves.fill_leaves(map(zeros.gradient, leaves.values))
 
 
-def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callable[..., Any]:
+def grad(
+    fun: Callable[..., Any], frozen: Spec, has_aux: bool = False, wrt: Any = None
+) -> Callable[..., Any]:
     """As `value_and_grad`, without the value.
 
     Examples:
@@ -146,6 +150,7 @@ def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callab
       fun: As for `value_and_grad`.
       frozen: As for `value_and_grad`.
       has_aux: As for `value_and_grad`.
+      wrt: As for `value_and_grad`.
 
     Returns:
       A function with the arguments of `fun` that returns the gradient; with `has_aux`, the pair of
@@ -154,7 +159,7 @@ def grad(fun: Callable[..., Any], frozen: Spec, has_aux: bool = False) -> Callab
     Raises:
       TypeError, ValueError, IndexError: As for `value_and_grad`.
     """
-    with_value = value_and_grad(fun, frozen, has_aux=has_aux)
+    with_value = value_and_grad(fun, frozen, has_aux=has_aux, wrt=wrt)
 
     @functools.wraps(fun)
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,12 @@ from freeze_optax._tree.variables import is_variable
 from freeze_optax.nnx._flax import AS_GRAPH, nnx
 
 
+def require_module(module: Any) -> None:
+    """Raises TypeError unless `module` is an NNX module."""
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"an NNX module is needed here, not a {type(module).__name__}")
+
+
 def modules(module: nnx.Module, /) -> Modules:
     """Returns the modules of an NNX model by path, so that selectors can ask for their type.
 
@@ -39,8 +45,7 @@ def modules(module: nnx.Module, /) -> Modules:
     Raises:
       TypeError: If `module` is not an NNX module.
     """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(f"an NNX module is needed here, not a {type(module).__name__}")
+    require_module(module)
     by_path: dict[str, nnx.Module] = {}
     paths: dict[int, list[str]] = {}
     for path, node in walk_nodes(module, _children):

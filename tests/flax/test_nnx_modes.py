@@ -1,4 +1,4 @@
-"""The functions for NNX in each mode of Flax: the values are those of bare optax and of graph mode."""
+"""The functions for NNX in each mode of Flax: values are those of bare optax and of graph mode."""
 
 import contextlib
 
