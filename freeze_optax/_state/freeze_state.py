@@ -4,6 +4,7 @@ A `FreezeState` carries its plan as static metadata.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,13 +128,31 @@ class ScheduledState(NamedTuple):
         return [plan.in_order_of(leaves, mask, "params", overwritten=False) for mask in masks]
 
 
-class AnyAges:
-    """A leaf that takes the place of the ages of a state, for `optax.tree_map_params`.
+class _AnyAges:
+    """A leaf that takes the place of ages, for `optax.tree_map_params`.
 
-    It fits any number of ages. That number depends on the number of cohorts, which only the plan
-    holds, and the placeholder that `optax.tree_map_params` passes for the params has no plan.
-    Arrays without rows would fit any number too, but Orbax refuses to store them.
+    It fits one array of ages, or any number of them in a tuple.
     """
+
+
+def ages_of_mapped_state() -> Any:
+    """Returns leaves in the place of the ages of the state that `optax.tree_map_params` maps.
+
+    The number of ages depends on the cohorts, which only that state holds. What `tree_map_params`
+    passes to `init` is a placeholder for the params, which holds nothing. So the state is read from
+    the frame of `tree_map_params`. One leaf for all ages would do without it, but then
+    `transform_non_params` would be called on a tuple of arrays, or on an empty one. Always the same
+    number of arrays, without rows if there is one cohort, would do too, but Orbax refuses to store
+    arrays without rows.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "tree_map_params":
+        frame = frame.f_back
+    states = [] if frame is None else states_in(frame.f_locals.get("state"))
+    counts = {len(state.ages) if isinstance(state.ages, tuple) else None for state in states}
+    count = counts.pop() if len(counts) == 1 else None
+    # With several states of different numbers, it is not known which of them this is for.
+    return _AnyAges() if count is None else (_AnyAges(),) * count
 
 
 def _mapped_ages(ages: Any, plan: Plan) -> Any:

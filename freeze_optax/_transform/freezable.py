@@ -23,7 +23,7 @@ from freeze_optax._rows.take_put import below_axes, scatter_rows
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve, untrainable
 from freeze_optax._state.context import PlanContext
-from freeze_optax._state.freeze_state import AnyAges, FreezeState
+from freeze_optax._state.freeze_state import FreezeState, ages_of_mapped_state
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.chained import check_not_chained, remember_updates
@@ -112,7 +112,7 @@ def freezable(
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
-            return FreezeState(inner.init(params), AnyAges(), Plan.unknown())
+            return FreezeState(inner.init(params), ages_of_mapped_state(), Plan.unknown())
         leaves = param_leaves(params)
         flags = untrainable(leaves) if _take_specs_ignored() else resolve(selector, leaves)
         check_ties(leaves, flags)

@@ -224,6 +224,50 @@ def test_tree_map_params_fits_an_edited_state():
     assert specs[1].ages == (("data", "model"),)
 
 
+def test_transform_non_params_is_called_on_arrays_one_by_one():
+    inner = optax.chain(adam(), optax.scale_by_schedule(lambda count: 1.0), optax.ema(0.9))
+    plain = inner.init(params())
+
+    def seen(tx, state):
+        calls = []
+        new = optax.tree_map_params(
+            tx,
+            lambda x: x,
+            state,
+            transform_non_params=lambda x: calls.append(x) or x.astype("int8"),
+        )
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        return [(type(x), x.shape) for x in calls], new
+
+    expected, _ = seen(inner, plain)
+    assert len(expected) == 3
+    tx = fo.freezable(inner, "c")
+    state = tx.init(params())
+    assert seen(tx, state)[0] == expected
+    around = optax.chain(tx, optax.scale_by_schedule(lambda count: 1.0))
+    assert seen(around, around.init(params()))[0] == [*expected, expected[0]]
+    state = fo.thaw(state, params(), "c")
+    calls, mapped = seen(tx, state)
+    assert calls == [*expected, *((kind, (1,)) for kind, _ in (expected[0], expected[2]))]
+    assert [age.dtype for age in mapped.ages] == ["int8", "int8"]
+    scheduled = fo.scheduled(inner, fo.Phases({0: "a", 1: "b"}))
+    calls, _ = seen(scheduled, scheduled.init(params()))
+    assert calls == [
+        expected[0],
+        *expected,
+        *((kind, (2,)) for kind, _ in (expected[0], expected[2])),
+    ]
+
+
+def test_several_states_of_the_same_cohorts_are_mapped_array_by_array():
+    tx = optax.chain(fo.freezable(adam(), "a"), fo.freezable(optax.trace(0.9), "b"))
+    state = tx.init(params())
+    assert optax.tree_map_params(tx, jnp.ones_like, state, transform_non_params=jnp.ones_like)
+    first, second = state
+    state = (fo.thaw(first, params(), "a"), second)
+    assert optax.tree_map_params(tx, jnp.ones_like, state)[0].ages == state[0].ages
+
+
 class Backwards(NamedTuple):
     c: jax.Array
     b: jax.Array
