@@ -16,6 +16,7 @@ from freeze_optax._state.layout import CLOCK, COUNTER, Place, array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
+from freeze_optax._transform.settled_structure import settled_state
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
@@ -58,7 +59,10 @@ def adopt(tx: optax.GradientTransformation, inner_state: Any, params: Any) -> Fr
     frozen = [flag is True for flag in untrainable(leaves)]
     plan = Plan.from_flags(plan.paths, frozen, plan.context)
     layout = plan.layout
-    values = layout.places(inner_state)
+    inner = plan.context.inner
+    values = layout.places(
+        inner_state if inner is None else settled_state(inner, inner_state, params)
+    )
     _check_shapes(plan, values, params)
     pairs = zip(layout.owners, values, strict=True)
     kept = [rewrap_variable(x, HOLE) if owner >= 0 and frozen[owner] else x for owner, x in pairs]

@@ -18,6 +18,7 @@ from freeze_optax._transform.chained import remember_updates
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._transform.freezable import freezable
 from freeze_optax._transform.inner_transformation import as_transformation
+from freeze_optax._transform.settled_structure import with_settled_structure
 from freeze_optax._tree.holes import is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
@@ -78,7 +79,7 @@ def scheduled(
             "fo.scheduled(inner, fo.Phases({0: frozen, 500: fo.nothing}))"
         )
     phases.at(0)
-    inner = as_transformation("scheduled", inner)
+    inner = with_settled_structure(as_transformation("scheduled", inner))
     tx: Any = freezable(inner)
 
     def init_fn(params: optax.Params) -> Any:

@@ -92,12 +92,13 @@ class Layout:
         try:
             values = self._treedef.flatten_up_to(inner_state)
         except (ValueError, TypeError):
-            differences = path_differences(
-                Leaves(inner_state).paths, self.paths, "in the inner state", "in that structure"
-            )
+            paths = Leaves(inner_state).paths
+            hint = "; if `update` is what makes them, let `init` make them too"
             raise ValueError(
                 f"the inner state, a {type(inner_state).__name__}, does not have the structure "
-                f"that its transformation gives: {differences}"
+                "that its transformation gives: "
+                + path_differences(paths, self.paths, "in the inner state", "in that structure")
+                + (hint if set(self.paths) < set(paths) else "")
             ) from None
         places = zip(self.paths, self.owners, self._template, values, strict=True)
         mixing_leaves = [

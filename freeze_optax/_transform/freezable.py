@@ -36,6 +36,7 @@ from freeze_optax._transform.example_axes import (
 )
 from freeze_optax._transform.extra_arguments import adapt_extra_arguments
 from freeze_optax._transform.inner_transformation import as_transformation
+from freeze_optax._transform.settled_structure import with_settled_structure
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
@@ -107,7 +108,7 @@ def freezable(
     Raises:
       TypeError: If `inner` is not a transformation.
     """
-    inner = as_transformation("freezable", inner)
+    inner = with_settled_structure(as_transformation("freezable", inner))
     selector = as_selector(frozen)
 
     def init_fn(params: optax.Params) -> Any:
