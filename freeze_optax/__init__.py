@@ -30,6 +30,7 @@ from freeze_optax._select.by_path import layers as layers
 from freeze_optax._select.by_path import path as path
 from freeze_optax._select.by_path import regex as regex
 from freeze_optax._select.by_rows import rows as rows
+from freeze_optax._select.dotted import dotted as dotted
 from freeze_optax._select.mask import labels as labels
 from freeze_optax._select.mask import mask as mask
 from freeze_optax._select.selector import Selector as Selector

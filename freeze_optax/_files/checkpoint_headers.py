@@ -13,6 +13,7 @@ from freeze_optax._files.npz_headers import read_npz_headers
 from freeze_optax._files.orbax_headers import read_orbax_headers
 from freeze_optax._files.plain_files import plain_size
 from freeze_optax._files.safetensors_headers import read_safetensors_headers
+from freeze_optax._tree.key_paths import dots_as_slashes
 
 _Named = Iterable[tuple[str, Any]]
 
@@ -40,7 +41,7 @@ def read_headers(checkpoint: Path) -> dict[str, Any]:
     read = _of_folder if checkpoint.is_dir() else _of_file
     headers: dict[str, Any] = {}
     for name, leaf in read(checkpoint):
-        path = name.replace(".", "/")
+        path = dots_as_slashes(name)
         if path in headers:
             raise ValueError(
                 f"{checkpoint} has two arrays at {path!r}; dots in stored names count as slashes"

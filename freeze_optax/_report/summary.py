@@ -20,6 +20,7 @@ from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.state_bytes import StateBytes, state_bytes
 from freeze_optax._rows.rows import Flag
+from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._state.shared_buffers import check_ties, first_of_buffer
@@ -343,7 +344,8 @@ def summary(
     flags = resolve(frozen, leaves)
     check_ties(leaves, flags)
     present, unfrozen = state_bytes(params, frozen, flags, optimizer)
-    root = build_outline(_entries(leaves, flags, present, unfrozen), folded=depth is None)
+    shown_leaves = dotted_leaves(leaves) if isinstance(frozen, Dotted) else leaves
+    root = build_outline(_entries(shown_leaves, flags, present, unfrozen), folded=depth is None)
     shown = shown_lines(root, depth)
     counts = root.counts.to_dict()
     counts["state_bytes"] = present.total if present else None

@@ -4,9 +4,9 @@ import operator
 import re
 from typing import final
 
-from freeze_optax._select.selector import Path, Selector, mark_matches
+from freeze_optax._select.selector import Path, Selector, glob_dots_hint, mark_matches
 from freeze_optax._select.slices import checked_slice, ends_of
-from freeze_optax._tree.globs import compile_glob
+from freeze_optax._tree.globs import compile_glob, with_slashes
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import natural_order, nodes_of
 from freeze_optax._tree.kinds import number_kind
@@ -148,9 +148,12 @@ class Layers(Selector):
         nodes = nodes_of(path for path, i in leaves.all_paths() if is_param[i])
         matched = sorted(filter(self._regex.match, nodes), key=natural_order)
         if not matched:
-            raise ValueError(
-                f"layers({self._pattern!r}) names no node; {nearest_names(self._pattern, nodes)}"
-            )
+            code = f"fo.{self!r}".replace(repr(self._pattern), "{!r}", 1)
+            hint = glob_dots_hint(self._pattern, nodes, code)
+            hint = hint or nearest_names(self._pattern, nodes)
+            raise ValueError(f"layers({self._pattern!r}) names no node; {hint}")
+        if self._index is not None:
+            self._check_no_tensors(matched)
         chosen = matched
         if isinstance(self._index, slice):
             chosen = matched[self._index]
@@ -162,6 +165,26 @@ class Layers(Selector):
                 )
             chosen = [matched[self._index]]
         return leaves.flags_below(set(chosen))
+
+    def _check_no_tensors(self, matched: list[str]) -> None:
+        """Raises if the nodes are tensors of layers in a flat dict with dotted names.
+
+        There `layers.*` names `layers.0.bias` and `layers.0.weight`, so an index would count
+        tensors. A number with a dot in a name, such as `scale_1.5`, is no such case.
+        """
+        pieces = self._pattern.replace("..", "").rpartition("/")[2].split(".")
+        count = 1 + max((i for i, x in enumerate(pieces) if re.search(r"[*?[{]", x)), default=0)
+        first: dict[str, str] = {}
+        for node in matched:
+            above, _, name = node.rpartition("/")
+            *layer, rest = name.split(".", count)
+            other = first.setdefault("/".join([above, *layer]), node)
+            if len(layer) == count and other != node and not rest.isdigit():
+                pattern = with_slashes(self._pattern)
+                raise ValueError(
+                    f"{self!r}: the pattern names {other!r} and {node!r}, two leaves of one layer; "
+                    f"read dots as separators: fo.dotted(fo.{Layers(pattern, self._index)!r})"
+                )
 
     def __repr__(self) -> str:
         index = self._index

@@ -37,7 +37,7 @@ class _Rows(Selector):
         for path, node in zip(nodes.paths, nodes.values, strict=True):
             if not is_sparse_type(type(node)) or _is_batched(node):
                 continue
-            below = leaves.flags_below({path})
+            below = leaves.as_stored.flags_below({path})
             if any(a and b is not False for a, b in zip(below, selected, strict=True)):
                 raise ValueError(
                     f"{self!r}: {path!r} is a sparse matrix, a {type(node).__name__}, which stores "

@@ -2,7 +2,7 @@
 
 import abc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -16,9 +16,9 @@ from freeze_optax._rows.rows import (
     flag_or,
     flag_to_mask,
 )
-from freeze_optax._tree.globs import compile_glob
+from freeze_optax._tree.globs import compile_glob, with_slashes
 from freeze_optax._tree.holes import is_placeholder
-from freeze_optax._tree.key_paths import nodes_of
+from freeze_optax._tree.key_paths import dots_as_slashes, nodes_of
 from freeze_optax._tree.kinds import can_train, why_lost
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import nearest_names
@@ -326,6 +326,38 @@ def mark_matches(
         # A regex has to match the path of a leaf. A glob may also name a node above a leaf.
         paths = [path for path, _ in leaves.all_paths()]
         nodes = paths if kind == "regex" else nodes_of(paths)
-        raise ValueError(f"{kind} {pattern!r} selects no leaf; {nearest_names(pattern, nodes)}")
+        if kind == "regex":
+            hint = dots_hint(pattern, match, paths, "fo.regex({!r})")
+        else:
+            hint = glob_dots_hint(pattern, paths, "fo.path({!r})")
+        hint = hint or nearest_names(pattern, nodes)
+        raise ValueError(f"{kind} {pattern!r} selects no leaf; {hint}")
     for i in matching:
         selected[i] = True
+
+
+def glob_dots_hint(pattern: str, paths: Iterable[str], code: str) -> str:
+    """Returns a clause for an error if a glob would match with other separators, else "".
+
+    Args:
+      pattern: The glob, whose dots may be meant as separators too.
+      paths: The paths that it does not match.
+      code: The code that makes the selector, with `{!r}` for the glob.
+    """
+    paths, slashed = list(paths), with_slashes(pattern)
+    try:
+        match = compile_glob(slashed).match
+    except ValueError:  # without its dots it is no glob: `name.`, `[.]`
+        return ""
+    if any(map(match, paths)):
+        return f"slashes separate components in a pattern: write {slashed!r}"
+    return dots_hint(slashed, match, paths, code)
+
+
+def dots_hint(pattern: str, match: Callable[[str], Any], paths: Iterable[str], code: str) -> str:
+    """Returns a clause for an error if a pattern would match with dots as separators, else ""."""
+    dotted = next((p for p in paths if "." in p and match(dots_as_slashes(p))), None)
+    if dotted is None:
+        return ""
+    remedy = code.format(pattern)
+    return f"with the dots of {dotted!r} as separators it does: write fo.dotted({remedy})"

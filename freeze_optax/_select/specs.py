@@ -52,7 +52,7 @@ class _Planned(Selector):
         self._plan = plan
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        return self._plan.flags(leaves, "tree")
+        return self._plan.flags(leaves.as_stored, "tree")
 
     def __repr__(self) -> str:
         return repr(self._plan)

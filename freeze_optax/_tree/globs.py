@@ -208,3 +208,8 @@ def compile_glob(pattern: str, *, whole: bool = False) -> re.Pattern[str]:
         return re.compile(f"(?:{text})", re.DOTALL)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r}: {error.msg}") from error
+
+
+def with_slashes(pattern: str) -> str:
+    """Returns a glob with slashes for its dots, but not for those of a range such as `{0..9}`."""
+    return re.sub(r"(?<!\.)\.(?!\.)", "/", pattern)

@@ -112,3 +112,8 @@ def natural_order(text: str) -> tuple[Any, ...]:
     # Digits are not converted with `int`, which refuses more than 4,300 of them.
     pieces = enumerate(re.split(r"([0-9]+)", text))
     return tuple((len(s.lstrip("0")), s.lstrip("0")) if i % 2 else s for i, s in pieces)
+
+
+def dots_as_slashes(text: str) -> str:
+    """Returns a key path in which dots separate components too, as in the names of PyTorch."""
+    return text.replace(".", "/")

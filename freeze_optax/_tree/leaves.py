@@ -1,5 +1,6 @@
 """`Leaves`: the leaves of a pytree in order, holes included, with their key paths as text."""
 
+import copy
 import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 
 from freeze_optax._tree.holes import HOLE, is_hole
-from freeze_optax._tree.key_paths import ancestors, leaf_key_paths, path_texts
+from freeze_optax._tree.key_paths import ancestors, dots_as_slashes, leaf_key_paths, path_texts
 
 
 class Leaves:
@@ -25,6 +26,7 @@ class Leaves:
       modules: The argument `modules`.
       values: The leaves and holes, in flattening order.
       treedef: The structure of the tree, in which a hole is a leaf.
+      as_stored: The same leaves with the paths of the tree, if `dotted` made these; else itself.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Leaves:
     ):
         self.tree, self.modules, self._stop, self._aliases = tree, modules, stop, aliases or {}
         self.values, self.treedef = jax.tree.flatten(tree, is_leaf=stop)
+        self.as_stored = self
 
     @classmethod
     def with_values(
@@ -52,6 +55,14 @@ class Leaves:
         leaves = cls(tree)
         leaves.values, leaves.treedef = values, treedef
         leaves.__dict__["paths"] = paths
+        return leaves
+
+    def dotted(self) -> "Leaves":
+        """Returns the same leaves with paths in which dots separate components too."""
+        aliases = {dots_as_slashes(a): dots_as_slashes(b) for a, b in self._aliases.items()}
+        leaves = copy.copy(self)
+        leaves._aliases, leaves.as_stored = aliases, self
+        leaves.__dict__["paths"] = tuple(map(dots_as_slashes, self.paths))
         return leaves
 
     @functools.cached_property
