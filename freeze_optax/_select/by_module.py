@@ -10,6 +10,7 @@ from freeze_optax._select.found_modules import FoundModules, Table, check_table,
 from freeze_optax._select.selector import Selector
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import nearest_names, quoted_list
+from freeze_optax._tree.variables import is_variable_type
 
 
 @final
@@ -22,9 +23,11 @@ class _OfType(Selector):
         of_type = [(path, node) for path, node in found.nodes if isinstance(node, self._types)]
         for cls in self._types:
             if not any(isinstance(node, cls) for _, node in of_type):
-                present = dict.fromkeys(type(node).__name__ for _, node in found.modules)
+                kind = "variable" if is_variable_type(cls) else "module"
+                nodes = found.variables if is_variable_type(cls) else found.modules
+                present = dict.fromkeys(type(node).__name__ for _, node in nodes)
                 raise ValueError(
-                    f"{self!r}: no module is a {cls.__name__}; "
+                    f"{self!r}: no {kind} is a {cls.__name__}; "
                     f"{nearest_names(cls.__name__, present)}"
                 )
         for field in self._fields:
@@ -54,9 +57,9 @@ def of_type(
 ) -> Selector:
     """Selects the leaves under each module that is an instance of one of the types.
 
-    Nested modules count too. The types are read from the tree itself, if it holds its modules
-    (Equinox, NNX modules, any class that is registered as a pytree). Otherwise they are read from
-    the table `modules`.
+    Nested modules count too, and so do NNX Variables (`nnx.LoRAParam`). The types are read from the
+    tree itself, if it holds its modules (Equinox, NNX modules, any class that is registered as a
+    pytree). Otherwise they are read from the table `modules`.
 
     Examples:
       >>> import jax

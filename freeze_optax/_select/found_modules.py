@@ -10,6 +10,7 @@ from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.modules import Modules, children_of, is_module, walk_nodes
+from freeze_optax._tree.variables import is_variable
 
 Table = Mapping[str, Any] | None
 
@@ -54,6 +55,11 @@ class FoundModules:
                 "both of freeze_optax"
             )
         return modules
+
+    @property
+    def variables(self) -> list[tuple[str, Any]]:
+        """The pairs of path and NNX Variable."""
+        return [(path, node) for path, node in self.nodes if is_variable(node)]
 
     def field(self, path: str, module: Any, name: str) -> str | None:
         """Returns the path of a module's direct field; None if the module has no such field.

@@ -28,7 +28,8 @@ def mask(spec: Spec, tree: Any) -> Any:
     Args:
       spec: Any spec: a selector, a path glob, a bool, a mask of the structure of `tree` or a
         prefix of it (matched by key path), a function from a tree to a mask, a `FreezeState` or a
-        tree with one, or a list or tuple of these for their union.
+        tree with one, an NNX filter or a type of NNX Variable, or a list or tuple of these for
+        their union.
       tree: Any pytree; leaves may be abstract (`jax.ShapeDtypeStruct`).
 
     Returns:
@@ -39,7 +40,7 @@ def mask(spec: Spec, tree: Any) -> Any:
     Raises:
       ValueError: If a pattern selects nothing, or a mask or state is of another tree.
       IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
-      TypeError: If a mask holds anything but bools.
+      TypeError: If a mask holds anything but bools, or the spec is a class.
     """
     leaves = Leaves(tree)
     return leaves.fill_leaves(map(flag_to_mask, resolve(spec, leaves)))

@@ -9,6 +9,7 @@ import optax
 from jax.core import Tracer
 
 from freeze_optax._rows.rows import Flag, flag_from_vector, flag_union
+from freeze_optax._select.by_variable import ByVariable, is_variable_filter
 from freeze_optax._select.selector import (
     Path,
     Selector,
@@ -195,7 +196,7 @@ def as_selector(spec: Spec) -> Selector:
 
     Raises:
       ValueError: If a tree holds more than one `FreezeState`.
-      TypeError: If the spec is a transformation.
+      TypeError: If the spec is a transformation or a class.
     """
     if isinstance(spec, Selector):
         return spec
@@ -207,11 +208,21 @@ def as_selector(spec: Spec) -> Selector:
         raise TypeError(
             "a transformation is not a spec; pass the optimizer state that its init gives"
         )
-    if type(spec) in (list, tuple) and (
-        not spec or any(isinstance(part, Selector | str) or is_function(part) for part in spec)
-    ):
+    if is_variable_filter(spec):
+        return ByVariable(spec)
+    if isinstance(spec, type):
+        raise TypeError(
+            f"the class {spec.__name__} is not a spec; fo.of_type({spec.__name__}) selects what is "
+            "under its instances"
+        )
+    if type(spec) in (list, tuple) and (not spec or any(map(_is_spec, spec))):
         return _Union(spec)
     return _Function(spec) if is_function(spec) else _of_tree(spec)
+
+
+def _is_spec(part: Any) -> bool:
+    """Whether a list with this part is a list of specs, and not a mask."""
+    return isinstance(part, Selector | str) or is_function(part) or is_variable_filter(part)
 
 
 def state_in_spec(spec: Spec) -> FreezeState | None:

@@ -29,9 +29,14 @@ _COMPONENT: dict[type, Callable[[Any], Any]] = {
 }
 
 
+def key_of(entry: Any) -> Any:
+    """Returns the key, index or name in an entry of a key path."""
+    return _COMPONENT.get(type(entry), str)(entry)
+
+
 def _component(entry: Any) -> str:
     # An empty key is quoted, because the empty path is the path of the root.
-    return str(_COMPONENT.get(type(entry), str)(entry)) or "''"
+    return str(key_of(entry)) or "''"
 
 
 def path_text(entries: Iterable[Any]) -> str:

@@ -23,11 +23,13 @@ class Modules(dict[str, Any]):
     Args:
       table: The modules by path.
       aliases: Other paths of shared leaves: from each alias to the path in the params.
-      more: Pairs of path and module, for paths that `table` has already.
+      more: Pairs of path and module, for paths that `table` has already; and pairs of path and
+        NNX Variable.
 
     Attributes:
       aliases: The aliases, as a dict.
-      more: The further modules, as a list: Linen's `share_scope` puts two at one path.
+      more: The further modules, as a list: Linen's `share_scope` puts two at one path. NNX's
+        Variables are here, as `of_type` looks for their types too.
     """
 
     def __init__(

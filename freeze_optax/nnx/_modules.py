@@ -47,11 +47,13 @@ def modules(module: nnx.Module, /) -> Modules:
     """
     require_module(module)
     by_path: dict[str, nnx.Module] = {}
+    variables: list[tuple[str, Any]] = []
     paths: dict[int, list[str]] = {}
     for path, node in walk_nodes(module, _children):
         if isinstance(node, nnx.Module):
             by_path[path] = node
         elif is_variable(node):
+            variables.append((path, node))
             paths.setdefault(id(node), []).append(path)
     shared = [group for group in paths.values() if len(group) > 1]
     aliases: dict[str, str] = {}
@@ -62,7 +64,7 @@ def modules(module: nnx.Module, /) -> Modules:
         for group in shared:
             stored = [path for path in group if path in state_paths]
             aliases.update((path, stored[0]) for path in group if stored and path not in stored)
-    return Modules(by_path, aliases)
+    return Modules(by_path, aliases, variables)
 
 
 def _children(node: Any) -> list[tuple[KeyPath, Any]] | None:

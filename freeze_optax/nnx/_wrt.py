@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._select.by_variable import VariableFilter
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.key_paths import path_text
 from freeze_optax._tree.leaves import Leaves
@@ -17,7 +18,7 @@ from freeze_optax.nnx._specs import OnModel
 
 @final
 @dataclasses.dataclass(frozen=True)
-class TrainableVariables:
+class TrainableVariables(VariableFilter):
     """An NNX filter that matches the variables at some paths."""
 
     paths: frozenset[KeyPath]

@@ -1,4 +1,4 @@
-"""NNX models whose variables are not `nnx.Param`s: their type is an argument, or the optimizer's."""
+"""NNX models whose variables are not `nnx.Param`s: an argument or the optimizer gives the type."""
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +91,16 @@ def test_no_variable_of_the_type_is_an_error_that_names_the_types_of_the_model()
     ):
         with pytest.raises(ValueError, match=NONE):
             call()
-    with pytest.raises(ValueError, match="this Module is matched by wrt=Param; it has no variable"):
+    with pytest.raises(
+        ValueError, match=r"this Module is matched by wrt=Param; it has no variable"
+    ):
         fnnx.wrt(nnx.Module(), fo.nothing)
 
 
 def test_a_state_of_another_model_is_an_error_that_names_its_paths():
     other = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
     state = nnx.Optimizer(other, fo.freezable(ADAM), wrt=nnx.Param).opt_state
-    with pytest.raises(ValueError, match="different params: only in the .*state: 'bias', 'kernel'"):
+    with pytest.raises(
+        ValueError, match=r"different params: only in the .*state: 'bias', 'kernel'"
+    ):
         fnnx.grad(Model.__call__, state)(Model())
