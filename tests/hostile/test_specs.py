@@ -61,7 +61,7 @@ NO_SPECS: dict[str, tuple[Any, str]] = {
     "set": ({"head"}, IS_NO_SPEC.format("set")),
     "range": (range(2), IS_NO_SPEC.format("range")),
     "slice": (slice(1), IS_NO_SPEC.format("slice")),
-    "ellipsis": (..., IS_NO_SPEC.format("ellipsis")),
+    "ellipsis": (..., "Ellipsis is an NNX filter, which selects Variables, but the tree, a dict"),
     "package": (jax, IS_NO_SPEC.format("module")),
     "array": (np.ones(2), IS_NO_SPEC.format(r"ndarray\(2,\)")),
     "phases": (fo.Phases({0: "head"}), IS_NO_SPEC.format("Phases")),
