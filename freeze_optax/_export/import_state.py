@@ -1,6 +1,6 @@
 """`import_state`: the inverse of `export_state`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -184,7 +184,11 @@ def _decoded_rows(rows: Any) -> Rows | None:
     return flag
 
 
-def _part_table(parts: Any, leaves: list[Any]) -> PartTable | None:
+class _OtherParamsError(ValueError):
+    """The export is whole, and of params of other shapes."""
+
+
+def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTable | None:
     """Returns the table of the parts; raises ValueError if they are not parts of these leaves."""
     if parts is None:
         return None
@@ -194,14 +198,17 @@ def _part_table(parts: Any, leaves: list[Any]) -> PartTable | None:
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
     table = PartTable((leaf, _decoded_rows(rows)) for leaf, rows in parts)
-    for leaf, parts_of_leaf in zip(leaves, table.by_leaf, strict=True):
+    for path, leaf, parts_of_leaf in zip(paths, leaves, table.by_leaf, strict=True):
         masks = [rows.mask for i in parts_of_leaf if (rows := table.parts[i][1])]
-        shape = getattr(leaf, "shape", ())[:1]
         is_whole = len(parts_of_leaf) == 1 and not masks
-        if any(mask.shape != shape for mask in masks) or (
-            len(masks) != len(parts_of_leaf) and not is_whole
-        ):
-            raise ValueError(f"its rows are not those of a leaf of shape {shape}")
+        counts = {len(mask) for mask in masks}
+        if len(counts) > 1 or (len(masks) != len(parts_of_leaf) and not is_whole):
+            raise ValueError(f"its parts of {path!r} are not those of one leaf")
+        if masks and getattr(leaf, "shape", ())[:1] != masks[0].shape:
+            raise _OtherParamsError(
+                f"{path!r} has {len(masks[0]):,} rows in it, and is {_short_type(leaf)} in the "
+                "params; pass the params of the export, and for these ones make a state with init"
+            )
         if masks and np.sum(masks, axis=0).max() > 1:
             raise ValueError("two of its parts have one row")
     return table
@@ -219,7 +226,9 @@ def _plan(about: dict[str, Any], initial_plan: Plan, params: Any) -> Plan:
     schedule = tuple((start, tuple(flags)) for start, flags in about["schedule"])
     try:
         leaves = param_leaves(params).values
-        table = _part_table(about["parts"], leaves)
+        table = _part_table(about["parts"], leaves, paths)
+    except _OtherParamsError as error:
+        raise ValueError(f"the export is of other params: {error}") from None
     except ValueError as error:
         raise ValueError(f"the export is damaged: {error}") from error
     plan = Plan(initial_plan.paths, frozen, cohorts, initial_plan.context, schedule, table)
@@ -337,6 +346,9 @@ def _differences(exported: dict[str, Any], expected: dict[str, Any]) -> str:
             tuple(exported), tuple(expected), "in the export", "in the state to be"
         )
     differing_paths = [path for path, entry in exported.items() if entry != expected[path]]
-    return few_clauses(
+    clauses = few_clauses(
         [f"{path!r} is {exported[path]}, not {expected[path]}" for path in differing_paths]
     )
+    if all(exported[path][1:] == expected[path][1:] for path in differing_paths):
+        clauses += "; only shapes differ: if the params have changed, pass those of the export"
+    return clauses

@@ -68,7 +68,9 @@ class _Mask(Selector):
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         mask = self._mask
-        if type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple):
+        is_list = type(mask) in (list, tuple) and type(leaves.tree) not in (list, tuple)
+        # A list of bools is no union, which would be all or nothing. It is a mask of a list.
+        if is_list and not all(isinstance(x, bool | np.bool_) for x in mask):
             return _Union(mask).flags(leaves)
         pairs = zip(match_by_path(mask, leaves, "mask"), leaves.paths, leaves.values, strict=True)
         return [is_hole(leaf) or _as_flag(*entry, path, leaf) for entry, path, leaf in pairs]
@@ -130,6 +132,8 @@ def match_by_path(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]
         has_bools = any(getattr(x, "dtype", type(x)) in (bool, np.bool_) for x in entries.values)
         hint = "" if has_bools or what != "mask" else "; it holds no bools, and no FreezeState"
         hint = "; to freeze nothing write fo.nothing" if tree is None else hint
+        if has_bools and what == "mask" and type(tree) in (list, tuple):
+            hint = "; a list of bools is a mask of a list: for all leaves write one bool"
         raise ValueError(f"the {what} does not fit the tree: it has {', and '.join(parts)}{hint}")
     return [(node, table[node]) for node in above if node is not None]
 

@@ -12,7 +12,7 @@ from freeze_optax._state.layout import Layout
 from freeze_optax._state.tracers import holds_tracers
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.kinds import number_kind, rank
-from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.leaves import Leaves, refusing_node
 from freeze_optax._tree.lookahead import map_copies, param_leaves
 from freeze_optax._tree.variables import tree_of_holes
 
@@ -73,7 +73,16 @@ class PlanContext:
     def skeleton(self) -> Any:
         """The params that `init` was given, with a hole for each leaf; only edits use it."""
         treedef = self._params
-        return tree_of_holes(jax.tree.unflatten(treedef, [HOLE] * treedef.num_leaves))
+        holes = [HOLE] * treedef.num_leaves
+        try:
+            return tree_of_holes(jax.tree.unflatten(treedef, holes))
+        except Exception as error:
+            node, *_ = refusing_node(treedef, holes)
+            raise ValueError(
+                f"the params can't be edited: a {node.__name__} in them refuses a hole "
+                "(optax.MaskedNode) in place of an array; jax asks that `tree_unflatten` accept "
+                f"any object, so let it check arrays alone: {error}"
+            ) from error
 
     @property
     def init(self) -> Callable[[Any], Any]:

@@ -105,8 +105,24 @@ class Leaves:
         return flags
 
     def rebuild(self, values: Iterable[Any]) -> Any:
-        """Returns the tree with other values, one for each leaf and each hole."""
-        return jax.tree.unflatten(self.treedef, values)
+        """Returns the tree with other values, one for each leaf and each hole.
+
+        Raises:
+          ValueError: If a node refuses its values, naming the path and what the node says.
+        """
+        values = list(values)
+        try:
+            return jax.tree.unflatten(self.treedef, values)
+        except Exception as error:
+            node, start, count = refusing_node(self.treedef, values)
+            span = range(start, start + count)
+            i = next((i for i in span if values[i] is not self.values[i]), None)
+            if i is None:
+                raise
+            raise ValueError(
+                f"{self.paths[i]!r} is in a {node.__name__}, which refuses "
+                f"{_change(self.values[i], values[i])}: {error}"
+            ) from error
 
     def fill_leaves(self, values: Iterable[Any]) -> Any:
         """Returns the tree with other values for its leaves; the holes stay.
@@ -120,3 +136,41 @@ class Leaves:
     def with_holes(self, flags: Iterable[bool]) -> Any:
         """Returns the tree with a hole at each leaf whose flag is set."""
         return self.rebuild(HOLE if f else x for x, f in zip(self.values, flags, strict=True))
+
+
+def refusing_node(treedef: Any, values: list[Any]) -> tuple[type, int, int]:
+    """Returns the type of the innermost node that refuses its values, and where these are.
+
+    The classes of users may check in their `tree_unflatten` what they are made of.
+    """
+    start, remaining = 0, [treedef]
+    while remaining:
+        child = remaining.pop(0)
+        if _accepts(child, values[start : start + child.num_leaves]):
+            start += child.num_leaves
+        else:
+            treedef, remaining = child, child.children()
+    node_type = (treedef.node_data() or (object,))[0]
+    return node_type, start - treedef.num_leaves, treedef.num_leaves
+
+
+def _accepts(treedef: Any, values: list[Any]) -> bool:
+    try:
+        jax.tree.unflatten(treedef, values)
+    except Exception:  # noqa: BLE001
+        return False
+    return True
+
+
+def _change(old: Any, new: Any) -> str:
+    """Returns a clause for an error that says what a node was to hold, and the remedy."""
+    shape, new_shape = (getattr(x, "shape", None) for x in (old, new))
+    if new_shape is None or shape == new_shape:
+        return (
+            f"a {type(new).__name__} in place of its {type(old).__name__} (jax asks that "
+            "`tree_unflatten` accept any object: let it check arrays alone)"
+        )
+    return (
+        f"a shape {new_shape} in place of {shape} (to freeze some rows, the params need a node "
+        "that accepts these, or the bare array; it can be frozen as a whole)"
+    )

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -275,12 +276,15 @@ def test_the_state_beside_a_node_that_refuses_holes_is_counted():
         lambda params, state: fo.release(state, params),
     ],
 )
-def test_what_a_node_refuses_is_its_own_error_and_the_state_is_as_it_was(ask):
+def test_what_a_node_refuses_is_explained_and_the_state_is_as_it_was(ask):
     params, tx = strict()
     state = tx.init(params)
     before = jax.tree.leaves(state)
-    with pytest.raises(TypeError, match=r"Strict takes arrays, not (bool|MaskedNode)"):
+    refused = r"in a Strict, which refuses|a Strict in them refuses"
+    with pytest.raises(ValueError, match=refused) as error:
         ask(params, state)
+    assert "jax asks that `tree_unflatten` accept any object" in str(error.value)
+    assert re.search("Strict takes arrays, not (bool|MaskedNode)$", str(error.value))
     assert all(x is y for x, y in zip(jax.tree.leaves(state), before, strict=True))
     tx.update(params, state, params)
 

@@ -121,8 +121,6 @@ STATE = state_of("encoder")
         ([encoder, fo.nothing, False], ENCODER),
         (["encoder", BIASES], flags(True, True, True, False)),
         ([["encoder"], ("head/bias",)], flags(True, True, True, False)),
-        ([False, False], NONE),
-        ([True, False], ALL),
         ([BIASES, ENCODER], flags(True, True, True, False)),
         ([lambda tree: HEAD, "encoder/bias"], flags(True, False, True, True)),
         ([], NONE),
@@ -362,4 +360,21 @@ def test_a_label_that_a_function_gives_to_holes_only_counts_as_given():
     assert fo.labelled(label_by_top, "encoder")(HOLED) == {
         "encoder": {"bias": HOLE, "kernel": HOLE},
         "head": {"bias": False, "kernel": HOLE},
+    }
+
+
+@pytest.mark.parametrize("spec", [[True, False], (False, False), [True], [[True, False]]], ids=repr)
+def test_a_list_of_bools_is_a_mask_of_a_list_and_no_union(spec):
+    params = {"a": 1.0, "b": 2.0}
+    with pytest.raises(ValueError, match=r"nothing for 'a', 'b' .*for all leaves write one bool"):
+        fo.mask(spec, params)
+    with pytest.raises(ValueError, match="a list of bools is a mask of a list"):
+        fo.freezable(optax.sgd(0.1), spec).init(params)
+
+
+def test_a_list_of_bools_is_matched_by_path_with_a_list_in_other_containers():
+    assert fo.mask([True, False], {"0": 1.0, "1": 2.0}) == {"0": True, "1": False}
+    assert fo.mask([{"a": True, "b": False}, False], {"a": 1.0, "b": 2.0}) == {
+        "a": True,
+        "b": False,
     }
