@@ -18,15 +18,15 @@ from rich.text import Text
 from freeze_optax._report.counts import Counts, LeafCounts, Status
 from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown_lines
 from freeze_optax._report.plot import draw_outline
-from freeze_optax._report.state_bytes import StateBytes, state_bytes
+from freeze_optax._report.resolved_params import resolve_params
+from freeze_optax._report.state_bytes import StateBytes
 from freeze_optax._rows.rows import Flag
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._select.specs import Spec
 from freeze_optax._state.shared_buffers import check_ties, first_of_buffer
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.messages import printable, quoted_list
 from freeze_optax._tree.quantized import quantized_nodes
 
@@ -318,7 +318,9 @@ def summary(
       1536
 
     Args:
-      params: The params, a pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: The params, a pytree of arrays or `jax.ShapeDtypeStruct`s; or an NNX model. If its
+        optimizer has some of its variables only, the others (BatchNorm statistics, the base of a
+        LoRA) count as frozen.
       frozen: What is frozen: any spec, see `freeze_optax.mask`. If it is an optimizer state, or a
         tree or list with one, the bytes of that state are counted, with parked leaves, cohorts and
         the step of `freeze_optax.scheduled`. State around the `freezable` (an accumulator, say)
@@ -340,10 +342,8 @@ def summary(
         transformation, or `depth` is not an integer.
     """
     depth = None if depth is None else _levels(depth)
-    leaves = param_leaves(params)
-    flags = resolve(frozen, leaves)
+    leaves, flags, present, unfrozen = resolve_params(params, frozen, optimizer)
     check_ties(leaves, flags)
-    present, unfrozen = state_bytes(params, frozen, flags, optimizer)
     shown_leaves = dotted_leaves(leaves) if isinstance(frozen, Dotted) else leaves
     root = build_outline(_entries(shown_leaves, flags, present, unfrozen), folded=depth is None)
     shown = shown_lines(root, depth)
@@ -374,7 +374,7 @@ def _levels(depth: Any) -> int:
 
 
 def _entries(
-    leaves: Leaves, flags: list[Flag], present: StateBytes | None, unfrozen: StateBytes | None
+    leaves: Leaves, flags: Sequence[Flag], present: StateBytes | None, unfrozen: StateBytes | None
 ) -> Iterator[Entry]:
     """Yields the leaves for the outline, with their counts and the bytes of their state."""
     same = first_of_buffer(leaves)

@@ -48,6 +48,11 @@ def is_variable_or_box(x: Any) -> bool:
     return is_variable(x) or is_box(x)
 
 
+def tree_has_variables(tree: Any) -> bool:
+    """Returns whether a tree holds an NNX Variable."""
+    return any(map(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
+
+
 def unwrap_variable(x: Any) -> Any:
     """Returns the value of an NNX Variable, or a hole if it has none, and the content of a box.
 

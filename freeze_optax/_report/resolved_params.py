@@ -1,0 +1,80 @@
+"""The params of a summary, with what is frozen of each leaf and the bytes of its state."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from freeze_optax._report.state_bytes import StateBytes, state_bytes
+from freeze_optax._rows.rows import Flag
+from freeze_optax._select.specs import Spec, resolve, state_in_spec
+from freeze_optax._state.shared_buffers import first_of_buffer
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.variables import tree_has_variables
+
+
+class ResolvedParams(NamedTuple):
+    """The leaves of the params, and what a spec and an optimizer are to them.
+
+    Attributes:
+      leaves: The leaves.
+      flags: What is frozen of each.
+      present: The bytes of the optimizer state, or None if not known.
+      unfrozen: The bytes that it would have with nothing frozen, or None if not known.
+    """
+
+    leaves: Leaves
+    flags: Sequence[Flag]
+    present: StateBytes | None
+    unfrozen: StateBytes | None
+
+
+def resolve_params(params: Any, frozen: Spec, optimizer: Any) -> ResolvedParams:
+    """Resolves a spec on params, and counts the bytes of the state.
+
+    An NNX model holds more than the variables of its optimizer: BatchNorm statistics, RNG state,
+    the base of a LoRA. If the spec is the state of some of its variables, the others count as
+    frozen, as nothing trains them.
+
+    Args:
+      params: The params, abstract or not; or an NNX model.
+      frozen: Any spec.
+      optimizer: A transformation or None, as for `state_bytes`.
+    """
+    leaves = param_leaves(params)
+    own = _own_leaves(leaves, frozen)
+    if own is None:
+        flags = resolve(frozen, leaves)
+        return ResolvedParams(leaves, flags, *state_bytes(params, frozen, flags, optimizer))
+    part = {leaves.paths[i]: leaves.values[i] for i in own}
+    part_leaves = Leaves(part)
+    part_flags = resolve(frozen, part_leaves)
+    sizes = state_bytes(part, frozen, part_flags, optimizer)
+    places = {path: place for place, path in enumerate(part_leaves.paths)}
+    # A shared Variable has one path in the state. Its other paths are frozen or not as that one is.
+    same = first_of_buffer(leaves)
+    group_places = {same.get(i, i): places[leaves.paths[i]] for i in own}
+    flags = [
+        part_flags[group_places[first]] if (first := same.get(i, i)) in group_places else True
+        for i in range(len(leaves.values))
+    ]
+    first_places = [None if i in same else group_places.get(i) for i in range(len(leaves.values))]
+    return ResolvedParams(leaves, flags, *(_spread(size, first_places) for size in sizes))
+
+
+def _own_leaves(leaves: Leaves, frozen: Spec) -> list[int] | None:
+    """Returns the indices of the leaves that a state has; None if it has all, or others too."""
+    state = state_in_spec(frozen)
+    if state is None or not tree_has_variables(leaves.tree):
+        return None
+    state_paths = set(state.plan.paths)
+    own = [i for i, path in enumerate(leaves.paths) if path in state_paths]
+    is_part = len(own) == len(state.plan.paths) < len(leaves.paths)
+    return own if is_part else None
+
+
+def _spread(size: StateBytes | None, places: Sequence[int | None]) -> StateBytes | None:
+    """Returns the bytes of a state of some leaves as those of all leaves."""
+    if size is None:
+        return None
+    by_leaf = [0 if place is None else size.by_leaf[place] for place in places]
+    return size._replace(by_leaf=by_leaf)
