@@ -45,11 +45,12 @@ def value_and_grad(
     Returns:
       A function that takes the arguments of `fun` and returns a pair: the value of `fun`, and the
       gradient. The gradient has the structure of the params. At frozen leaves it has zeros, or
-      holes with `holes=True`; the zeros have the dtype `jax.dtypes.float0` where the dtype of the
-      leaf has no gradient. In Flax's collection `_overwrite_with_gradient` (the scales of fp8
-      layers), where the gradient is the next value, a frozen leaf has its present value, also with
-      `holes=True`. Where a leaf is frozen in part, the gradient has zeros at the frozen
-      rows, or with `holes=True` only the rows that train.
+      holes with `holes=True`. Integers and bools have zeros of their own dtype, not JAX's float0,
+      so the gradient can be added, cast, averaged over devices and measured as any other. PRNG keys
+      and leaves that are not arrays have float32 zeros. In Flax's collection
+      `_overwrite_with_gradient` (the scales of fp8 layers), where the gradient is the next value, a
+      frozen leaf has its present value, also with `holes=True`. Where a leaf is frozen in part, the
+      gradient has zeros at the frozen rows, or with `holes=True` only the rows that train.
 
     Raises:
       ValueError: At once, for the state of `scheduled` together with `holes`, or for two such

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._tree.kinds import can_train, is_array, is_numpy_only, number_kind
+from freeze_optax._tree.kinds import is_array, is_numpy_only, number_kind
 
 
 class Zeros:
@@ -24,14 +24,14 @@ class Zeros:
         self._made: dict[Any, Any] = {}
 
     def gradient(self, leaf: Any) -> Any:
-        """Returns the gradient of a function that does not depend on `leaf`."""
+        """Returns the gradient of a function that does not depend on `leaf`, or has none there."""
         return self._like(leaf, _gradient)
 
     def update(self, leaf: Any) -> Any:
         """Returns the update that keeps every bit of `leaf` when it is added.
 
         The update is -0.0, as `x + -0.0` is x for every x. With 0.0 a negative zero would change:
-        `-0.0 + 0.0` is 0.0.
+        `-0.0 + 0.0` is 0.0. To a PRNG key no update can be added.
         """
         return self._like(leaf, _update)
 
@@ -48,19 +48,29 @@ class Zeros:
 
 
 def _gradient(leaf: Any) -> Any:
-    if can_train(leaf):
-        return _full_like(leaf, 0.0)
-    return np.zeros(leaf.shape if is_array(leaf) else (), jax.dtypes.float0)
+    return _full_like(leaf, 0.0)
 
 
 def _update(leaf: Any) -> Any:
-    value = {"inexact": -0.0, "exact": 0}.get(number_kind(leaf))
-    return _gradient(leaf) if value is None else _full_like(leaf, value)
+    return _full_like(leaf, -0.0)
 
 
-def _full_like(leaf: Any, value: float) -> Any:
+def _full_like(leaf: Any, zero: float) -> Any:
+    """Returns an array of the shape of `leaf` that can be added, cast, scaled and averaged.
+
+    Not float0, which JAX itself gives for integers: no arithmetic takes it. An integer or a bool
+    has zeros of its own dtype, as an accumulator like the params has, and as only these leave it
+    as it is. To a PRNG key nothing can be added: it has float32 zeros, and so has what is no array.
+    """
     if is_numpy_only(leaf):
-        return np.full_like(leaf, complex(value, value) if leaf.dtype.kind == "c" else value)
-    if jnp.iscomplexobj(leaf):
-        return jnp.full_like(leaf, complex(value, value))
-    return jnp.full_like(leaf, value)
+        return np.full_like(leaf, complex(zero, zero) if leaf.dtype.kind == "c" else zero)
+    kind = number_kind(leaf)
+    if kind == "exact":
+        return jnp.full_like(leaf, 0)
+    if kind == "inexact":
+        return jnp.full_like(leaf, complex(zero, zero) if jnp.iscomplexobj(leaf) else zero)
+    shape = leaf.shape if is_array(leaf) else ()
+    if is_array(leaf) and leaf.dtype == jax.dtypes.float0:
+        # The gradient of an integer: False changes no integer, whatever its dtype.
+        return jnp.zeros(shape, bool)
+    return jnp.full(shape, zero, jnp.float32)

@@ -11,9 +11,10 @@ import numpy as np
 
 from freeze_optax._rows.parts import axes_in_front
 from freeze_optax._rows.rows import Rows
+from freeze_optax._state.context import LeafKind
 from freeze_optax._state.plan import Plan
 from freeze_optax._tree.holes import is_hole
-from freeze_optax._tree.kinds import rank
+from freeze_optax._tree.kinds import number_kind, rank
 from freeze_optax._tree.leaves import Leaves
 
 Ranks = Sequence[int | None]
@@ -31,10 +32,21 @@ def leaf_ranks(plan: Plan, params: Leaves | None) -> Ranks:
     return [known if is_hole(x) or x is None else rank(x) for x, known in pairs]
 
 
-def leaf_of_gradient(grad: Any, leaf_rank: int | None) -> Any:
-    """Returns an array like the leaf of a gradient: the gradient of the first example alone."""
+def leaf_of_gradient(grad: Any, leaf_rank: int | None, kind: LeafKind | None) -> Any:
+    """Returns an array like the leaf of a gradient: the gradient of the first example alone.
+
+    Args:
+      grad: The gradient.
+      leaf_rank: The number of axes of the leaf, if known.
+      kind: The kind of the leaf, if known. The gradient of an integer may be of another kind
+        (float0, a mean), but to a large integer no float can be added without a change.
+    """
     in_front = axes_in_front(grad, leaf_rank)
-    return grad[(0,) * in_front] if in_front else grad
+    leaf = grad[(0,) * in_front] if in_front else grad
+    numbers = kind and kind[1]
+    if grad is None or numbers in (None, "other", number_kind(grad)):
+        return leaf
+    return np.zeros(np.shape(leaf), bool if numbers == "exact" else np.float32)
 
 
 def check_gradients_of_rows(plan: Plan, grads: Leaves, ranks: Ranks, params: Leaves | None) -> None:

@@ -92,9 +92,10 @@ def freezable(
       negative, as the sum of any number and -0.0 is that number, also for zeros of either sign. So
       `optax.apply_updates` keeps frozen leaves too, with one exception: in eager mode on a CPU it
       flushes subnormal numbers. `freeze_optax.apply_updates` does not flush them. Under jit neither
-      function does, as XLA's optimiser leaves the addition of -0.0 out. PRNG keys and leaves that
-      are not arrays get zeros of dtype `jax.dtypes.float0`, as nothing can be added to them. If the
-      params have such leaves, use `freeze_optax.apply_updates`.
+      function does, as XLA's optimiser leaves the addition of -0.0 out. Integers and bools get
+      zeros of their own dtype. PRNG keys and leaves that are not arrays get float32 zeros, but
+      nothing can be added to these leaves: if the params have some, use
+      `freeze_optax.apply_updates`.
 
       Extra arguments of `update` reach `inner`. A tree like the params has holes at the frozen
       leaves there. A callable that takes params (the `value_fn` of a line search) gets whole
@@ -219,17 +220,18 @@ def _with_frozen_updates(
       plan: What is frozen.
       ranks: The ranks of the leaves.
     """
-    zeros = Zeros()
+    zeros, kinds = Zeros(), plan.context.leaf_kinds or [None] * len(plan.paths)
 
-    def frozen_update(grad: Any, param: Any, leaf_rank: int | None) -> Any:
+    def frozen_update(i: int, grad: Any, param: Any) -> Any:
         if is_hole(grad):
             return HOLE
-        leaf = leaf_of_gradient(grad, leaf_rank) if is_hole(param) else param
+        leaf = leaf_of_gradient(grad, ranks[i], kinds[i]) if is_hole(param) else param
         return None if leaf is None else zeros.update(leaf)
 
-    def update(grad: Any, param: Any, live_update: Any, frozen: Flag, leaf_rank: int | None) -> Any:
+    def update(i: int, grad: Any, param: Any, live_update: Any, frozen: Flag) -> Any:
         if frozen is True:
-            return frozen_update(grad, param, leaf_rank)
+            return frozen_update(i, grad, param)
+        leaf_rank = ranks[i]
         rows = join_parts(live_update, leaf_rank)
         if frozen is False:
             return rows
@@ -241,8 +243,8 @@ def _with_frozen_updates(
         return below_axes(scatter, axes_in_front(rows, leaf_rank), rows)
 
     param_values = [HOLE] * len(grads.values) if params is None else params.values
-    columns = zip(grads.values, param_values, live, plan.mask, ranks, strict=True)
-    values = [update(*column) for column in columns]
+    columns = zip(grads.values, param_values, live, plan.mask, strict=True)
+    values = [update(i, *column) for i, column in enumerate(columns)]
     remember_updates(values, plan.mask)
     return grads.rebuild(values)
 

@@ -258,12 +258,12 @@ def test_variables_of_any_content_have_gradients_of_their_dtype():
         "half": jnp.array([2, 2], jnp.bfloat16),
         "complex": jnp.array([2 - 4j, 6 - 8j], jnp.complex64),
     }
-    float0 = np.zeros((), jax.dtypes.float0)
+    of_integers = {"steps": jnp.array(0), "flag": jnp.array(False)}
     for frozen in ([], ["pair"], ["half", "complex"], fo.everything):
         names = list(values) if frozen is fo.everything else frozen
         zeros = jax.tree.map(jnp.zeros_like, {name: values[name] for name in names})
         grads = nnx.to_pure_dict(fnnx.grad(Odd.__call__, frozen)(Odd()))
-        expected = values | zeros | {"steps": float0, "flag": float0, "empty": None}
+        expected = values | zeros | of_integers | {"empty": None}
         fo.testing.assert_frozen(expected, grads, True)
 
 

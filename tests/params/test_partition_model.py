@@ -146,8 +146,10 @@ def by_hand(tree: Any, flags: list[bool], holes: bool) -> tuple[Any, Any]:
 
 
 def zeros(leaf: Any) -> np.ndarray:
+    dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
+    has_numbers = trains(leaf) or dtype.startswith(("int", "uint", "bool"))
     shape = np.shape(leaf) if hasattr(leaf, "dtype") else ()
-    return np.zeros(shape, jnp.asarray(leaf).dtype if trains(leaf) else jax.dtypes.float0)
+    return np.zeros(shape, jnp.asarray(leaf).dtype if has_numbers else np.float32)
 
 
 @examples(40)

@@ -315,7 +315,7 @@ def test_flux_fields_that_are_no_arrays_have_no_gradient_no_state_and_never_chan
     # A count, and two moments of the two fields that train.
     assert sorted(x.shape for x in jax.tree.leaves(state)) == [(), (2,), (2,), (2, 2), (2, 2)]
     grads = fo.grad(loss_of_described, frozen=state)(layer)
-    assert all(getattr(grads, name).dtype == jax.dtypes.float0 for name in OTHERS)
+    assert not any(getattr(grads, name).any() for name in OTHERS)
     holes = fo.grad(loss_of_described, frozen=state, holes=True)(layer)
     assert all(isinstance(getattr(holes, name), optax.MaskedNode) for name in OTHERS)
 
