@@ -13,6 +13,7 @@ from freeze_optax._rows.take_put import put_rows
 from freeze_optax._select.specs import untrainable
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import CLOCK, COUNTER, Place, array_shapes
+from freeze_optax._state.memories import next_memories, put_beside
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
@@ -20,6 +21,7 @@ from freeze_optax._transform.settled_structure import settled_state
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.memory import put_tree_in_memory
 from freeze_optax._tree.messages import few_clauses
 from freeze_optax._tree.overwritten import optimized_params
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
@@ -88,7 +90,7 @@ def release(state: Any, params: Any) -> Any:
     Returns:
       The same tree with the plain inner state in the place of the `FreezeState`. Its counters are
       those of the first cohort, because a plain optimizer has one set of counters. A leaf without
-      state gets fresh state.
+      state gets fresh state. It is in the memory that `thaw` would put it in.
 
     Raises:
       TypeError: If `state` holds no `FreezeState`.
@@ -109,6 +111,7 @@ def release(state: Any, params: Any) -> Any:
     missing = [number and not done for number, done in zip(is_number, complete, strict=True)]
     unsplit_plan = Plan.from_flags(plan.paths, [not flag for flag in missing], plan.context)
     statistics, shared = plan.layout.split(freeze_state.inner)
+    memories = _memories(plan, table, freeze_state.inner, params)
     fresh, fresh_shared = statistics, shared
     if any(missing):
         fresh, fresh_shared = unsplit_plan.layout.split(init_leaves(unsplit_plan, params, missing))
@@ -119,19 +122,33 @@ def release(state: Any, params: Any) -> Any:
         parts = table.by_leaf[leaf]
         first = statistics.get((prefix, parts[0]), HOLE)
         if not missing[leaf]:
-            return first
+            is_parked = parts[0] in plan.parked
+            return put_tree_in_memory(first, memories[prefix, leaf]) if is_parked else first
         value = unwrap_variable(fresh[place])
         for part in parts:
             rows = table.parts[part][1]
             if rows and plan.cohorts[part] != DROPPED:
                 value = _with_rows(value, rows, statistics.get((prefix, part), HOLE), path)
-        return rewrap_variable(first, value)
+        return rewrap_variable(first, put_tree_in_memory(value, memories[prefix, leaf]))
 
     if all(cohort == DROPPED for cohort in plan.cohorts):
         kinds = (owner for owner in unsplit_plan.layout.owners if owner in (COUNTER, CLOCK))
         triples = zip(kinds, shared, fresh_shared, strict=True)
-        shared = [rewrap_variable(x, new) if kind == COUNTER else x for kind, x, new in triples]
+        shared = [
+            rewrap_variable(x, put_beside(new, x)) if kind == COUNTER else x
+            for kind, x, new in triples
+        ]
     return replace_state(state, unsplit_plan.layout.join(statistic, shared))
+
+
+def _memories(plan: Plan, table: PartTable, inner: Any, params: Any) -> dict[Place, str | None]:
+    """Returns, for each place of a leaf, the memory of statistics that are not there yet."""
+    layout = plan.layout
+    memories = next_memories(plan, layout.places(inner), params)
+    triples = zip(layout.prefixes, layout.owners, memories, strict=True)
+    return {
+        (prefix, table.parts[owner][0]): memory for prefix, owner, memory in triples if owner >= 0
+    }
 
 
 def _with_rows(fresh: Any, rows: Rows, kept: Any, path: str) -> Any:

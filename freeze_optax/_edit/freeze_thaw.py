@@ -93,7 +93,9 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
         not change. Leaves that cannot be trained stay frozen.
 
     Returns:
-      As for `freeze`. New moments have the sharding of their parameter.
+      As for `freeze`. New moments have the sharding of their parameter. They are in the memory (of
+      the device, or `pinned_host`) of the moments that train already, or, if none do, of their
+      parameter. Parked moments that train again move to that memory.
 
     Raises:
       TypeError, ValueError, IndexError: As for `freeze`.

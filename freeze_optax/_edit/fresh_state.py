@@ -10,17 +10,22 @@ from freeze_optax._state.plan import Plan
 from freeze_optax._tree.kinds import is_numpy_only, number_kind
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, rewrap_copies
+from freeze_optax._tree.memory import put_tree_in_memory
 
 
 def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
-    """Returns the inner state of the wanted parts alone, in the containers that `init` saw."""
+    """Returns the inner state of the wanted parts alone, in the containers that `init` saw.
+
+    It is in device memory, also where a parameter is in host memory: see `init_in_memory`.
+    """
     copies = param_copies(params)
     rebuilt: list[Any] = []
     for i, containers in enumerate(param_copies(plan.context.skeleton)):
         param_values = Leaves(copies[min(i, len(copies) - 1)])
         leaves = Leaves(containers)
         leaves.values = plan.in_plan_order(param_values, param_values.values)
-        rebuilt.append(plan.drop_parts(leaves, [not flag for flag in wanted]))
+        live = plan.drop_parts(leaves, [not flag for flag in wanted])
+        rebuilt.append(put_tree_in_memory(live, None))
     return plan.context.init(rewrap_copies(plan.context.skeleton, rebuilt))
 
 

@@ -1,5 +1,6 @@
 """`scheduled`: a transformation that follows `Phases` inside one compiled program."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from freeze_optax._rows.parts import Part, PartTable
 from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_vector
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
+from freeze_optax._state.memories import init_in_memory
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.chained import remember_updates
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
@@ -22,6 +24,7 @@ from freeze_optax._transform.settled_structure import with_settled_structure
 from freeze_optax._tree.holes import is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.memory import put_in_memory, traced_memory_of
 
 
 def scheduled(
@@ -91,7 +94,7 @@ def scheduled(
         plan = _plan(leaves, flags, phases, PlanContext(inner, params, leaves))
         for mask in flags:
             check_mask(plan, leaves, mask, plan.layout.ties)
-        inner_state = inner.init(plan.drop_frozen_params(params, leaves))
+        inner_state = init_in_memory(plan, plan.drop_frozen_params(params, leaves), params)
         state = FreezeState(inner_state, (), plan)
         (first,) = cohort_counters(state, plan.layout.places(inner_state))
         ages = stack_ages([first] * max(plan.cohorts, default=0))
@@ -118,7 +121,9 @@ def scheduled(
 
             return update
 
-        branches = _with_equal_dtypes([branch(frozen) for _, frozen in plan.schedule], plan)
+        leaves = param_leaves(updates if params is None else params)
+        branches = [branch(frozen) for _, frozen in plan.schedule]
+        branches = _with_equal_types(branches, plan, list(map(traced_memory_of, leaves.values)))
         new_updates, inner_state, ages = jax.lax.switch(state.phase, branches, None)
         remember_updates(Leaves(new_updates).values, plan.mask)
         after = FreezeState(inner_state, ages, plan)
@@ -163,11 +168,17 @@ def _rows_by_pattern(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[b
     ]
 
 
-def _with_equal_dtypes(branches: list[Any], plan: Plan) -> list[Any]:
-    """Gives the updates of all branches the same dtypes, as `lax.switch` requires.
+def _with_equal_types(branches: list[Any], plan: Plan, memories: Sequence[str | None]) -> list[Any]:
+    """Gives the updates of all branches the same types, as `lax.switch` requires.
 
     A transformation may return another dtype than that of the params. So the zeros of a frozen leaf
-    get the dtype that the updates of this leaf have in the phases that train it.
+    get the dtype that the updates of this leaf have in the phases that train it. An update is in
+    the memory of its leaf, as the zeros are.
+
+    Args:
+      branches: The update of each phase.
+      plan: The plan.
+      memories: For each leaf of the params, its memory.
     """
     count = len(plan.paths)
     masks = [plan.mask_of(frozen) for _, frozen in plan.schedule]
@@ -186,8 +197,11 @@ def _with_equal_dtypes(branches: list[Any], plan: Plan) -> list[Any]:
         def run(_: None) -> Any:
             updates, *rest = branch(None)
             leaves = Leaves(updates)
-            pairs = zip(leaves.values, dtypes, strict=True)
-            return leaves.rebuild(x if d is None else x.astype(d) for x, d in pairs), *rest
+            casts = (
+                x if dtype is None else put_in_memory(x.astype(dtype), memories[i % count])
+                for i, (x, dtype) in enumerate(zip(leaves.values, dtypes, strict=True))
+            )
+            return leaves.rebuild(casts), *rest
 
         return run
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import jax
-from jax.core import Tracer
-
 from freeze_optax._edit.fresh_state import init_leaves
 from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.memories import next_memories, put_beside
 from freeze_optax._state.plan import DROPPED
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.memory import put_tree_in_memory
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 _FRESH = 1 << 30
@@ -29,6 +28,9 @@ def apply_transition(
     cohorts = tuple(DROPPED if group is None else order[group] for group in groups)
 
     renewed = [cohort == DROPPED and not now for cohort, _, now in changes]
+    # Parked statistics that train again go where those are that train already.
+    resumed = [was and cohort != DROPPED and not now for cohort, was, now in changes]
+    memories = next_memories(plan, places, params)
     fresh = places
     if any(renewed) or not order:
         fresh = layout.places(init_leaves(plan, params, renewed))
@@ -38,20 +40,23 @@ def apply_transition(
             return places[place]
         if cohorts[owner] == DROPPED:
             return rewrap_variable(places[place], HOLE)
+        if not (renewed[owner] or resumed[owner]):
+            return places[place]
         # `init` saw boxes that the state may have lost since (`nn.meta.unbox`).
-        new = unwrap_variable(fresh[place]) if renewed[owner] else None
-        return rewrap_variable(places[place], new) if renewed[owner] else places[place]
+        value = unwrap_variable(fresh[place]) if renewed[owner] else places[place]
+        return rewrap_variable(places[place], put_tree_in_memory(value, memories[place]))
 
     values = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))
     counters[_FRESH] = [fresh[place] for place in layout.counters]
     first, *others = [counters[source] for source, _ in order] or [counters[_FRESH]]
     for place, counter in zip(layout.counters, first, strict=True):
-        values[place] = rewrap_variable(places[place], _on_devices_of(counter, places[place]))
-    ages = stack_ages([[unwrap_variable(counter) for counter in row] for row in others])
-    pairs = zip(layout.counters, ages, strict=False)
+        values[place] = rewrap_variable(places[place], put_beside(counter, places[place]))
+    counters_now = [places[place] for place in layout.counters]
+    ages = stack_ages([list(map(put_beside, row, counters_now)) for row in others])
     ages = tuple(
-        rewrap_variable(places[place], _on_devices_of(age, places[place])) for place, age in pairs
+        rewrap_variable(now, put_beside(age, now))
+        for now, age in zip(counters_now, ages, strict=False)
     )
     return FreezeState(layout.rebuild(values), ages, plan.with_frozen(frozen, cohorts))
 
@@ -69,16 +74,3 @@ def _cohort_after(
     if not counted:  # cohorts differ in their counters alone
         return (0, False)
     return (_FRESH if cohort == DROPPED else cohort, is_frozen)
-
-
-def _on_devices_of(new: Any, old: Any) -> Any:
-    """Puts a counter on all the devices of another.
-
-    Among several processes Orbax cannot store an array that only one of them has.
-    """
-    new, old = unwrap_variable(new), unwrap_variable(old)
-    if isinstance(new, Tracer) or isinstance(old, Tracer) or not isinstance(old, jax.Array):
-        return new
-    if len(old.sharding.device_set) == 1:
-        return new
-    return jax.device_put(new, old.sharding)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._tree.kinds import is_array, number_kind
+from freeze_optax._tree.memory import memory_of, put_in_memory
 
 FORMAT = "freeze_optax state, version 1"
 
@@ -224,7 +225,8 @@ def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
       path: The path of the leaf.
 
     Returns:
-      The leaf. It is on no particular device, unless the array is sharded over several devices.
+      The leaf. It is on no particular device, unless the array is sharded over several devices, or
+      is in host memory: then it stays there.
 
     Raises:
       ValueError: If the array does not encode such a leaf. The error names the path.
@@ -241,11 +243,12 @@ def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
         raise ValueError(f"the export is damaged: {path!r} is {shown}, not {stored}{list(shape)}")
     if not is_key and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         return np.asarray(array)  # of 64 bits, which only NumPy holds now
+    home = array.sharding if isinstance(array, jax.Array) and memory_of(array) else None
     if is_from_numpy or len(array.sharding.device_set) == 1:
         array = jnp.asarray(np.asarray(array))
-    if is_key:
-        return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
-    return _from_bits(array, leaf.dtype)
+    decoded = array if is_key else _from_bits(put_in_memory(array, None), leaf.dtype)
+    decoded = jax.device_put(decoded, home) if home else decoded
+    return jax.random.wrap_key_data(decoded, impl=_key_impl(leaf)) if is_key else decoded
 
 
 def _from_bits(array: jax.Array, dtype: Any) -> jax.Array:

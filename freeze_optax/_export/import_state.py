@@ -25,6 +25,7 @@ from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.memory import memory_of, put_in_memory
 from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 from freeze_optax._tree.overwritten import optimized_params
 from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
@@ -63,8 +64,9 @@ def import_state(
         the export.
 
     Returns:
-      The state, or the tree with it. Its statistics have the sharding of their parameters. A
-      statistic that gradients of a wider dtype had widened keeps that dtype.
+      The state, or the tree with it. Its statistics have the sharding of their parameters, and are
+      in their memory; an array that `exported` has in host memory stays there. A statistic that
+      gradients of a wider dtype had widened keeps that dtype.
 
     Raises:
       ValueError: If the export is damaged, or is one of other params or of another transformation;
@@ -299,23 +301,44 @@ def _is_sharded(x: Any) -> bool:
     return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
 
 
+def _host_sharding(x: Any, param: jax.Array) -> jax.sharding.Sharding:
+    """Returns a sharding for statistics of a param in host memory, in the same memory."""
+    sharding, kind = param.sharding, param.sharding.memory_kind
+    if x.shape == param.shape:
+        return sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = jax.sharding.PartitionSpec()
+        return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)
+    device, *_ = sharding.device_set
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+
+
 def _place(state: FreezeState, params: Any) -> FreezeState:
     """Puts the statistics of each param where `init` makes them: beside the param.
 
-    They get the devices of the param. If the param is in an NNX Variable, they get one of its kind.
+    They get the devices and the memory of the param; one that was exported from host memory stays
+    there. If the param is in an NNX Variable, they get one of its kind.
     """
     leaves = param_leaves(params)
     boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
     boxes = state.plan.in_plan_order(
         leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
     )
-    if not any(is_variable(box) or _is_sharded(box) for box in boxes):
+    params_and_state = [*leaves.values, *jax.tree.leaves(state.inner)]
+    if not any(is_variable(box) or _is_sharded(box) for box in boxes) and not any(
+        map(memory_of, params_and_state)
+    ):
         return state  # so a transformation that mixes leaves, and has no layout, can pass
     layout, table = state.plan.layout, state.plan.part_table
 
     def beside(x: Any, param: Any) -> Any:
-        fits = _is_sharded(param) and x.shape == param.shape
-        return jax.device_put(x, param.sharding) if fits else x
+        memory = memory_of(x)
+        if _is_sharded(param) and x.shape == param.shape:
+            placed = jax.device_put(x, param.sharding)
+            return put_in_memory(placed, memory) if memory else placed
+        if memory_of(param) and not memory:
+            return jax.device_put(x, _host_sharding(x, param))
+        return x
 
     def placed(place: Any, owner: int) -> Any:
         if owner < 0:

@@ -15,6 +15,7 @@ from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.memory import run_on_device
 from freeze_optax._tree.messages import path_differences, quoted_list
 
 
@@ -42,7 +43,7 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
 
     Returns:
       A tree like `params`. Unchanged leaves are the same objects; every other leaf is the sum of
-      param and update, in the dtype of the param.
+      param and update, in the dtype and the memory of the param.
 
     Raises:
       ValueError: If the updates or the spec do not fit the params.
@@ -52,7 +53,8 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     leaves = Leaves(params)
     flags = resolve(frozen, leaves, partitioned=True)
     steps = _align(leaves, updates)
-    add = _add_unless_zero if schedules_in_spec(frozen) else _add
+    add_on_device = _add_unless_zero if schedules_in_spec(frozen) else _add
+    add = functools.partial(run_on_device, add_on_device)
     triples = zip(leaves.values, steps, flags, strict=True)
 
     def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:

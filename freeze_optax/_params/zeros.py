@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from freeze_optax._tree.kinds import is_array, is_numpy_only, number_kind
+from freeze_optax._tree.memory import full_in_host_memory, memory_of
 
 
 class Zeros:
@@ -18,6 +19,8 @@ class Zeros:
     share one constant, as tracing time and compile time grow with every equation. Outside a trace
     each leaf gets a buffer of its own, as two leaves that share a buffer can't both be donated. It
     is a copy of the first one, as a copy is three times as fast as new zeros.
+
+    Zeros of a leaf in host memory are there too: JAX adds only arrays in one memory.
     """
 
     def __init__(self):
@@ -44,7 +47,10 @@ class Zeros:
         if key not in self._made:
             self._made[key] = make(leaf)
             return self._made[key]
-        return self._made[key] if is_traced else self._made[key].copy()
+        if is_traced:
+            return self._made[key]
+        # In JAX 0.7.1 a copy of an array in host memory is in device memory.
+        return make(leaf) if memory_of(leaf) else self._made[key].copy()
 
 
 def _gradient(leaf: Any) -> Any:
@@ -65,10 +71,9 @@ def _full_like(leaf: Any, zero: float) -> Any:
     if is_numpy_only(leaf):
         return np.full_like(leaf, complex(zero, zero) if leaf.dtype.kind == "c" else zero)
     kind = number_kind(leaf)
-    if kind == "exact":
-        return jnp.full_like(leaf, 0)
-    if kind == "inexact":
-        return jnp.full_like(leaf, complex(zero, zero) if jnp.iscomplexobj(leaf) else zero)
+    if kind != "other":
+        value = complex(zero, zero) if jnp.iscomplexobj(leaf) else zero if kind == "inexact" else 0
+        return full_in_host_memory(leaf, value) if memory_of(leaf) else jnp.full_like(leaf, value)
     shape = leaf.shape if is_array(leaf) else ()
     if is_array(leaf) and leaf.dtype == jax.dtypes.float0:
         # The gradient of an integer: False changes no integer, whatever its dtype.

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from freeze_optax._rows.rows import Rows
+from freeze_optax._tree.memory import put_in_memory, run_on_device, traced_memory_of
 
 
 def take_rows(x: Any, rows: Rows) -> Any:
@@ -18,7 +19,7 @@ def take_rows(x: Any, rows: Rows) -> Any:
         return x[rows.mask]
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.eval_shape(functools.partial(_take, rows), x)
-    return _take(rows, x)
+    return run_on_device(functools.partial(_take, rows), x)
 
 
 def take_rows_if_whole(x: Any, rows: Rows) -> Any:
@@ -103,6 +104,10 @@ def scatter_rows(values: jax.Array, rows: Rows, fill: float) -> jax.Array:
       rows: Which rows of the result they are.
       fill: The number in the other rows; of a complex dtype, in the real and the imaginary part.
     """
+    return run_on_device(functools.partial(_scatter, rows, fill), values)
+
+
+def _scatter(rows: Rows, fill: float, values: jax.Array) -> jax.Array:
     other = complex(fill, fill) if jnp.iscomplexobj(values) else fill
 
     def filled(count: int) -> jax.Array:
@@ -151,7 +156,9 @@ def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
 def _with_live_rows_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
     # `_put`, not `put_rows`: JAX has to transpose this function, and the exact bits of a tangent do
     # not matter.
-    return with_live_rows(*primals, rows), _put(rows, *tangents)
+    # JAX makes a zero tangent in device memory, and requires the memory of the primal here.
+    tangent = run_on_device(functools.partial(_put, rows), *tangents)
+    return with_live_rows(*primals, rows), put_in_memory(tangent, traced_memory_of(primals[0]))
 
 
 def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
@@ -178,7 +185,10 @@ def _run_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
     """Calls a function that moves rows, and keeps every bit of them."""
     if _any_isinstance(arrays, jax.ShapeDtypeStruct):
         return jax.eval_shape(move, *arrays)
-    arrays = tuple(map(jnp.asarray, arrays))
+    return run_on_device(functools.partial(_move_bitwise, move), *map(jnp.asarray, arrays))
+
+
+def _move_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
     dtype = arrays[0].dtype
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
     if not is_narrow or any(x.dtype != dtype for x in arrays):

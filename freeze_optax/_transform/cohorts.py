@@ -1,5 +1,6 @@
 """Update cohorts: leaves that were thawed together, and have step counters of their own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     """
     first = [places[place] for place in state.plan.layout.counters]
     later_cohorts = state.ages[0].shape[0] if state.ages else 0
-    return [first, *([age[i] for age in state.ages] for i in range(later_cohorts))]
+    # Not `age[i]`: on a mesh that is a gather, which JAX refuses for an array in host memory.
+    row = functools.partial(jax.lax.index_in_dim, keepdims=False)
+    return [first, *([row(age, i) for age in state.ages] for i in range(later_cohorts))]
 
 
 def stack_ages(counters: list[list[Any]]) -> tuple[Any, ...]:

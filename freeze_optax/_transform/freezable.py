@@ -24,6 +24,7 @@ from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve, untrainable
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ages_of_mapped_state
+from freeze_optax._state.memories import init_in_memory, mixed_memories
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.chained import check_not_chained, remember_updates
@@ -125,7 +126,8 @@ def freezable(
                 stacklevel=2,
             )
         plan = Plan.from_flags(leaves.paths, flags, PlanContext(inner, params, leaves))
-        return FreezeState(inner.init(plan.drop_frozen_params(params, leaves)), (), plan)
+        live_params = plan.drop_frozen_params(params, leaves)
+        return FreezeState(init_in_memory(plan, live_params, params), (), plan)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -145,7 +147,11 @@ def freezable(
         inner_extra = _adapt_extra(extra, plan, reference, ranks, has_params=bool(copies))
 
         def run(inner_state: Any) -> tuple[Any, Any]:
-            return inner.update(live_grads, inner_state, live_params, **inner_extra)
+            try:
+                return inner.update(live_grads, inner_state, live_params, **inner_extra)
+            except ValueError as error:
+                _explain_memories(error, live_grads, inner_state, live_params)
+                raise
 
         live_updates, state = update_cohorts(run, state)
         full_updates = [
@@ -206,6 +212,15 @@ def _check_no_missing(grads: Leaves, plan: Plan) -> None:
             f"no gradient at {quoted_list(missing)}, which the optimizer state has as trainable; "
             "differentiate with fo.value_and_grad(loss, frozen=opt_state), or freeze these leaves"
         )
+
+
+def _explain_memories(error: ValueError, grads: Any, state: Any, params: Any) -> None:
+    """Raises, with the paths, if an error of JAX is about arrays in different memories."""
+    if "memory_space" in str(error):
+        trees = {"gradient": grads, "state": state, "params": params}
+        clause = mixed_memories({name: tree for name, tree in trees.items() if tree is not None})
+        if clause:
+            raise ValueError(f"the update mixes memories: {clause}") from error
 
 
 def _with_frozen_updates(

@@ -16,6 +16,7 @@ from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import map_copies, param_copies
+from freeze_optax._tree.memory import run_on_device
 from freeze_optax._tree.messages import nearest_names, quoted_list
 
 
@@ -80,6 +81,9 @@ def tie(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+_add = functools.partial(run_on_device, operator.add)
+
+
 class _Tied:
     """Maps trees between the user's params and those of `inner`, with one leaf for each group.
 
@@ -125,7 +129,7 @@ class _Tied:
             _check_holes(leaves, group)
             first, *others = group
             for other in others:
-                values[first] = jax.tree.map(operator.add, values[first], values[other])
+                values[first] = jax.tree.map(_add, values[first], values[other])
                 values[other] = HOLE
         return leaves.rebuild(values)
 

@@ -1,0 +1,124 @@
+"""In which memory the statistics of a state are, and where new ones go."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from freeze_optax._state.layout import Keys
+from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.memory import memory_of, put_in_memory, put_tree_in_memory
+from freeze_optax._tree.messages import quoted_list
+from freeze_optax._tree.variables import unwrap_variable
+
+
+def init_in_memory(plan: Plan, live_params: Any, params: Any) -> Any:
+    """Returns the inner state of a new state, each statistic in the memory of its parameter.
+
+    On one device, `jnp.zeros_like` fails for an array in host memory, and transformations call it.
+    So they get these params in device memory.
+
+    Args:
+      plan: The plan of the state.
+      live_params: The params with holes, as the transformation gets them.
+      params: The params.
+    """
+    init = plan.context.init
+    if not any(map(memory_of, jax.tree.leaves(live_params))):
+        return init(live_params)
+    state = init(put_tree_in_memory(live_params, None))
+    try:
+        places = plan.layout.places(state)
+    except ValueError:  # It mixes the leaves in one array, so no parameter tells its memory.
+        return state
+    memories = next_memories(plan, places, params, is_new=True)
+    values = [put_tree_in_memory(x, memory) for x, memory in zip(places, memories, strict=True)]
+    return plan.layout.rebuild(values)
+
+
+def next_memories(
+    plan: Plan, places: Sequence[Any], params: Any, is_new: bool = False
+) -> list[str | None]:
+    """Returns, for each place of a state, the memory that new statistics there belong in.
+
+    It is that of the statistics that train now in the same moment tree, since a step computes with
+    all of them; those of the same leaf come first. If none train, or if they are in several
+    memories, it is the memory of the parameter. Parked statistics do not count, as they may be in
+    host memory because they do not train.
+
+    Args:
+      plan: The plan of the state.
+      places: What each place of the state holds.
+      params: The params.
+      is_new: Whether the state is a new one, in which nothing trains yet.
+
+    Returns:
+      For each place the kind of memory, as `memory_of` gives it. A counter or a clock stays in the
+      memory that it is in.
+    """
+    layout, table = plan.layout, plan.part_table
+    leaf_of = [leaf for leaf, _ in table.parts] if table else range(len(plan.paths))
+    leaves = param_leaves(params)
+    of_param = plan.in_plan_order(leaves, [memory_of(x) for x in leaves.values])
+    trained: dict[tuple[Keys, int | None], set[str | None]] = {}
+    entries = list(zip(layout.prefixes, layout.owners, places, strict=True))
+    for prefix, owner, value in entries:
+        if is_new or owner < 0 or plan.cohorts[owner] == DROPPED or plan.frozen[owner]:
+            continue
+        memories = _memories(value)
+        trained.setdefault((prefix, leaf_of[owner]), set()).update(memories)
+        trained.setdefault((prefix, None), set()).update(memories)
+
+    def next_memory(prefix: Keys, owner: int, value: Any) -> str | None:
+        if owner < 0:
+            return next(iter(_memories(value)), None)
+        for leaf in (leaf_of[owner], None):
+            found = trained.get((prefix, leaf), set())
+            if len(found) == 1:
+                return next(iter(found))
+        return of_param[leaf_of[owner]]
+
+    return [next_memory(*entry) for entry in entries]
+
+
+def put_beside(new: Any, old: Any) -> Any:
+    """Puts a counter on all the devices of another, and in the memory of it.
+
+    Among several processes Orbax cannot store an array that only one of them has.
+    """
+    new, old = unwrap_variable(new), unwrap_variable(old)
+    if not isinstance(old, jax.Array):
+        return new
+    if isinstance(new, Tracer) or isinstance(old, Tracer):
+        return put_in_memory(new, memory_of(old))
+    if len(old.sharding.device_set) == 1 and memory_of(new) == memory_of(old):
+        return new
+    return jax.device_put(new, old.sharding)
+
+
+def _memories(tree: Any) -> set[str | None]:
+    return {memory_of(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)}
+
+
+def mixed_memories(trees: Mapping[str, Any]) -> str | None:
+    """Returns a clause for an error that names what is in host memory, if not all arrays are.
+
+    Args:
+      trees: Trees that a step computes with, by the name that an error gives them.
+    """
+    on_host, on_device = list[str](), list[str]()
+    for name, tree in trees.items():
+        leaves = Leaves(tree)
+        for path, x in zip(leaves.paths, leaves.values, strict=True):
+            if isinstance(x, jax.Array):
+                (on_host if memory_of(x) else on_device).append(f"{name}: {path}")
+    if not (on_host and on_device):
+        return None
+    return (
+        f"in host memory are {quoted_list(on_host)}, in device memory {quoted_list(on_device)}; "
+        "JAX computes nothing from both. Move what trains to one memory before the update, with "
+        "jax.device_put(x, jax.memory.Space.Device), or freeze what is in host memory"
+    )

@@ -1,0 +1,45 @@
+"""Imported states are in the memory that the export names, or else in that of their params."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import freeze_optax as fo
+from tests.support.memories import DEVICE, HOST, assert_same_bits, kinds, make_params, on_host
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+PLACES = ["one device", "mesh"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_export_in_host_memory_is_imported_there(dtype, place):
+    params = jax.tree.map(lambda x: x.astype(dtype), make_params(place))
+    tx = fo.freezable(optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(0.1)), "a")
+    state = tx.init(params)
+    state = on_host(fo.thaw(state, params, "a"))
+    imported = fo.import_state(tx, params, fo.export_state(state))
+    assert_same_bits(imported, state)
+    # NumPy has no dtype of 16-bit brains: their bits are stored, in a new array.
+    if dtype == jnp.float32:
+        assert jax.tree.leaves(kinds(imported)) == jax.tree.leaves(kinds(state))
+    moved = fo.import_state(tx, params, fo.export_state(state), frozen=["b"])
+    assert_same_bits(moved, fo.freeze(fo.thaw(tx.init(params), params, "a"), params, "b"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_export_of_numpy_is_imported_beside_its_params(place):
+    params = make_params(place)
+    hosted = {**params, "a": on_host(params["a"])}
+    tx = fo.freezable(optax.adam(0.1), "c")
+    stored: Any = jax.tree.map(np.asarray, fo.export_state(tx.init(params)))
+    imported = fo.import_state(tx, hosted, stored)
+    assert_same_bits(imported, tx.init(params))
+    mu = optax.tree_utils.tree_get(imported, "mu")
+    assert kinds(mu) == {"a": HOST, "b": DEVICE, "c": optax.MaskedNode()}
+    assert mu["a"].sharding == hosted["a"].sharding
