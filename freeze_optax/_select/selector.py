@@ -103,9 +103,9 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        flags = self.flags(leaves)
-        check_not_lost([flag is not True for flag in flags], leaves)
-        frozen = with_untrainable(flags, leaves, quantized_nodes(leaves))
+        selected = self.flags(leaves)
+        frozen = with_untrainable(selected, leaves, quantized_nodes(leaves))
+        check_not_lost(selected, frozen, leaves)
         for path, flag in zip(leaves.paths, frozen, strict=True):
             if isinstance(flag, Rows):
                 raise ValueError(
@@ -244,18 +244,21 @@ def with_untrainable(
     return flags
 
 
-def check_not_lost(selected: Sequence[bool], leaves: Leaves) -> None:
-    """Raises if one of the selected leaves is in a form that would silently not train.
+def check_not_lost(selected: Sequence[Flag], frozen: Sequence[Flag], leaves: Leaves) -> None:
+    """Raises if a leaf that is not selected is frozen because of the form that it is in.
 
     Args:
-      selected: For each leaf, whether it is meant to train.
+      selected: For each leaf, whether it is selected, or which of its rows.
+      frozen: For each leaf, what `with_untrainable` gives.
       leaves: The leaves of the params.
 
     Raises:
-      ValueError: Naming its path.
+      ValueError: Naming the path, and what to put in the place of the leaf.
     """
-    for i, (flag, leaf) in enumerate(zip(selected, leaves.values, strict=True)):
-        reason = flag and not can_train(leaf) and why_lost(leaf)
+    if list(selected) == list(frozen):  # as with a state, in each eager step
+        return
+    for i, (is_selected, flag) in enumerate(zip(selected, frozen, strict=True)):
+        reason = why_lost(leaves.values[i]) if flag is True and is_selected is not True else ""
         if reason:
             raise ValueError(
                 f"the leaf {leaves.paths[i]!r} is {reason}; or freeze it by its path, as it can't "
@@ -286,8 +289,8 @@ def can_thaw(selected: Sequence[Flag], leaves: Leaves) -> list[bool]:
     Raises:
       ValueError: As `check_not_lost`.
     """
-    check_not_lost([flag is not False for flag in selected], leaves)
     flags = list(map(can_train, leaves.values))
+    check_not_lost(list(map(flag_not, selected)), [not flag for flag in flags], leaves)
     for node in quantized_nodes(leaves):
         flags[node.stored] = False
         for i in node.companions if selected[node.stored] is not False else ():

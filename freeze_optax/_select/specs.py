@@ -282,11 +282,12 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
         train (see `check_not_lost`).
     """
     selector = as_selector(spec)
-    flags = selector.flags(leaves)
-    check_not_lost([flag is not True for flag in flags], leaves)
+    selected = selector.flags(leaves)
     # A state was resolved at `init`. One of an older version may train a part of a quantized node.
     nodes = [] if isinstance(selector, _Planned) else quantized_nodes(leaves)
-    return with_untrainable(flags, leaves, nodes, partitioned)
+    frozen = with_untrainable(selected, leaves, nodes, partitioned)
+    check_not_lost(selected, frozen, leaves)
+    return frozen
 
 
 def untrainable(leaves: Leaves) -> list[Flag]:

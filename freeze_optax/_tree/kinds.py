@@ -33,7 +33,8 @@ def number_kind(leaf: Any) -> str:
       `"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`.
     """
     if is_array(leaf):
-        return "other" if is_ref(leaf) else _dtype_kind(leaf.dtype)
+        kind = _dtype_kind(leaf.dtype)
+        return "other" if _is_ref_type(type(leaf)) is not False and is_ref(leaf) else kind
     if isinstance(leaf, float | complex):
         return "inexact"
     return "exact" if isinstance(leaf, int) else "other"
@@ -114,7 +115,8 @@ def is_storage(leaf: Any) -> bool:
 
     These are the integers and floats of at most eight bits, but not the exponents that are scales.
     """
-    return is_array(leaf) and _is_storage_dtype(leaf.dtype)
+    # The dtype first, as nearly all leaves end there.
+    return _is_storage_dtype(getattr(leaf, "dtype", None)) and is_array(leaf)
 
 
 def is_scale(leaf: Any) -> bool:
@@ -124,7 +126,7 @@ def is_scale(leaf: Any) -> bool:
 
 @functools.cache
 def _is_storage_dtype(dtype: Any) -> bool:
-    if dtype == jnp.float8_e8m0fnu:
+    if dtype is None or dtype == jnp.float8_e8m0fnu:
         return False
     if jnp.issubdtype(dtype, jnp.integer) and _dtype_kind(dtype) == "exact":
         return jnp.iinfo(dtype).bits <= 8
