@@ -168,7 +168,8 @@ def _edit(
     def inner_shapes(plan: Plan, wanted: list[bool]) -> Any:
         return abstract_init(lambda params: init_leaves(plan, params, wanted), params)
 
-    repartitioned, frozen = repartition_state(state, mask, keep_state, inner_shapes)
+    in_plan_order = state.plan.in_plan_order(leaves, leaves.values)
+    repartitioned, frozen = repartition_state(state, mask, keep_state, inner_shapes, in_plan_order)
     return replace_state(tree, apply_transition(repartitioned, params, frozen, keep_state))
 
 

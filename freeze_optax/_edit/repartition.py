@@ -28,6 +28,7 @@ def repartition_state(
     mask: Sequence[Flag],
     keep_state: bool,
     inner_shapes: Callable[[Plan, list[bool]], Any],
+    params: Sequence[Any],
 ) -> tuple[FreezeState, tuple[bool, ...]]:
     """Splits the leaves of a state into parts that will be frozen, or will train, as a whole.
 
@@ -39,6 +40,7 @@ def repartition_state(
       keep_state: Whether newly frozen parts keep their state.
       inner_shapes: A function of a plan and of one bool for each of its parts. It returns the inner
         state for the parts with True alone, as shapes.
+      params: The leaves of the params, in the plan's order. New parts follow their sharding.
 
     Returns:
       The state in the new parts, and for each part whether it will be frozen.
@@ -83,7 +85,7 @@ def repartition_state(
         if old_rows == rows:
             return old_statistics
         shapes = array_shapes(expected[place])
-        return _take_statistics(old_statistics, rows, old_rows, shapes, path)
+        return _take_statistics(old_statistics, rows, old_rows, shapes, path, params[leaf])
 
     return FreezeState(new_plan.layout.join(statistic, shared), state.ages, new_plan), frozen
 
@@ -107,7 +109,12 @@ def _parts_of(
 
 
 def _take_statistics(
-    statistics: Any, new_rows: Rows | None, old_rows: Rows | None, expected: Any, path: str
+    statistics: Any,
+    new_rows: Rows | None,
+    old_rows: Rows | None,
+    expected: Any,
+    path: str,
+    param: Any,
 ) -> Any:
     """Returns the statistics of a new part, taken from those of the old part that it is in."""
     if not jax.tree.leaves(statistics):
@@ -123,5 +130,6 @@ def _take_statistics(
             "of them, so its rows can't be separated; freeze or thaw all of them at once"
         )
     return rewrap_variable(
-        statistics, jax.tree.map(lambda array: take_rows(array, rows), unwrap_variable(statistics))
+        statistics,
+        jax.tree.map(lambda array: take_rows(array, rows, param), unwrap_variable(statistics)),
     )

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
+from freeze_optax._rows.meshes import sharding_of_rows
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows, flag_from_vector
 from freeze_optax._select.specs import Spec
@@ -301,6 +303,16 @@ def _is_sharded(x: Any) -> bool:
     return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
 
 
+def _sharding_beside(x: Any, param: Any) -> Any:
+    """Returns the sharding of a statistic of a sharded param; None if it has no shape like it."""
+    if not _is_sharded(param) or x.shape[1:] != param.shape[1:] or x.ndim != param.ndim:
+        return None
+    if x.shape == param.shape:
+        return param.sharding
+    of_rows = sharding_of_rows(x.shape[0], param)
+    return of_rows and NamedSharding(param.sharding.mesh, of_rows.spec)
+
+
 def _host_sharding(x: Any, param: jax.Array) -> jax.sharding.Sharding:
     """Returns a sharding for statistics of a param in host memory, in the same memory."""
     sharding, kind = param.sharding, param.sharding.memory_kind
@@ -333,8 +345,9 @@ def _place(state: FreezeState, params: Any) -> FreezeState:
 
     def beside(x: Any, param: Any) -> Any:
         memory = memory_of(x)
-        if _is_sharded(param) and x.shape == param.shape:
-            placed = jax.device_put(x, param.sharding)
+        sharding = _sharding_beside(x, param)
+        if sharding is not None:
+            placed = jax.device_put(x, sharding)
             return put_in_memory(placed, memory) if memory else placed
         if memory_of(param) and not memory:
             return jax.device_put(x, _host_sharding(x, param))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from freeze_optax._rows.meshes import reshard_like
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.memory import memory_of, put_in_memory
@@ -150,7 +151,8 @@ def _on_devices_of(old: jax.Array, value: Any) -> Any:
     """Returns a copy of the value with the shape, dtype and sharding of `old`."""
     if isinstance(old, Tracer) or isinstance(value, Tracer):
         cast = value if _rank(old.dtype) is None else jnp.asarray(value, old.dtype)
-        return put_in_memory(jnp.broadcast_to(cast, old.shape), memory_of(old))
+        placed = reshard_like(jnp.broadcast_to(cast, old.shape), old)
+        return put_in_memory(placed, memory_of(old))
     # The copy goes by way of the host, for two reasons. Without a copy, two leaves set to one array
     # would share its buffer, and donating the params would delete the user's array. And a copy on
     # the device could end on a device that the leaf is not on.

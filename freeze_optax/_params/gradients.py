@@ -122,7 +122,7 @@ def _value_and_grad(
             return _copy(x) if flag is True else put_rows(x, ~flag, new) if flag else new
         if holes:
             return HOLE if flag is True else next(remaining)
-        return zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag)
+        return zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag, x)
 
     triples = zip(leaves.values, flags, overwritten(leaves), strict=True)
     new = [gradient(*triple) for triple in triples]
@@ -146,8 +146,8 @@ def _copy(leaf: Any) -> Any:
     return leaf.copy() if is_concrete else leaf
 
 
-def _with_zero_rows(gradient: Any, frozen: Flag) -> Any:
-    return scatter_rows(gradient, ~frozen, 0.0) if isinstance(frozen, Rows) else gradient
+def _with_zero_rows(gradient: Any, frozen: Flag, leaf: Any) -> Any:
+    return scatter_rows(gradient, ~frozen, 0.0, leaf) if isinstance(frozen, Rows) else gradient
 
 
 def grad(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from freeze_optax._rows.meshes import leading_mesh_axes
 from freeze_optax._rows.parts import Parts, is_hole_or_parts, join_parts
 from freeze_optax._rows.rows import Flag, Rows, flag_not
 from freeze_optax._rows.take_put import take_rows, take_rows_bitwise
@@ -55,7 +56,9 @@ def split_by_flags(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
     pairs = list(zip(leaves.values, frozen, strict=True))
     trainable = leaves.rebuild(_selected(leaf, flag_not(flag)) for leaf, flag in pairs)
     rest = leaves.rebuild(
-        Parts([take_rows_bitwise(leaf, f)], (f,)) if isinstance(f, Rows) else _selected(leaf, f)
+        Parts([take_rows_bitwise(leaf, f)], (f,), leading_mesh_axes(leaf))
+        if isinstance(f, Rows)
+        else _selected(leaf, f)
         for leaf, f in pairs
     )
     return trainable, rest
@@ -143,5 +146,5 @@ def _row_problem(left: Any, right: Parts) -> str:
 def _merge_leaf(left: Any, right: Any) -> Any:
     if isinstance(right, Parts):
         (rows,) = right.rows
-        return join_parts(Parts((*right.values, left), (rows, ~rows)))
+        return join_parts(Parts((*right.values, left), (rows, ~rows), right.mesh_axes))
     return right if is_hole(left) else left

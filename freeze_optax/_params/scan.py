@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from freeze_optax._rows.meshes import leading_mesh_axes, on_automatic_axes, type_sharding
 from freeze_optax._rows.rows import flag_vector
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.kinds import can_train
@@ -29,6 +31,10 @@ def scan(
     layer that trains. For frozen layers above it, the backward pass computes only the gradient of
     the carry, not that of their weights. Compared with a stack that was split by hand, the cost is
     one copy of the layers that train.
+
+    The leading axis of a stack may be sharded over explicit mesh axes, which `jax.lax.scan` does
+    not take. Then each device gets a frozen layer just before it is used, and a copy of all layers
+    that train.
 
     Examples:
       >>> import jax
@@ -78,10 +84,7 @@ def scan(
 
     # Frozen layers are read by index, as a slice would copy them.
     def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
-        def at_index(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-        return f(carry, jax.tree.map(at_index, constants))
+        return f(carry, jax.tree.map(lambda x: _layer(x, i), constants))
 
     outputs: list[Any] = []
     carry, start = init, 0
@@ -91,8 +94,35 @@ def scan(
             indices = jnp.arange(start, stop)
             carry, output = jax.lax.scan(apply_frozen, carry, indices, unroll=unroll)
         else:
-            layers = jax.tree.map(lambda x, a=start, b=stop: jax.lax.slice_in_dim(x, a, b), xs)
+            layers = jax.tree.map(lambda x, a=start, b=stop: _layers(x, a, b), xs)
             carry, output = jax.lax.scan(f, carry, layers, unroll=unroll)
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
+
+
+def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
+    """Returns one layer, which each device needs."""
+    if leading_mesh_axes(x) is None:
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    sharding: Any = type_sharding(x)
+    of_layer = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+    return on_automatic_axes(_gather_layer, (), of_layer, x, i)
+
+
+def _gather_layer(x: jax.Array, i: jax.Array) -> jax.Array:
+    # XLA sends one layer for a gather, but the whole stack for a dynamic slice.
+    return x.at[i[None]].get(mode="promise_in_bounds")[0]
+
+
+def _layers(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """Returns some layers, all of them on each device, as `jax.lax.scan` needs them."""
+    if leading_mesh_axes(x) is None:
+        return jax.lax.slice_in_dim(x, start, stop)
+    sharding: Any = type_sharding(x)
+    of_layers = sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
+    return on_automatic_axes(_slice_layers, (start, stop), of_layers, x)
+
+
+def _slice_layers(start: int, stop: int, x: jax.Array) -> jax.Array:
+    return jax.lax.slice_in_dim(x, start, stop)

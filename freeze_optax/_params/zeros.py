@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from freeze_optax._rows.meshes import reshard_like
 from freeze_optax._tree.kinds import is_array, is_numpy_only, number_kind
 from freeze_optax._tree.memory import full_in_host_memory, memory_of
 
@@ -73,7 +74,10 @@ def _full_like(leaf: Any, zero: float) -> Any:
     kind = number_kind(leaf)
     if kind != "other":
         value = complex(zero, zero) if jnp.iscomplexobj(leaf) else zero if kind == "inexact" else 0
-        return full_in_host_memory(leaf, value) if memory_of(leaf) else jnp.full_like(leaf, value)
+        if memory_of(leaf):
+            return full_in_host_memory(leaf, value)
+        # JAX 0.12 loses the sharding of a traced leaf, unless there is a mesh in the context.
+        return reshard_like(jnp.full_like(leaf, value), leaf)
     shape = leaf.shape if is_array(leaf) else ()
     if is_array(leaf) and leaf.dtype == jax.dtypes.float0:
         # The gradient of an integer: False changes no integer, whatever its dtype.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from freeze_optax._rows.meshes import MeshAxes
 from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_not, flag_union
 from freeze_optax._rows.take_put import below_axes, join_rows, put_rows, take_rows
 from freeze_optax._tree.holes import HOLE, is_hole
@@ -30,18 +31,22 @@ class Parts(Transparent):
     Attributes:
       values: The arrays.
       rows: For each array, which rows of the leaf it holds. Static.
+      mesh_axes: The mesh axes that the leading axis of the leaf is sharded over, where they are
+        explicit and are to be restored; else None. Static.
     """
 
-    def __init__(self, values: Iterable[Any], rows: tuple[Rows, ...]):
-        self.values, self.rows = tuple(values), rows
+    mesh_axes: MeshAxes = None  # so that former pickles have it
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Rows, ...]]:
+    def __init__(self, values: Iterable[Any], rows: tuple[Rows, ...], mesh_axes: MeshAxes = None):
+        self.values, self.rows, self.mesh_axes = tuple(values), rows, mesh_axes
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         keys = [jax.tree_util.SequenceKey(i) for i in range(len(self.values))]
-        return list(zip(keys, self.values, strict=True)), self.rows
+        return list(zip(keys, self.values, strict=True)), (self.rows, self.mesh_axes)
 
     @classmethod
-    def tree_unflatten(cls, rows: tuple[Rows, ...], values: Iterable[Any]) -> "Parts":
-        return cls(values, rows)
+    def tree_unflatten(cls, static: tuple[Any, ...], values: Iterable[Any]) -> "Parts":
+        return cls(values, *static)
 
     def __repr__(self) -> str:
         pairs = zip(self.rows, self.values, strict=True)
@@ -53,12 +58,13 @@ def is_hole_or_parts(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode | Parts)
 
 
-def join_parts(value: Any, leaf_rank: int | None = None) -> Any:
+def join_parts(value: Any, leaf_rank: int | None = None, like: Any = None) -> Any:
     """Returns the rows in `Parts` as one array, in order, without holes; else `value` itself.
 
     Args:
       value: `Parts`, or anything else.
       leaf_rank: The number of axes of the leaf, if its rows may have axes of examples in front.
+      like: As for `join_rows`. It is ignored if there are axes in front.
     """
     if not isinstance(value, Parts):
         return value
@@ -66,6 +72,8 @@ def join_parts(value: Any, leaf_rank: int | None = None) -> Any:
     present = [(rows, x) for rows, x in pairs if not is_hole(x)]
     rows, arrays = [rows for rows, _ in present], [x for _, x in present]
     in_front = axes_in_front(arrays[0], leaf_rank)
+    if not in_front:
+        return join_rows(rows, arrays, like, value.mesh_axes)
     return below_axes(lambda *arrays: join_rows(rows, arrays), in_front, *arrays)
 
 
@@ -139,6 +147,7 @@ class PartTable:
         frozen: Sequence[bool],
         numbers: bool = False,
         ranks: Sequence[int | None] | None = None,
+        like: Leaves | None = None,
     ) -> Any:
         """Returns the tree with the leaves split into parts, and holes for the frozen parts.
 
@@ -149,6 +158,7 @@ class PartTable:
           numbers: Whether a leaf may be a scalar that stands for all its rows. It is not split.
           ranks: The number of axes of each leaf of the params, where the leaves of `leaves` may
             have axes of examples in front.
+          like: The leaves of the params, whose sharding the parts follow; by default `leaves`.
 
         Raises:
           ValueError: If a leaf has neither all rows nor exactly those that train, naming it.
@@ -157,7 +167,7 @@ class PartTable:
         tree = leaves.rebuild(
             x
             if numbers and not np.ndim(x) and not is_hole(x) and flag is not True
-            else self._split_leaf(leaves, i, flag_not(flag), frozen, ranks[i] if ranks else None)
+            else self._split_leaf(leaves, i, flag_not(flag), frozen, ranks, like or leaves)
             for i, (x, flag) in enumerate(zip(leaves.values, mask, strict=True))
         )
         if len(self.parts) == len(self.by_leaf):
@@ -165,14 +175,21 @@ class PartTable:
         return parts_of_variables(tree)
 
     def _split_leaf(
-        self, leaves: Leaves, i: int, live: Flag, frozen: Sequence[bool], leaf_rank: int | None
+        self,
+        leaves: Leaves,
+        i: int,
+        live: Flag,
+        frozen: Sequence[bool],
+        ranks: Sequence[int | None] | None,
+        like: Leaves,
     ) -> Any:
         x, parts = leaves.values[i], self.by_leaf[i]
-        in_front = axes_in_front(x, leaf_rank)
+        in_front = axes_in_front(x, ranks[i] if ranks else None)
+        param = None if in_front else like.values[i]
         values = [
             HOLE
             if frozen[part] or is_hole(x)
-            else _take_part(leaves, i, self.parts[part][1], live, in_front)
+            else _take_part(leaves, i, self.parts[part][1], live, in_front, param)
             for part in parts
         ]
         rows = [self.parts[part][1] for part in parts]
@@ -207,19 +224,21 @@ def _parts_of_variable(x: Any) -> Any:
     return Parts((rewrap_variable(x, value) for value in content.values), content.rows)
 
 
-def _take_part(leaves: Leaves, i: int, rows: Rows | None, live: Flag, in_front: int) -> Any:
+def _take_part(
+    leaves: Leaves, i: int, rows: Rows | None, live: Flag, in_front: int, param: Any
+) -> Any:
     """Returns the rows of a part, from a leaf with all rows or with the rows that train."""
     x = leaves.values[i]
     if rows is None:
         return x
     count = x.shape[in_front] if getattr(x, "shape", ()) else None
     if count == len(rows.mask):
-        return below_axes(functools.partial(take_rows, rows=rows), in_front, x)
+        return below_axes(functools.partial(take_rows, rows=rows, like=param), in_front, x)
     if isinstance(live, Rows) and count == live.count:
         among_live = flag_from_vector(rows.mask[live.mask])
         if not isinstance(among_live, Rows):
             return x
-        return below_axes(functools.partial(take_rows, rows=among_live), in_front, x)
+        return below_axes(functools.partial(take_rows, rows=among_live, like=param), in_front, x)
     shape = f"of shape {getattr(x, 'shape', ())}"
     expected = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
     raise ValueError(f"{leaves.paths[i]!r} is {shape}, but the optimizer state is for {expected}")
@@ -233,5 +252,6 @@ def put_live_rows(leaf: Any, live: Rows, value: Any) -> Any:
       live: Which rows train.
       value: Their new values, one array or `Parts`.
     """
-    rows = join_parts(value)
-    return rows if leaf.shape[0] == live.count else put_rows(leaf, live, rows)
+    if leaf.shape[0] == live.count:
+        return join_parts(value, leaf)
+    return put_rows(leaf, live, join_parts(value))

@@ -106,6 +106,9 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     with `holes=True`, which gives the gradient of those rows alone. To save the backward pass of
     stacked layers too, see `freeze_optax.scan`.
 
+    On a mesh with explicit axes, the array of some rows is sharded as the leaf. If the mesh does
+    not divide their number, its leading axis is not sharded.
+
     `freeze_optax.apply_updates` writes only the rows that train, in place if the params are
     donated. `optax.apply_updates`, which `TrainState` and `nnx.Optimizer` call, adds -0.0 to the
     frozen rows. `optax.masked` and `optax.partition` do not support rows.

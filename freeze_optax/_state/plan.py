@@ -192,7 +192,11 @@ class Plan:
         return f"Plan({frozen_whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
 
     def drop_frozen(
-        self, leaves: Leaves, numbers: bool = False, ranks: Sequence[int | None] | None = None
+        self,
+        leaves: Leaves,
+        numbers: bool = False,
+        ranks: Sequence[int | None] | None = None,
+        like: Leaves | None = None,
     ) -> Any:
         """Returns the tree with holes for what is frozen.
 
@@ -200,8 +204,9 @@ class Plan:
           leaves: The leaves of the tree, in the plan's order.
           numbers: As for `PartTable.split`.
           ranks: As for `PartTable.split`.
+          like: As for `PartTable.split`.
         """
-        return self.drop_parts(leaves, self.frozen, numbers, ranks)
+        return self.drop_parts(leaves, self.frozen, numbers, ranks, like)
 
     def drop_frozen_params(self, params: Any, leaves: Leaves) -> Any:
         """Returns the params, in each of their copies, with holes for what is frozen.
@@ -219,6 +224,7 @@ class Plan:
         dropped: Sequence[bool],
         numbers: bool = False,
         ranks: Sequence[int | None] | None = None,
+        like: Leaves | None = None,
     ) -> Any:
         """Returns the tree with holes for some parts.
 
@@ -227,10 +233,11 @@ class Plan:
           dropped: For each part, whether a hole takes its place.
           numbers: As for `PartTable.split`.
           ranks: As for `PartTable.split`.
+          like: As for `PartTable.split`.
         """
         if self.part_table is None:
             return leaves.with_holes(dropped)
-        return self.part_table.split(leaves, dropped, numbers, ranks)
+        return self.part_table.split(leaves, dropped, numbers, ranks, like)
 
     def flags(self, leaves: Leaves, role: str) -> tuple[Flag, ...]:
         """Returns what is frozen, in the order of `leaves`.

@@ -140,7 +140,7 @@ def freezable(
         ranks = leaf_ranks(plan, copies[0] if copies else None)
         if plan.part_table is not None:
             check_gradients_of_rows(plan, grads, ranks, copies[0] if copies else None)
-        live_grads = plan.drop_frozen(grads, ranks=ranks)
+        live_grads = plan.drop_frozen(grads, ranks=ranks, like=copies[0] if copies else None)
         live_params = rewrap_copies(params, [plan.drop_frozen(copy) for copy in copies])
         reference = copies[0] if copies else grads
         plan.context.recover_inner(inner, params if copies else updates, reference)
@@ -247,15 +247,19 @@ def _with_frozen_updates(
         if frozen is True:
             return frozen_update(i, grad, param)
         leaf_rank = ranks[i]
-        rows = join_parts(live_update, leaf_rank)
-        if frozen is False:
-            return rows
+        leaf = grad if is_hole(param) else param
+        if not isinstance(frozen, Rows):
+            return join_parts(live_update, leaf_rank, leaf)
         live_rows = ~frozen
         if np.shape(grad)[axes_in_front(grad, leaf_rank)] == live_rows.count:
-            return rows
+            return join_parts(live_update, leaf_rank, grad)
+        rows = join_parts(live_update, leaf_rank)
         # The inner transformation may keep the axes of examples, or reduce them.
+        in_front = axes_in_front(rows, leaf_rank)
+        if not in_front:
+            return scatter_rows(rows, live_rows, -0.0, leaf)
         scatter = functools.partial(scatter_rows, rows=live_rows, fill=-0.0)
-        return below_axes(scatter, axes_in_front(rows, leaf_rank), rows)
+        return below_axes(scatter, in_front, rows)
 
     param_values = [HOLE] * len(grads.values) if params is None else params.values
     columns = zip(grads.values, param_values, live, plan.mask, strict=True)
@@ -288,7 +292,7 @@ def _adapt_extra(
         return all(map(_may_stand_for, leaves.values, reference.values, plan.mask, ranks))
 
     def drop(value: Any) -> Any:
-        return plan.drop_frozen(Leaves(value), numbers=True, ranks=ranks)
+        return plan.drop_frozen(Leaves(value), numbers=True, ranks=ranks, like=reference)
 
     def fill_holes(value: Any) -> Any:
         leaves = Leaves(value, stop=is_hole_or_parts)

@@ -122,7 +122,7 @@ def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
         )
     )
     return complete.rebuild(
-        scatter_rows(take_rows(x, ~flag), ~flag, 0.0) if isinstance(flag, Rows) else x
+        scatter_rows(take_rows(x, ~flag), ~flag, 0.0, x) if isinstance(flag, Rows) else x
         for x, flag in zip(complete.values, frozen, strict=True)
     )
 
