@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from freeze_optax._edit.fresh_state import abstract_init, init_leaves
+from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init_leaves
 from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
@@ -18,6 +18,7 @@ from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._transform.settled_structure import settled_state
+from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
@@ -102,6 +103,7 @@ def release(state: Any, params: Any) -> Any:
     plan = freeze_state.plan
     leaves = param_leaves(params)
     plan.flags(leaves, "params")
+    check_batch_axis(freeze_state, params)
     table = plan.part_table or PartTable((i, None) for i in range(len(plan.paths)))
     is_number = _is_number(plan, params)
     complete = [
@@ -199,5 +201,17 @@ def _check_shapes(plan: Plan, values: list[Any], params: Any) -> None:
         for path, owner, x, new in entries
         if owner >= 0 and is_number[owner] and array_shapes(x) != array_shapes(new)
     ]
-    if mismatches:
-        raise ValueError(f"the state is of other params: {few_clauses(mismatches)}")
+    if not mismatches:
+        return
+    pairs = [
+        pair
+        for owner, x, new in zip(layout.owners, values, expected, strict=True)
+        if owner >= 0 and is_number[owner]
+        for pair in zip(array_shapes(new), array_shapes(x), strict=False)
+    ]
+    hint = ""
+    if (length := extra_axis(pairs)) is not None:
+        hint = f"; the params have one more axis, of length {length}, so call adopt under jax.vmap"
+    if (length := extra_axis((x, new) for new, x in pairs)) is not None:
+        hint = f"; the state has one more axis, of length {length}, {UNDER_VMAP}"
+    raise ValueError(f"the state is of other params: {few_clauses(mismatches)}{hint}")

@@ -6,7 +6,7 @@ The three share their arguments and their errors. The docstring of `freeze` desc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from freeze_optax._edit.fresh_state import abstract_init, init_leaves
+from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init_leaves
 from freeze_optax._edit.repartition import repartition_state
 from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._edit.transition import apply_transition
@@ -164,6 +164,7 @@ def _edit(
     if mask == state.plan.mask:
         return tree
     check_mask(state.plan, leaves, mask, state.plan.layout.ties)
+    check_batch_axis(state, params)
 
     def inner_shapes(plan: Plan, wanted: list[bool]) -> Any:
         return abstract_init(lambda params: init_leaves(plan, params, wanted), params)

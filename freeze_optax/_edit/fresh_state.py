@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 
-from freeze_optax._state.plan import Plan
+from freeze_optax._state.freeze_state import FreezeState
+from freeze_optax._state.layout import array_shapes
+from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.kinds import is_numpy_only, number_kind
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.lookahead import param_copies, rewrap_copies
+from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
 from freeze_optax._tree.memory import put_tree_in_memory
 
 
@@ -27,6 +30,50 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
         live = plan.drop_parts(leaves, [not flag for flag in wanted])
         rebuilt.append(put_tree_in_memory(live, None))
     return plan.context.init(rewrap_copies(plan.context.skeleton, rebuilt))
+
+
+def check_batch_axis(state: FreezeState, params: Any) -> None:
+    """Raises ValueError if either the state or the params are of one model, and the other of many.
+
+    An edit would make new statistics of another shape than those beside them. Where the state has
+    counters or clocks, and is the one with the axis, `Layout.places` has found it already.
+    """
+    plan = state.plan
+    leaves = param_leaves(params)
+    ndims = plan.in_plan_order(leaves, [getattr(x, "ndim", 0) for x in leaves.values])
+    if plan.part_table:
+        ndims = [ndims[leaf] for leaf, _ in plan.part_table.parts]
+    layout, places = plan.layout, plan.layout.places(state.inner)
+    # The statistics of most transformations are like their parameter, so a check of the number of
+    # axes is enough. It saves a trace of `init`.
+    if all(
+        len(shape) == ndims[owner]
+        for owner, x in zip(layout.owners, places, strict=True)
+        if owner >= 0
+        for shape in array_shapes(x)
+    ):
+        return
+    wanted = [cohort != DROPPED for cohort in plan.cohorts]
+    fresh = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
+    triples = zip(layout.owners, places, layout.places(fresh), strict=True)
+    pairs = [
+        pair
+        for owner, x, new in triples
+        if owner >= 0
+        for pair in zip(array_shapes(x), array_shapes(new), strict=False)
+    ]
+    length = extra_axis(pairs)
+    if length is not None:
+        raise ValueError(
+            f"the state has one more axis, of length {length}, than the params, {UNDER_VMAP}"
+        )
+    length = extra_axis((new, old) for old, new in pairs)
+    if length is not None:
+        raise ValueError(
+            f"the params have one more axis, of length {length}, than the state, which is that of "
+            "one model; make a state of each with jax.vmap(tx.init)(params), and edit it under "
+            "jax.vmap"
+        )
 
 
 def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:

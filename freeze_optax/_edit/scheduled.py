@@ -109,7 +109,7 @@ def scheduled(
                 "ScheduledState that init gives; the order is update(gradients, state, params)"
             )
         step, freeze_state = state
-        plan = freeze_state.plan
+        plan, index = freeze_state.plan, state.switch_index()
 
         def branch(frozen: tuple[bool, ...]) -> Any:
             phase_plan = plan.with_frozen(frozen, plan.cohorts)
@@ -124,7 +124,7 @@ def scheduled(
         leaves = param_leaves(updates if params is None else params)
         branches = [branch(frozen) for _, frozen in plan.schedule]
         branches = _with_equal_types(branches, plan, list(map(traced_memory_of, leaves.values)))
-        new_updates, inner_state, ages = jax.lax.switch(state.phase, branches, None)
+        new_updates, inner_state, ages = jax.lax.switch(index, branches, None)
         remember_updates(Leaves(new_updates).values, plan.mask)
         after = FreezeState(inner_state, ages, plan)
         count: Any = optax.safe_increment(step)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from freeze_optax._tree.kinds import is_array, number_kind
 from freeze_optax._tree.memory import memory_of, put_in_memory
@@ -243,8 +244,11 @@ def decode_leaf(array: Any, leaf: Any, path: str) -> Any:
         raise ValueError(f"the export is damaged: {path!r} is {shown}, not {stored}{list(shape)}")
     if not is_key and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         return np.asarray(array)  # of 64 bits, which only NumPy holds now
-    home = array.sharding if isinstance(array, jax.Array) and memory_of(array) else None
-    if is_from_numpy or len(array.sharding.device_set) == 1:
+    is_traced = isinstance(array, Tracer)  # under jax.vmap
+    home = None
+    if isinstance(array, jax.Array) and not is_traced and memory_of(array):
+        home = array.sharding
+    if not is_traced and (is_from_numpy or len(array.sharding.device_set) == 1):
         array = jnp.asarray(np.asarray(array))
     decoded = array if is_key else _from_bits(put_in_memory(array, None), leaf.dtype)
     decoded = jax.device_put(decoded, home) if home else decoded

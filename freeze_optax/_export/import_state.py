@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
@@ -23,6 +24,7 @@ from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._state.shared_buffers import Group, collect_ties
 from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
+from freeze_optax._tree.batch_axis import extra_axis
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
@@ -131,6 +133,8 @@ def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves)
     if len(leaves) == len(entries):
         leaf_entries = zip(leaves, entries, strict=True)
         leaves = [(path, _widened(leaf, entry["dtype"])) for (path, leaf), entry in leaf_entries]
+    if any(isinstance(x, Tracer) for x in arrays.values()):
+        entries = _without_batch_axis(entries, [leaf for _, leaf in leaves])
     in_export = [(entry["path"], _description(entry)) for entry in entries]
     expected = [(path, _description(describe_leaf(leaf))) for path, leaf in leaves]
     if in_export != expected:
@@ -142,12 +146,48 @@ def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves)
                 f"{quoted_list(others)}; give such a tree in place of the transformation: "
                 "fo.import_state(tree, params, exported)"
             )
+        hint = _batch_axis(entries, [leaf for _, leaf in leaves])
         differences = _differences(dict(in_export), dict(expected))
-        raise ValueError(f"the export is not of a state of this transformation: {differences}")
+        raise ValueError(
+            f"the export is not of a state of this transformation: {differences}{hint}"
+        )
     # In order, not by path: a key with a slash can make two leaves share one.
     return [
         decode_leaf(arrays.get(f"{i:06d}"), leaf, path) for i, (path, leaf) in enumerate(leaves)
     ]
+
+
+def _without_batch_axis(entries: list[dict[str, Any]], leaves: list[Any]) -> list[dict[str, Any]]:
+    """Returns the entries without the axis that all have where a state of many was exported."""
+    if len(entries) != len(leaves):
+        return entries
+    pairs = [(tuple(e["shape"]), tuple(x.shape)) for e, x in zip(entries, leaves, strict=True)]
+    if extra_axis(pairs) is None:
+        return entries
+    return [{**entry, "shape": entry["shape"][1:]} for entry in entries]
+
+
+def _batch_axis(entries: list[dict[str, Any]], leaves: list[Any]) -> str:
+    """Returns a clause for an error if one side is of one model, and the other of many."""
+    pairs = [
+        (tuple(entry["shape"]), tuple(leaf.shape))
+        for entry, leaf in zip(entries, leaves, strict=False)
+        if tuple(entry["shape"]) != tuple(leaf.shape)
+    ]
+    if len(entries) != len(leaves) or not pairs:
+        return ""
+    if (length := extra_axis(pairs)) is not None:
+        return (
+            f"; the export has one more axis, of length {length}, as the state of "
+            "jax.vmap(tx.init) has; import it under jax.vmap too: jax.vmap(lambda p, exported: "
+            'fo.import_state(tx, p, exported), in_axes=(0, {"about": None, "leaves": 0}))'
+        )
+    if (length := extra_axis((leaf, entry) for entry, leaf in pairs)) is not None:
+        return (
+            f"; the params have one more axis, of length {length}: import the state of each model "
+            "under jax.vmap"
+        )
+    return ""
 
 
 _WIDE = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
@@ -300,7 +340,8 @@ def _abstract_state(plan: Plan, params: Any) -> FreezeState:
 
 
 def _is_sharded(x: Any) -> bool:
-    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    return is_concrete and len(x.sharding.device_set) > 1
 
 
 def _sharding_beside(x: Any, param: Any) -> Any:

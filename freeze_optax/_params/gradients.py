@@ -85,11 +85,12 @@ def value_and_grad(
         if not schedules:
             return differentiate(always_frozen)
         (state,) = schedules
+        index = state.switch_index()
         phases = [
             functools.partial(differentiate, list(map(flag_or, always_frozen, phase)))
             for phase in state.phases(leaves)
         ]
-        return jax.lax.switch(state.phase, phases)
+        return jax.lax.switch(index, phases)
 
     return value_and_grad_fn
 

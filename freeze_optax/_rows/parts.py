@@ -241,7 +241,16 @@ def _take_part(
         return below_axes(functools.partial(take_rows, rows=among_live, like=param), in_front, x)
     shape = f"of shape {getattr(x, 'shape', ())}"
     expected = f"all {len(rows.mask)} rows or the {getattr(live, 'count', 0)} that train"
-    raise ValueError(f"{leaves.paths[i]!r} is {shape}, but the optimizer state is for {expected}")
+    is_stacked = getattr(x, "shape", ())[1:2] == rows.mask.shape
+    hint = (
+        f"; it has one more axis, of length {count}, in front: where jax.vmap(tx.init) made the "
+        "state, call this under jax.vmap too"
+        if is_stacked
+        else ""
+    )
+    raise ValueError(
+        f"{leaves.paths[i]!r} is {shape}, but the optimizer state is for {expected}{hint}"
+    )
 
 
 def put_live_rows(leaf: Any, live: Rows, value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from freeze_optax._rows.rows import Flag
@@ -110,6 +111,16 @@ class ScheduledState(NamedTuple):
         starts = [start for start, _ in self.state.plan.schedule]
         begun = [(self.step >= start).astype(jnp.int32) for start in starts[1:]]
         return sum(begun, jnp.zeros((), jnp.int32))
+
+    def switch_index(self) -> jax.Array:
+        """Returns `phase`, to switch by; raises ValueError if the state is that of many models."""
+        if np.ndim(self.step):
+            raise ValueError(
+                f"the state of fo.scheduled has one more axis, of length {np.shape(self.step)[0]}, "
+                "than that of one model, as jax.vmap(tx.init) gives for stacked params; call the "
+                "whole step under jax.vmap too"
+            )
+        return self.phase
 
     def phases(self, leaves: Leaves) -> list[Sequence[Flag]]:
         """Returns what each phase freezes, in the order of `leaves`.

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from freeze_optax._state.shared_buffers import collect_ties
+from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies
@@ -100,6 +101,12 @@ class Layout:
                 + path_differences(paths, self.paths, "in the inner state", "in that structure")
                 + (hint if set(self.paths) < set(paths) else "")
             ) from None
+        length = self._extra_axis(values)
+        if length is not None:
+            raise ValueError(
+                f"the state has one more axis, of length {length}, than that of one model, "
+                f"{UNDER_VMAP}"
+            )
         places = zip(self.paths, self.owners, self._template, values, strict=True)
         mixing_leaves = [
             f"{path!r} has {array_shapes(value)}, but with all leaves frozen it has "
@@ -113,6 +120,27 @@ class Layout:
                 f"the leaves (a flattened vector, say): {few_clauses(mixing_leaves)}"
             )
         return values
+
+    def extra_axis(self, inner_state: Any) -> int | None:
+        """Returns the length of the axis by which all counters and clocks of a state are larger.
+
+        Args:
+          inner_state: A state. Another structure than that of the transformation gives None.
+        """
+        try:
+            return self._extra_axis(self._treedef.flatten_up_to(inner_state))
+        except (ValueError, TypeError):
+            return None
+
+    def _extra_axis(self, values: list[Any]) -> int | None:
+        triples = zip(self.owners, values, self._template, strict=True)
+        shapes = [
+            pair
+            for owner, value, expected in triples
+            if owner < 0
+            for pair in zip(array_shapes(value), array_shapes(expected), strict=False)
+        ]
+        return extra_axis(shapes)
 
     def rebuild(self, values: list[Any]) -> Any:
         """Returns the state with other values, one for each place."""

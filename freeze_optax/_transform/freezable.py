@@ -38,6 +38,7 @@ from freeze_optax._transform.example_axes import (
 from freeze_optax._transform.extra_arguments import adapt_extra_arguments
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._transform.settled_structure import with_settled_structure
+from freeze_optax._transform.stacked import check_kept_shapes, check_not_stacked, is_stacked
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
@@ -149,11 +150,15 @@ def freezable(
         def run(inner_state: Any) -> tuple[Any, Any]:
             try:
                 return inner.update(live_grads, inner_state, live_params, **inner_extra)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 _explain_memories(error, live_grads, inner_state, live_params)
+                check_not_stacked(plan, inner_state)
                 raise
 
+        before = state if is_stacked(plan, reference) else None
         live_updates, state = update_cohorts(run, state)
+        if before is not None:
+            check_kept_shapes(before, state)
         full_updates = [
             _with_frozen_updates(
                 grads, leaves, Leaves(copy, stop=is_hole_or_parts).values, plan, ranks
@@ -214,7 +219,7 @@ def _check_no_missing(grads: Leaves, plan: Plan) -> None:
         )
 
 
-def _explain_memories(error: ValueError, grads: Any, state: Any, params: Any) -> None:
+def _explain_memories(error: Exception, grads: Any, state: Any, params: Any) -> None:
     """Raises, with the paths, if an error of JAX is about arrays in different memories."""
     if "memory_space" in str(error):
         trees = {"gradient": grads, "state": state, "params": params}
