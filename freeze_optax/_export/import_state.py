@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
-from freeze_optax._rows.meshes import sharding_of_rows
+from freeze_optax._export.placement import is_sharded, place_beside
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows, flag_from_vector
 from freeze_optax._select.specs import Spec
@@ -29,10 +28,8 @@ from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import memory_of, put_in_memory
 from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 from freeze_optax._tree.overwritten import optimized_params
-from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
 
 
 def import_state(
@@ -90,7 +87,7 @@ def import_state(
     tree = template.rebuild(
         x if is_hole(x) else _as_before(next(values), x) for x in template.values
     )
-    tree = replace_state(tree, _place(only_state("import_state", tree), params))
+    tree = replace_state(tree, place_beside(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, variables, frozen)
     plan, leaves = only_state("import_state", tree).plan, param_leaves(params)
@@ -118,7 +115,7 @@ def _as_before(new: Any, old: Any) -> Any:
         return type(old)(new.item())
     if isinstance(old, np.ndarray | np.generic):
         return np.array(new) if isinstance(old, np.ndarray) else np.asarray(new)[()]
-    return jax.device_put(new, old.sharding) if _is_sharded(old) else new
+    return jax.device_put(new, old.sharding) if is_sharded(old) else new
 
 
 def decoded_leaves(entries: list[dict[str, Any]], stored: Any, template: Leaves) -> list[Any]:
@@ -337,71 +334,6 @@ def _abstract_state(plan: Plan, params: Any) -> FreezeState:
     counters = [places[place] for place in layout.counters]
     ages = tuple(jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for x in counters)
     return FreezeState(inner, ages, plan)
-
-
-def _is_sharded(x: Any) -> bool:
-    is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
-    return is_concrete and len(x.sharding.device_set) > 1
-
-
-def _sharding_beside(x: Any, param: Any) -> Any:
-    """Returns the sharding of a statistic of a sharded param; None if it has no shape like it."""
-    if not _is_sharded(param) or x.shape[1:] != param.shape[1:] or x.ndim != param.ndim:
-        return None
-    if x.shape == param.shape:
-        return param.sharding
-    of_rows = sharding_of_rows(x.shape[0], param)
-    return of_rows and NamedSharding(param.sharding.mesh, of_rows.spec)
-
-
-def _host_sharding(x: Any, param: jax.Array) -> jax.sharding.Sharding:
-    """Returns a sharding for statistics of a param in host memory, in the same memory."""
-    sharding, kind = param.sharding, param.sharding.memory_kind
-    if x.shape == param.shape:
-        return sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        spec = jax.sharding.PartitionSpec()
-        return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)
-    device, *_ = sharding.device_set
-    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-
-
-def _place(state: FreezeState, params: Any) -> FreezeState:
-    """Puts the statistics of each param where `init` makes them: beside the param.
-
-    They get the devices and the memory of the param; one that was exported from host memory stays
-    there. If the param is in an NNX Variable, they get one of its kind.
-    """
-    leaves = param_leaves(params)
-    boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
-    boxes = state.plan.in_plan_order(
-        leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
-    )
-    params_and_state = [*leaves.values, *jax.tree.leaves(state.inner)]
-    if not any(is_variable(box) or _is_sharded(box) for box in boxes) and not any(
-        map(memory_of, params_and_state)
-    ):
-        return state  # so a transformation that mixes leaves, and has no layout, can pass
-    layout, table = state.plan.layout, state.plan.part_table
-
-    def beside(x: Any, param: Any) -> Any:
-        memory = memory_of(x)
-        sharding = _sharding_beside(x, param)
-        if sharding is not None:
-            placed = jax.device_put(x, sharding)
-            return put_in_memory(placed, memory) if memory else placed
-        if memory_of(param) and not memory:
-            return jax.device_put(x, _host_sharding(x, param))
-        return x
-
-    def placed(place: Any, owner: int) -> Any:
-        if owner < 0:
-            return place
-        box = boxes[table.parts[owner][0] if table else owner]
-        return rewrap_variable(box, jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place))
-
-    pairs = zip(layout.places(state.inner), layout.owners, strict=True)
-    return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
 
 
 def _place_of_state(exported: dict[str, Any], expected: dict[str, Any]) -> str | None:
