@@ -12,7 +12,7 @@ from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import COUNTER
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.variables import rewrap_variable
+from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 Run = Callable[[Any], tuple[Any, Any]]
 """A function that takes an inner state and returns the updates of all live leaves, and the next
@@ -101,7 +101,8 @@ def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     later_cohorts = state.ages[0].shape[0] if state.ages else 0
     # Not `age[i]`: on a mesh that is a gather, which JAX refuses for an array in host memory.
     row = functools.partial(jax.lax.index_in_dim, keepdims=False)
-    return [first, *([row(age, i) for age in state.ages] for i in range(later_cohorts))]
+    ages = list(map(unwrap_variable, state.ages))
+    return [first, *([row(age, i) for age in ages] for i in range(later_cohorts))]
 
 
 def stack_ages(counters: list[list[Any]]) -> tuple[Any, ...]:
