@@ -262,5 +262,5 @@ def put_live_rows(leaf: Any, live: Rows, value: Any) -> Any:
       value: Their new values, one array or `Parts`.
     """
     if leaf.shape[0] == live.count:
-        return join_parts(value, leaf)
+        return join_parts(value, like=leaf)
     return put_rows(leaf, live, join_parts(value))
