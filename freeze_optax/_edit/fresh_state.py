@@ -46,12 +46,8 @@ def check_batch_axis(state: FreezeState, params: Any) -> None:
     layout, places = plan.layout, plan.layout.places(state.inner)
     # The statistics of most transformations are like their parameter, so a check of the number of
     # axes is enough. It saves a trace of `init`.
-    if all(
-        len(shape) == ndims[owner]
-        for owner, x in zip(layout.owners, places, strict=True)
-        if owner >= 0
-        for shape in array_shapes(x)
-    ):
+    pairs = zip(layout.owners, places, strict=True)
+    if all(_has_ndim(x, ndims[owner]) for owner, x in pairs if owner >= 0):
         return
     wanted = [cohort != DROPPED for cohort in plan.cohorts]
     fresh = abstract_init(lambda params: init_leaves(plan, params, wanted), params)
@@ -74,6 +70,13 @@ def check_batch_axis(state: FreezeState, params: Any) -> None:
             "one model; make a state of each with jax.vmap(tx.init)(params), and edit it under "
             "jax.vmap"
         )
+
+
+def _has_ndim(statistics: Any, ndim: int) -> bool:
+    """Returns whether all arrays of the statistics of a leaf have this number of axes."""
+    if isinstance(statistics, jax.Array):
+        return statistics.ndim == ndim
+    return all(len(shape) == ndim for shape in array_shapes(statistics))
 
 
 def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:

@@ -60,6 +60,8 @@ def next_memories(
       memory that it is in.
     """
     layout, table = plan.layout, plan.part_table
+    if not any(map(memory_of, jax.tree.leaves((list(places), params)))):
+        return [None] * len(places)
     leaf_of = [leaf for leaf, _ in table.parts] if table else range(len(plan.paths))
     leaves = param_leaves(params)
     of_param = plan.in_plan_order(leaves, [memory_of(x) for x in leaves.values])
