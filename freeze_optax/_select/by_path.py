@@ -178,8 +178,10 @@ class Layers(Selector):
         for node in matched:
             above, _, name = node.rpartition("/")
             *layer, rest = name.split(".", count)
+            if len(layer) < count or not all([*layer, rest]) or rest.isdigit():
+                continue
             other = first.setdefault("/".join([above, *layer]), node)
-            if len(layer) == count and other != node and not rest.isdigit():
+            if other != node:
                 pattern = with_slashes(self._pattern)
                 raise ValueError(
                     f"{self!r}: the pattern names {other!r} and {node!r}, two leaves of one layer; "
