@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
 from freeze_optax import nnx as fnnx
+from tests.support.sampling import cases
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 COUNT = 20
@@ -267,7 +268,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("axis_type", [EXPLICIT, AUTO], ids=["explicit", "auto"])
-@pytest.mark.parametrize("x", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("x", cases(SPECIAL, ["float32", "bfloat16"]))
 @pytest.mark.parametrize("where", [[0, 1, 2, 17], ROWS["scattered"]], ids=["in runs", "scattered"])
 def test_every_bit_stays_where_rows_go_to_another_device(where, x, axis_type):
     mesh, rows = make_mesh(axis_type, axis_type), fo.rows("w", where)

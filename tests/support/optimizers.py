@@ -139,9 +139,9 @@ def every() -> list[tuple[Any, str]]:
 # a line search, with extra arguments, with averages of the params, wrappers, and those whose state
 # is not like the params.
 KINDS = {
-    *("adafactor", "adam", "chain", "flatten", "inject_hyperparams", "lamb", "lbfgs", "masked"),
-    *("muon", "noisy_sgd", "partition", "polyak_sgd", "prodigy", "schedule_free_adamw", "sgd"),
-    *("MultiSteps", "apply_if_finite", "sam", "scale_by_adam"),
+    *("adafactor", "adam", "chain", "flatten", "inject_hyperparams", "lbfgs", "masked", "muon"),
+    *("noisy_sgd", "partition", "polyak_sgd", "schedule_free_adamw", "sgd", "MultiSteps"),
+    *("apply_if_finite", "sam"),
 }
 
 
