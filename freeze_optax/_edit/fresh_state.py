@@ -10,7 +10,7 @@ from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
-from freeze_optax._tree.kinds import is_numpy_only, number_kind
+from freeze_optax._tree.kinds import is_numpy_only, number_kind, rank
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
 from freeze_optax._tree.memory import put_tree_in_memory
@@ -40,7 +40,7 @@ def check_batch_axis(state: FreezeState, params: Any) -> None:
     """
     plan = state.plan
     leaves = param_leaves(params)
-    ndims = plan.in_plan_order(leaves, [getattr(x, "ndim", 0) for x in leaves.values])
+    ndims = plan.in_plan_order(leaves, list(map(rank, leaves.values)))
     if plan.part_table:
         ndims = [ndims[leaf] for leaf, _ in plan.part_table.parts]
     layout, places = plan.layout, plan.layout.places(state.inner)

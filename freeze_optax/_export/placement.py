@@ -54,6 +54,7 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
 
 
 def is_sharded(x: Any) -> bool:
+    """Returns whether `x` is an array on several devices, and not one under a trace."""
     is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     return is_concrete and len(x.sharding.device_set) > 1
 

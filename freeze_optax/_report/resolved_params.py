@@ -58,7 +58,7 @@ def resolve_params(params: Any, frozen: Spec, optimizer: Any) -> ResolvedParams:
         for i in range(len(leaves.values))
     ]
     first_places = [None if i in same else group_places.get(i) for i in range(len(leaves.values))]
-    return ResolvedParams(leaves, flags, *(_spread(size, first_places) for size in sizes))
+    return ResolvedParams(leaves, flags, *(size and size.spread(first_places) for size in sizes))
 
 
 def _own_leaves(leaves: Leaves, frozen: Spec) -> list[int] | None:
@@ -70,11 +70,3 @@ def _own_leaves(leaves: Leaves, frozen: Spec) -> list[int] | None:
     own = [i for i, path in enumerate(leaves.paths) if path in state_paths]
     is_part = len(own) == len(state.plan.paths) < len(leaves.paths)
     return own if is_part else None
-
-
-def _spread(size: StateBytes | None, places: Sequence[int | None]) -> StateBytes | None:
-    """Returns the bytes of a state of some leaves as those of all leaves."""
-    if size is None:
-        return None
-    by_leaf = [0 if place is None else size.by_leaf[place] for place in places]
-    return size._replace(by_leaf=by_leaf)

@@ -1,5 +1,6 @@
 """The bytes of an optimizer state, in all and for each leaf."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, final
 
@@ -31,10 +32,15 @@ class StateBytes(NamedTuple):
     total: int
     by_leaf: list[int | None]
 
-    def spread(self, flags: Iterable[bool]) -> "StateBytes":
-        """Returns the same bytes, with 0 bytes for each further leaf, whose flag is not set."""
-        remaining = iter(self.by_leaf)
-        return StateBytes(self.total, [next(remaining) if flag else 0 for flag in flags])
+    def spread(self, places: Iterable[int | None]) -> "StateBytes":
+        """Returns the same bytes for the leaves of a larger tree.
+
+        Args:
+          places: For each leaf of that tree, its place among those of the state; None for a leaf
+            that the state has not, which has 0 bytes.
+        """
+        by_leaf = [0 if place is None else self.by_leaf[place] for place in places]
+        return self._replace(by_leaf=by_leaf)
 
 
 @final
@@ -77,7 +83,9 @@ def state_bytes(
     if in_params and not (state and state.plan.paths == leaves.paths):
         own = [flag for flag, path in zip(flags, in_params, strict=True) if path is not None]
         found = state_bytes(optimized_params(params), frozen, own, optimizer)
-        present, unfrozen = (x and x.spread(path is not None for path in in_params) for x in found)
+        counter = itertools.count()
+        places = [None if path is None else next(counter) for path in in_params]
+        present, unfrozen = (x and x.spread(places) for x in found)
         return present, unfrozen
     steps = [schedule.step for schedule in schedules_in_spec(frozen)] if state else []
     if optimizer is None:

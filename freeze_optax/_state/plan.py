@@ -10,7 +10,7 @@ import optax
 from freeze_optax._former_names import with_present_names
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._state.context import PlanContext
+from freeze_optax._state.context import LeafKind, PlanContext
 from freeze_optax._state.layout import Layout
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import check_unique
@@ -190,6 +190,11 @@ class Plan:
         in_part = f", {count} in part" if count else ""
         frozen_whole = sum(flag is True for flag in self.mask)
         return f"Plan({frozen_whole} of {len(self.paths)} leaves frozen{in_part}{parked})"
+
+    @property
+    def leaf_kinds(self) -> Sequence[LeafKind | None]:
+        """The kind of each leaf of the params; None where it is not known."""
+        return self.context.leaf_kinds or [None] * len(self.paths)
 
     def drop_frozen(
         self,

@@ -23,8 +23,7 @@ Ranks = Sequence[int | None]
 
 def leaf_ranks(plan: Plan, params: Leaves | None) -> Ranks:
     """Returns the ranks of the params: of these, or of those that `init` was given if None."""
-    kinds = plan.context.leaf_kinds or [None] * len(plan.paths)
-    planned = [kind and kind[0] for kind in kinds]
+    planned = [kind and kind[0] for kind in plan.leaf_kinds]
     if params is None:
         return planned
     # The params come first: under `jax.vmap` they may have fewer axes than `init` saw.

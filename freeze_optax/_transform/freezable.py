@@ -240,7 +240,7 @@ def _with_frozen_updates(
       plan: What is frozen.
       ranks: The ranks of the leaves.
     """
-    zeros, kinds = Zeros(), plan.context.leaf_kinds or [None] * len(plan.paths)
+    zeros, kinds = Zeros(), plan.leaf_kinds
 
     def frozen_update(i: int, grad: Any, param: Any) -> Any:
         if is_hole(grad):

@@ -18,7 +18,7 @@ def is_stacked(plan: Plan, leaves: Leaves) -> bool:
     """Returns whether a leaf of params or gradients has more axes than at `init`."""
     # Counting axes is cheap enough for each update. Shapes differ for other reasons: inside
     # `shard_map` for example.
-    pairs = zip(leaves.values, plan.context.leaf_kinds or (), strict=False)
+    pairs = zip(leaves.values, plan.leaf_kinds, strict=True)
     return any(kind is not None and rank(x) > kind[0] for x, kind in pairs)
 
 
