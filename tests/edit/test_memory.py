@@ -10,6 +10,8 @@ import freeze_optax as fo
 from tests.support.memories import (
     DEVICE,
     HOST,
+    JITS,
+    PLACES,
     assert_same_bits,
     jit_keeps_memory,
     kinds,
@@ -20,8 +22,6 @@ from tests.support.memories import (
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-PLACES = ["one device", "mesh"]
-JITS = [pytest.param(lambda f: f, id="eager"), pytest.param(jax.jit, id="jit")]
 ADAM = optax.adam(0.1)
 
 

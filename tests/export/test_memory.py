@@ -9,11 +9,17 @@ import optax
 import pytest
 
 import freeze_optax as fo
-from tests.support.memories import DEVICE, HOST, assert_same_bits, kinds, make_params, on_host
+from tests.support.memories import (
+    DEVICE,
+    HOST,
+    PLACES,
+    assert_same_bits,
+    kinds,
+    make_params,
+    on_host,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-PLACES = ["one device", "mesh"]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -13,6 +13,8 @@ from freeze_optax.testing import assert_frozen
 from tests.support.memories import (
     DEVICE,
     HOST,
+    JITS,
+    PLACES,
     assert_same_bits,
     jit_keeps_memory,
     kinds,
@@ -23,8 +25,6 @@ from tests.support.memories import (
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-PLACES = ["one device", "mesh"]
-JITS = [pytest.param(lambda f: f, id="eager"), pytest.param(jax.jit, id="jit")]
 A_ON_HOST = {"a": HOST, "b": DEVICE, "c": DEVICE}
 
 

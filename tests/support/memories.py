@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 HOST, DEVICE = "pinned_host", "device"
+PLACES = ["one device", "mesh"]
+JITS = [pytest.param(lambda f: f, id="eager"), pytest.param(jax.jit, id="jit")]
 
 
 def make_params(place: str) -> dict[str, Any]:
