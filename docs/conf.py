@@ -1,0 +1,110 @@
+"""How Sphinx builds the site: `make docs`. Nothing is fetched while it builds."""
+
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import freeze_optax
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent / "build"
+
+# The pages run in kernels of their own, which find the models of the pages by this path.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(HERE / "code"), str(HERE.parent), os.environ.get("PYTHONPATH")])
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+sys.path.insert(0, str(HERE / "code"))
+
+project = "freeze_optax"
+author = "The freeze_optax authors"
+version = release = freeze_optax.__version__
+language = "en"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["code", "*.py", "notebooks/*.ipynb", "notebooks/execute.py"]
+nitpicky = True
+
+html_theme = "furo"
+html_title = f"freeze_optax {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# Pages in Markdown; those with a kernel in their head, and the sources of the notebooks, are executed.
+source_suffix = {".md": "myst-nb", ".py": "myst-nb"}
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(BUILD / "docs-cache")
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+
+autodoc_typehints = "none"  # the docstrings say what an argument is
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+
+def _inventory(name: str) -> str:
+    """Makes Sphinx's inventory of other documentation from the names that we link to.
+
+    Inventories as others publish them list thousands of names, and would have to be fetched.
+    """
+    lines = (HERE / "inventories" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    entries = "".join(
+        "{0} {1} 1 {2} -\n".format(*line.split()) for line in lines if not line.startswith("#")
+    )
+    head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
+    head += "# The remainder of this file is compressed using zlib.\n"
+    path = BUILD / "inventories" / f"{name}.inv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head.encode() + zlib.compress(entries.encode()))
+    return str(path)
+
+
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3/", _inventory("python")),
+    "jax": ("https://docs.jax.dev/en/latest/", _inventory("jax")),
+    "optax": ("https://optax.readthedocs.io/en/latest/", _inventory("optax")),
+    "flax": ("https://flax.readthedocs.io/en/latest/", _inventory("flax")),
+}
+
+_CODE = re.compile(r"(?<![`:])`([^`\n]+)`(?!`)")
+_NAME = re.compile(r"(freeze_optax|jax|optax|flax)(\.\w+)+")
+
+
+def _as_rst(app, what, name, obj, options, lines):  # noqa: ARG001, PLR0913, PLR0917
+    """Turns the code of a docstring, in Markdown's backticks, into links and literals."""
+
+    def role(match: re.Match[str]) -> str:
+        return f":py:obj:`{match[1]}`" if _NAME.fullmatch(match[1]) else f"``{match[1]}``"
+
+    lines[:] = [
+        line if line.lstrip().startswith((">>>", "...")) else _CODE.sub(role, line)
+        for line in lines
+    ]
+
+
+def setup(app):
+    """Registers what the settings above cannot say."""
+    app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
