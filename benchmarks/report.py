@@ -1,4 +1,4 @@
-"""Writes docs/costs.md and its plots from the results of the other benchmarks.
+"""Writes docs/explanation/costs.md and its plots from the results of the other benchmarks.
 
 Its prose is page.md, beside this file.
 
@@ -16,7 +16,7 @@ from benchmarks import host, results, wall
 from benchmarks.compiled import FIGURES, LIMIT, of, ratio, worst
 from benchmarks.steps import BY_HAND, BY_HAND_PART, DROP_IN, PARTITION_STYLE, WAYS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 SHOWN = [way for way in WAYS if way not in (BY_HAND, BY_HAND_PART)]
 OURS = (DROP_IN, PARTITION_STYLE)
 MODES = ("donated", "kept")

@@ -33,7 +33,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["code", "*.py", "notebooks/*.ipynb", "notebooks/execute.py"]
+exclude_patterns = ["code", "*.py", "notebooks/*.ipynb", "notebooks/store.py"]
 nitpicky = True
 
 html_theme = "furo"

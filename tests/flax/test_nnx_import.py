@@ -35,7 +35,7 @@ def steps(model, optimizer, count=1):
 
 
 def resumed(model, tx, exported, frozen=None):
-    """As docs/flax.md has it."""
+    """As docs/how-to/flax-nnx.md has it."""
 
     def init(params):
         return fo.import_state(tx, params, exported, frozen)

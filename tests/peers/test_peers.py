@@ -1,4 +1,4 @@
-"""What other ways of freezing get wrong, and what this library does: see docs/pitfalls.md."""
+"""What other ways of freezing get wrong, and what this library does: see docs/explanation/pitfalls.md."""
 
 import jax
 import jax.numpy as jnp
