@@ -22,11 +22,11 @@ RUN_HERE = [
 ]
 
 SETUP_OR_CODE = re.compile(
-    r"^<!-- setup\n(.*?)^-->|^```(?:python|\{code-cell\}.*)\n(?::.*\n)*(.*?)^```",
+    r"^<!-- setup\n(.*?)^-->|^```(?:python|\{code-cell\}[^\n]*)\n(?::[^\n]*\n)*(.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"\]\(([^()\s]+(?:\([^()]*\))?)\)")
-FOLDERS = "tests|docs|benchmarks|examples|notebooks|freeze_optax"
+FOLDERS = "tests|docs|benchmarks|examples|freeze_optax"
 NAMED_PATH = re.compile(rf"\b(?:{FOLDERS})/[\w./-]+\.\w+")
 PYTEST = re.compile(r"`pytest (\S+\.py)(?: -k (\w+))?`")
 
