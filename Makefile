@@ -63,14 +63,18 @@ bench: $(VENV)/.test
 mutants: $(VENV)/.mutants
 	$(BIN)/python -m tests.mutation $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
 
+# What other versions run of each test. CASES=1000000 make lane-newest runs all of it.
+CASES ?= 4
+FEW := FREEZE_OPTAX_CASES=$(CASES) PYTEST_ADDOPTS="-p tests.support.few_cases"
+
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:
-	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS="-c tests/oldest.txt"
+	$(FEW) $(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS="-c tests/oldest.txt"
 
 # What pip resolves to on the newest Python here: PYTHON=python3.13 make lane-newest
 lane-newest:
 	$(MAKE) .venv-newest/.newest VENV=.venv-newest
-	$(MAKE) test-fast VENV=.venv-newest
+	$(FEW) $(MAKE) test-fast VENV=.venv-newest
 
 # The wheel as users install it, without an extra and with each. The tests are copied away from the
 # checkout, so that nothing can be imported from it.

@@ -1,6 +1,6 @@
 """The wheel as users get it, with one extra or none: what the extra brings, what its absence says.
 
-`make wheel` runs this, and the first case of each test whose imports are at hand, away from the
+`make wheel` runs this, and one case of each test whose imports are at hand, away from the
 checkout.
 """
 
@@ -140,6 +140,7 @@ def test_the_command_reads_orbax(tmp_path):
 
 if __name__ == "__main__":
     options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
-    options += ["-p", "tests.support.first_cases"]
+    options += ["-p", "tests.support.few_cases"]
+    os.environ["FREEZE_OPTAX_CASES"] = "1"
     chosen = ["-m", "not slow and not exhaustive"]
     sys.exit(pytest.main([*options, *chosen, __file__, *fitting()]))
