@@ -92,12 +92,13 @@ def freezable(
 
       `update` gives zeros at frozen leaves, or a hole where the gradient has a hole. The zeros are
       negative, as the sum of any number and -0.0 is that number, also for zeros of either sign. So
-      `optax.apply_updates` keeps frozen leaves too, with one exception: in eager mode on a CPU it
-      flushes subnormal numbers. `freeze_optax.apply_updates` does not flush them. Under jit neither
-      function does, as XLA's optimiser leaves the addition of -0.0 out. Integers and bools get
-      zeros of their own dtype. PRNG keys and leaves that are not arrays get float32 zeros, but
-      nothing can be added to these leaves: if the params have some, use
-      `freeze_optax.apply_updates`.
+      `optax.apply_updates` keeps frozen leaves too, with one exception: on a CPU it flushes
+      subnormal numbers in eager mode, and in a jitted function that gets the updates as an
+      argument. `freeze_optax.apply_updates` does not flush them. In a jitted step that makes the
+      updates and applies them neither function does, as XLA's optimiser leaves the addition of
+      -0.0 out. Integers and bools get zeros of their own dtype. PRNG keys and leaves that are not
+      arrays get float32 zeros, but nothing can be added to these leaves: if the params have some,
+      use `freeze_optax.apply_updates`.
 
       Extra arguments of `update` reach `inner`. A tree like the params has holes at the frozen
       leaves there. A callable that takes params (the `value_fn` of a line search) gets whole
