@@ -1,4 +1,4 @@
-"""A jitted training step for the small model. It counts how often `jax.jit` traces it."""
+"""A jitted training step for the small model, which counts how often it is traced."""
 
 import functools
 
@@ -11,7 +11,7 @@ import freeze_optax as fo
 def make_step(tx):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch):
-        step.traces += 1  # Python code in a jitted function runs only while it is traced
+        step.traces += 1  # this line runs while jit traces the function, and only then
         loss, grads = fo.value_and_grad(loss_fn, frozen=opt_state)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = fo.apply_updates(params, updates, frozen=opt_state)
