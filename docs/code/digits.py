@@ -25,7 +25,7 @@ def loss_fn(params, images, labels):
 
 
 def five_digits(first):
-    """Gives images and labels of the digits `first` to `first + 4`, to train on and to test on."""
+    """Gives images and labels of five digits, to train on and to test on."""
     images, digits = load_digits(return_X_y=True)
     chosen = (first <= digits) & (digits < first + 5)
     images = images[chosen].reshape(-1, 8, 8, 1).astype(np.float32) / 16

@@ -2,10 +2,8 @@
 
 import jax.numpy as jnp
 
-params = {
-    "encoder": {f"layer_{i}": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)} for i in range(3)},
-    "head": {"kernel": jnp.ones((4, 1))},
-}
+layers = {f"layer_{i}": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)} for i in range(3)}
+params = {"encoder": layers, "head": {"kernel": jnp.ones((4, 1))}}
 batch = jnp.ones((2, 4))
 
 
