@@ -101,7 +101,7 @@ class Summary(Counts):
 
     @property
     def headline(self) -> str:
-        """The last line of the table: how many parameters train, of how many.
+        """How many parameters train, of how many, as the last line of the table says it.
 
         Examples:
           >>> import jax.numpy as jnp
