@@ -61,6 +61,7 @@ myst_heading_anchors = 4
 
 autodoc_typehints = "none"  # the docstrings say what an argument is
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -103,7 +104,7 @@ _PREFIXES = {"nnx.": "flax.nnx.", "nn.": "flax.linen.", "lax.": "jax.lax."}
 _CODE = re.compile(r"(?<![`:])`([^`\n]+)`(?!`)(?=(\w?))")
 
 
-def _as_rst(app, what, name, obj, options, lines):  # noqa: ARG001, PLR0913, PLR0917
+def _as_rst(app, what, name, obj, options, lines):  # noqa: ARG001
     """Turns the code of a docstring, in Markdown's backticks, into links and literals."""
     arguments = inspect.signature(obj).parameters if inspect.isroutine(obj) else ()
     in_example = False

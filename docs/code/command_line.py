@@ -20,6 +20,7 @@ def write_checkpoint(name):
 
 
 def run(arguments):
+    """Runs `freeze-optax` with these arguments, and prints what it prints."""
     command = [sys.executable, "-m", "freeze_optax", *shlex.split(arguments)]
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run(

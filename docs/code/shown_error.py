@@ -7,11 +7,12 @@ import warnings
 
 @contextlib.contextmanager
 def shown():
+    """Prints what the block raises, or warns of."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             found.append(error)
     assert found, "nothing went wrong"
     for one in found:
