@@ -85,6 +85,15 @@ def test_each_page_of_the_reference_is_in_its_table_of_contents():
     assert sorted(contents.split()) == sorted(PAGES.keys() - {"index"})
 
 
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_no_colon_in_the_first_line_of_what_is_returned(name):
+    # Sphinx would take what stands before it for a type.
+    module, _, attribute = name.rpartition(".")
+    docstring = inspect.getdoc(getattr(sys.modules[module], attribute))
+    for line in re.findall(r"^ *Returns:\n(.*)", docstring, re.MULTILINE):
+        assert ": " not in re.sub("`[^`]*`", "", line)
+
+
 # Inventories.
 
 
