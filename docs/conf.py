@@ -1,5 +1,6 @@
 """How Sphinx builds the site: `make docs`. Nothing is fetched while it builds."""
 
+import inspect
 import os
 import re
 import sys
@@ -60,9 +61,11 @@ myst_heading_anchors = 4
 
 autodoc_typehints = "none"  # the docstrings say what an argument is
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 
 
 def _inventory(name: str) -> str:
@@ -87,22 +90,39 @@ intersphinx_mapping = {
     "jax": ("https://docs.jax.dev/en/latest/", _inventory("jax")),
     "optax": ("https://optax.readthedocs.io/en/latest/", _inventory("optax")),
     "flax": ("https://flax.readthedocs.io/en/latest/", _inventory("flax")),
+    "linen": ("https://flax-linen.readthedocs.io/en/latest/", _inventory("linen")),
 }
 
-_CODE = re.compile(r"(?<![`:])`([^`\n]+)`(?!`)")
-_NAME = re.compile(r"(freeze_optax|jax|optax|flax)(\.\w+)+")
+_LINKED = {
+    line.split()[0]
+    for path in (HERE / "inventories").glob("*.txt")
+    for line in path.read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+}
+_PUBLIC = {name for name in vars(freeze_optax) if not name.startswith("_")}
+_PREFIXES = {"nnx.": "flax.nnx.", "nn.": "flax.linen.", "lax.": "jax.lax."}
+_CODE = re.compile(r"(?<![`:])`([^`\n]+)`(?!`)(?=(\w?))")
 
 
-def _as_rst(app, what, name, obj, options, lines):  # noqa: ARG001, PLR0913, PLR0917
+def _as_rst(app, what, name, obj, options, lines):  # noqa: ARG001
     """Turns the code of a docstring, in Markdown's backticks, into links and literals."""
+    arguments = inspect.signature(obj).parameters if inspect.isroutine(obj) else ()
+    in_example = False
 
     def role(match: re.Match[str]) -> str:
-        return f":py:obj:`{match[1]}`" if _NAME.fullmatch(match[1]) else f"``{match[1]}``"
+        code = match[1]
+        prefix = next((p for p in _PREFIXES if code.startswith(p)), "")
+        target = _PREFIXES.get(prefix, "") + code[len(prefix) :]
+        is_ours = re.fullmatch(r"\w+(\.\w+)?", code) and code not in arguments
+        is_ours = is_ours and code.split(".")[0] in _PUBLIC
+        is_linked = is_ours or target in _LINKED or code.startswith("freeze_optax.")
+        text = f":py:obj:`{code} <{target}>`" if is_linked else f"``{code}``"
+        return text + "\\ " * bool(match[2])  # reST wants a space after it
 
-    lines[:] = [
-        line if line.lstrip().startswith((">>>", "...")) else _CODE.sub(role, line)
-        for line in lines
-    ]
+    for i, line in enumerate(lines):
+        in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
+        if not in_example:
+            lines[i] = _CODE.sub(role, line)
 
 
 def setup(app):

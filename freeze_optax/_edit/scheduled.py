@@ -67,7 +67,7 @@ def scheduled(
       phases: What is frozen from each step on. A step is one call of `update`.
 
     Returns:
-      A transformation. Its state is a `ScheduledState`: a step counter and a `FreezeState`. As a
+      A transformation. Its state is a `ScheduledState`, of a step counter and a `FreezeState`. As a
       spec, this state selects the leaves that no phase trains. It cannot be edited. `init` raises
       ValueError if a spec does not fit the params. `update` raises as that of `freezable`, and
       ValueError if a statistic has another dtype in one phase than in another.

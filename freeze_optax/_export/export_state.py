@@ -77,7 +77,8 @@ def _check_holders(tree: Any) -> None:
             raise TypeError(
                 f"export_state was given an object of Flax NNX ({type(node).__name__}), whose "
                 "Variables only NNX can make again; export its state alone, for an nnx.Optimizer "
-                "fo.export_state(optimizer.opt_state); docs/how-to/flax-nnx.md shows how one goes on with it"
+                "fo.export_state(optimizer.opt_state); docs/how-to/flax-nnx.md shows how one goes "
+                "on with it"
             )
         node = next(child for _, child in children_of(node) or () if states_in(child))
 

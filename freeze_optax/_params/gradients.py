@@ -43,7 +43,7 @@ def value_and_grad(
         holes cost no memory, even as the carry of a scan.
 
     Returns:
-      A function that takes the arguments of `fun` and returns a pair: the value of `fun`, and the
+      A function that takes the arguments of `fun` and returns a pair, the value of `fun` and the
       gradient. The gradient has the structure of the params. At frozen leaves it has zeros, or
       holes with `holes=True`. Integers and bools have zeros of their own dtype, not JAX's float0,
       so the gradient can be added, cast, averaged over devices and measured as any other. PRNG keys

@@ -35,7 +35,7 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
         trained go there too.
 
     Returns:
-      A pair of trees of the structure of `tree`: the trainable leaves, and the rest. Each tree has
+      A pair of trees of the structure of `tree`, the trainable leaves and the rest. Each tree has
       a hole, `optax.MaskedNode()` (a node without leaves), where the other one has the leaf. The
       leaves are the same objects as in `tree`. Where a leaf is frozen in part, the trainable tree
       has an array of the rows that train, and the rest has the frozen rows in a node that knows

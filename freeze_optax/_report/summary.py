@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,10 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
 from rich.table import Table
-from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from freeze_optax._report.counts import Counts, LeafCounts, Status
+from freeze_optax._report.html import TableRow, table_as_html
 from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown_lines
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
@@ -32,13 +31,6 @@ from freeze_optax._tree.quantized import quantized_nodes
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 
-# For notebooks, whose page may be white or black: green, yellow and cyan are readable on both. A
-# summary uses no other of the eight colours. Dim text has a colour between page and text.
-_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
-_ANSI = [*[_BLACK] * 2, (30, 140, 70), (170, 115, 0), *[_BLACK] * 2, (20, 140, 150), _BLACK]
-_THEME = TerminalTheme(_WHITE, _BLACK, _ANSI)
-_HTML = '<pre style="line-height: normal; white-space: pre; overflow-x: auto">{code}</pre>'
-_HTML_WIDTH = 100
 _LEAST_NAME, _LONGEST, _PADDING = 20, 40, 3
 _ROOT = "(the params)"
 
@@ -109,7 +101,7 @@ class Summary(Counts):
 
     @property
     def headline(self) -> str:
-        """The last line of the table: how many parameters train, of how many.
+        """How many parameters train, of how many, as the last line of the table says it.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -257,10 +249,12 @@ class Summary(Counts):
         return self.render(Console(color_system=None, force_jupyter=False))
 
     def _repr_html_(self) -> str:
-        options: dict[str, Any] = {"force_jupyter": False, "color_system": "standard"}
-        console = Console(file=io.StringIO(), record=True, width=_HTML_WIDTH, **options)
-        console.print(self)
-        return console.export_html(theme=_THEME, code_format=_HTML, inline_styles=True)
+        rows: list[TableRow] = []
+        for row, line in zip(self.rows, self._lines, strict=True):
+            _, *numbers = self._cells(row)
+            texts = (_name(line), printable(row.path), printable(row.same_as))
+            rows.append(TableRow(line.level, *texts, row.status, numbers))
+        return table_as_html(self._columns, rows, self._notes(), self.headline)
 
 
 def _named(row: Row) -> str:

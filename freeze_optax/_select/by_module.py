@@ -78,9 +78,9 @@ def of_type(
         `freeze_optax.linen.modules` and `freeze_optax.nnx.modules` make one.
 
     Returns:
-      The selector. Applied to a tree, it raises ValueError in four cases: no module is an instance
-      of one of the types; no such module has one of the fields (a static field does not count); the
-      modules or fields have no leaf; or the table is of other params.
+      The selector. Applied to a tree, it raises ValueError if no module is an instance of one of
+      the types; if no such module has one of the fields (a static field does not count); if the
+      modules or fields have no leaf; or if the table is of other params.
 
     Raises:
       TypeError: If there is no type; if a type is not a class; if a field is not a string; or if

@@ -115,24 +115,28 @@ class Selector(abc.ABC):
         return leaves.fill_leaves("frozen" if flag else "trainable" for flag in frozen)
 
     def __or__(self, other: "Selector | str") -> "Selector":
+        """Selects what either side selects: `a | b`."""
         return _combine("|", flag_or, self, other)
 
     def __ror__(self, other: str) -> "Selector":
         return _combine("|", flag_or, other, self)
 
     def __and__(self, other: "Selector | str") -> "Selector":
+        """Selects what both sides select: `a & b`."""
         return _combine("&", flag_and, self, other)
 
     def __rand__(self, other: str) -> "Selector":
         return _combine("&", flag_and, other, self)
 
     def __sub__(self, other: "Selector | str") -> "Selector":
+        """Selects what the left side selects and the right side does not: `a - b`."""
         return _combine("-", flag_minus, self, other)
 
     def __rsub__(self, other: str) -> "Selector":
         return _combine("-", flag_minus, other, self)
 
     def __invert__(self) -> "Selector":
+        """Selects all other leaves: `~a`."""
         return _Not(self)
 
 

@@ -1,5 +1,6 @@
 """Turn a spec, in any of its forms, into a selector and into flags."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
@@ -87,10 +88,26 @@ class _Function(Selector):
         self._function = function
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
+        if not _takes_one(self._function):
+            raise TypeError(
+                f"a function as a spec takes the tree alone, but {self!r} takes other arguments; "
+                "a function of path and leaf goes to fo.where"
+            )
         return as_mask(self._function(leaves.tree)).flags(leaves)
 
     def __repr__(self) -> str:
         return getattr(self._function, "__qualname__", repr(self._function))
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called with one argument; True also where Python can't tell."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some functions in C have no signature
+        return True
+    return True
 
 
 def match_by_path(tree: Any, leaves: Leaves, what: str) -> list[tuple[str, Any]]:

@@ -28,15 +28,15 @@ def freeze(
       >>> fnnx.freeze(optimizer, model, "kernel")
 
     Args:
-      optimizer: An optimizer whose transformation is a `freezable`, or contains one.
+      optimizer: An optimizer whose transformation is a `freeze_optax.freezable`, or contains one.
       model: The model that the optimizer updates.
       where: The variables to freeze: any spec, see `freeze_optax.mask`. Types are read from the
         model. A shared variable can be named by each of its paths.
       keep_state: Whether to park the state of these variables for `thaw`. If False, it is dropped.
 
     Raises:
-      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no `FreezeState`, or `model` is
-        not an NNX module.
+      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no `freeze_optax.FreezeState`, or
+        `model` is not an NNX module.
       ValueError, IndexError: As `freeze_optax.freeze`. ValueError also if the optimizer is a stored
         copy, and another edit has changed the original. After an error the optimizer is unchanged.
     """

@@ -17,9 +17,9 @@ def require_module(module: Any) -> None:
 def modules(module: nnx.Module, /) -> Modules:
     """Returns the modules of an NNX model by path, so that selectors can ask for their type.
 
-    The functions of this module that take the model need no such table. `freezable` needs one
-    inside an `nnx.Optimizer`, which passes it an `nnx.State`: variables without their modules. For
-    the same reason NNX's own filter `OfType(nnx.BatchNorm)` matches nothing there.
+    The functions of this module that take the model need no such table. `freeze_optax.freezable`
+    needs one inside an `nnx.Optimizer`, which passes it an `nnx.State`: variables without their
+    modules. For the same reason NNX's own filter `OfType(nnx.BatchNorm)` matches nothing there.
 
     Examples:
       >>> import optax

@@ -63,8 +63,8 @@ def wrt(model: nnx.Module, where: Spec, wrt: Any = nnx.Param) -> Callable[[KeyPa
     """Returns an NNX filter of the trainable variables of a model: all but the selected ones.
 
     It is for `nnx.Optimizer(wrt=…)` with a plain optax transformation, and for
-    `nnx.DiffState(0, …)`. Such an optimizer cannot thaw anything later. An optimizer of `freezable`
-    with `wrt=nnx.Param` can.
+    `nnx.DiffState(0, …)`. Such an optimizer cannot thaw anything later. An optimizer of
+    `freeze_optax.freezable` with `wrt=nnx.Param` can.
 
     Examples:
       >>> import optax

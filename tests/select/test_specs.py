@@ -283,6 +283,21 @@ def test_a_mask_of_anything_but_bools_names_path_and_type(leaf, match, as_functi
         fo.mask((lambda tree: mask) if as_function else mask, PARAMS)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda path, leaf: True, lambda tree, *, axis: True, lambda: True]
+)
+def test_a_function_of_anything_but_the_tree_is_refused_before_it_is_called(function):
+    match = r"takes the tree alone, but .*<lambda> takes other arguments; .* goes to fo\.where"
+    for spec in (function, [function], fo.dotted(function)):
+        with pytest.raises(TypeError, match=match):
+            fo.mask(spec, PARAMS)
+
+
+def test_a_function_with_more_arguments_that_have_defaults_is_called_with_the_tree():
+    assert fo.mask(lambda tree, name="encoder": {x: x == name for x in tree}, PARAMS) == ENCODER
+    assert fo.mask(lambda *trees: {x: x == "encoder" for x in trees[0]}, PARAMS) == ENCODER
+
+
 def test_params_in_place_of_a_mask_are_refused_by_path():
     with pytest.raises(TypeError, match="the mask at 'encoder/bias' is float, not a bool"):
         fo.mask(PARAMS, PARAMS)
