@@ -34,7 +34,11 @@ def plain_train(tx, params, state, steps=1, loss_fn=loss_fn):
 def paths(tree):
     """The paths of the leaves that are true."""
     leaves = jax.tree.leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if x]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, x in leaves
+        if x
+    ]
 
 
 def moved(before, after):
@@ -44,5 +48,7 @@ def moved(before, after):
 
 def same_bits(a, b):
     """Whether two trees are equal, to the bit."""
-    equal = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    equal = jax.tree.map(
+        lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b
+    )
     return all(jax.tree.leaves(equal))
