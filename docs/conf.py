@@ -48,7 +48,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# Pages in Markdown; those with a kernel in their head, and the sources of the notebooks, are executed.
+# Pages in Markdown. Those with a kernel in their head are executed, and so are the notebooks.
 source_suffix = {".md": "myst-nb", ".py": "myst-nb"}
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"
@@ -75,7 +75,7 @@ def _inventory(name: str) -> str:
     """
     lines = (HERE / "inventories" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     entries = "".join(
-        "{0} {1} 1 {2} -\n".format(*line.split()) for line in lines if not line.startswith("#")
+        "{} {} 1 {} -\n".format(*line.split()) for line in lines if not line.startswith("#")
     )
     head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
     head += "# The remainder of this file is compressed using zlib.\n"

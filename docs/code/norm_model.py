@@ -7,9 +7,7 @@ from flax import nnx
 
 class NormModel(nnx.Module):
     def __init__(self, rngs):
-        self.backbone = nnx.Sequential(
-            nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
-        )
+        self.backbone = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
         self.head = nnx.Linear(4, 1, rngs=rngs)
 
     def __call__(self, x):

@@ -13,7 +13,6 @@ import freeze_optax as fo
 
 def train(tx, params, state, steps=1):
     """Trains with `tx`, a `freezable`. Its state says what is frozen."""
-
     for _ in range(steps):
         grads = fo.grad(loss_fn, frozen=state)(params, batch)
         updates, state = tx.update(grads, state, params)
@@ -23,7 +22,6 @@ def train(tx, params, state, steps=1):
 
 def plain_train(tx, params, state, steps=1, loss_fn=loss_fn):
     """Trains with any transformation, and with JAX and Optax alone."""
-
     for _ in range(steps):
         grads = jax.grad(loss_fn)(params, batch)
         updates, state = tx.update(grads, state, params)
@@ -34,11 +32,7 @@ def plain_train(tx, params, state, steps=1, loss_fn=loss_fn):
 def paths(tree):
     """The paths of the leaves that are true."""
     leaves = jax.tree.leaves_with_path(tree)
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, x in leaves
-        if x
-    ]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if x]
 
 
 def moved(before, after):
@@ -48,7 +42,5 @@ def moved(before, after):
 
 def same_bits(a, b):
     """Whether two trees are equal, to the bit."""
-    equal = jax.tree.map(
-        lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b
-    )
+    equal = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
     return all(jax.tree.leaves(equal))

@@ -1,7 +1,7 @@
-"""Stores the notebooks with their outputs, or checks that the stored ones are those of their sources.
+"""Stores the notebooks with their outputs, or checks that those stored are those of the sources.
 
-The source of `x.ipynb` is `x.py`, in the percent format of jupytext. With `--write` the notebooks are
-executed and stored. Without it nothing is executed: `make docs` does that.
+The source of `x.ipynb` is `x.py`, in the percent format of jupytext. With `--write` the notebooks
+are executed and stored. Without it nothing is executed: `make docs` does that.
 """
 
 import argparse

@@ -100,7 +100,8 @@ def search_faults(page: Page, watch: Watch, site: str) -> Iterator[str]:
         page.fill("input[name=q]", words)
         page.press("input[name=q]", "Enter")
         page.wait_for_function(
-            "() => /finished|did not match/.test(document.querySelector('#search-results').innerText)"
+            "() => /finished|did not match/"
+            ".test(document.querySelector('#search-results').innerText)"
         )
         links = "() => [...document.querySelectorAll('#search-results li a')].map(x => x.href)"
         found = page.evaluate(links)
@@ -142,7 +143,7 @@ def browse(root: Path, site: str, context: BrowserContext) -> int:
                 count += 1
                 print(f"{name} ({label}): {fault}", flush=True)
             if name not in anchors:
-                ids = "() => [...document.querySelectorAll('[id], a[name]')].map(x => x.id || x.name)"
+                ids = "() => [...document.querySelectorAll('[id]')].map(x => x.id)"
                 anchors[name] = set(page.evaluate(ids))
                 hrefs = "() => [...document.querySelectorAll('a[href]')].map(x => x.href)"
                 links[name] = page.evaluate(hrefs)
@@ -152,8 +153,8 @@ def browse(root: Path, site: str, context: BrowserContext) -> int:
     for fault in search_faults(page, watch, site):
         count += 1
         print(fault, flush=True)
-    searched = ", ".join(map(repr, SEARCHES))
-    print(f"{len(names)} pages at {list(WIDTHS.values())} pixels, searched for {searched}: {count} faults")
+    widths = " and ".join(map(str, WIDTHS.values()))
+    print(f"{len(names)} pages at {widths} pixels, {len(SEARCHES)} searches: {count} faults")
     return count
 
 

@@ -1,7 +1,7 @@
 """The pages: code runs, links lead somewhere, and the tests and files that they name exist.
 
-`make docs` runs the code of all pages. Here it is that of the pages on which the others stand, so that
-it runs with each version of JAX and Flax that is tested.
+`make docs` runs the code of all pages. Here it is that of the pages on which the others stand, so
+that it runs with each version of JAX and Flax that is tested.
 """
 
 import re
@@ -70,7 +70,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/")])
 def test_the_code_of_a_page_is_executed_when_the_site_is_built(name):
-    # A block of Python that is no cell would be shown and never run. Only a page with a kernel runs.
+    # Python that is in no cell would be shown and never run. Only a page with a kernel runs.
     text = PAGES[name]
     assert "```python" not in text
     assert ("{code-cell}" in text) == text.startswith("---\nfile_format: mystnb\n")

@@ -1,4 +1,7 @@
-"""What other ways of freezing get wrong, and what this library does: see docs/explanation/pitfalls.md."""
+"""What other ways of freezing get wrong, and what this one does.
+
+See docs/explanation/pitfalls.md.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,9 @@
 """A plugin for pytest that runs a few cases of each test: `-p tests.support.few_cases`.
 
-FREEZE_OPTAX_CASES says how many. They are drawn by a hash of their names: the same ones in each run, and
-others in each test, so that every optimizer, dtype and wrapper is among those of some test. For `make
-wheel`, where a missing file or import shows in any case, and for the other versions.
+FREEZE_OPTAX_CASES says how many. They are drawn by a hash of their names: the same ones in each
+run, and others in each test, so that every optimizer, dtype and wrapper is among those of some
+test. For `make wheel`, where a missing file or import shows in any case, and for the other
+versions.
 """
 
 import collections
