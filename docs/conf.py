@@ -1,5 +1,6 @@
 """How Sphinx builds the site: `make docs`. Nothing is fetched while it builds."""
 
+import hashlib
 import inspect
 import os
 import re
@@ -19,6 +20,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(HERE / "code"))
+
+
+
+def _code_hash() -> str:
+    """The hash of all code that a page imports from here.
+
+    myst-nb keeps outputs by the cells of a page alone: without this, those of an older package.
+    """
+    files = sorted([*(HERE.parent / "freeze_optax").rglob("*.py"), *(HERE / "code").glob("*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
 
 project = "freeze_optax"
 author = "The freeze_optax authors"
@@ -43,6 +55,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_domain_indices = False
 html_theme_options = {"navigation_with_keys": True}
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -52,7 +65,7 @@ copybutton_prompt_is_regexp = True
 source_suffix = {".md": "myst-nb", ".py": "myst-nb"}
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(BUILD / "docs-cache")
+nb_execution_cache_path = str(BUILD / "docs-cache" / _code_hash())
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -75,7 +75,7 @@ OLD, OLD_TEST = five_digits(0)
 NEW, NEW_TEST = five_digits(5, contrast=0.3)
 
 # %% [markdown]
-# # Linen
+# ## Linen
 #
 # The backbone has two BatchNorms, and the head has one. Backbone and head each have an argument for
 # their own mode.
@@ -188,7 +188,7 @@ print(f"test accuracy on 0 to 4: {accuracy(params, stats, *OLD_TEST):.1%}")
 assert accuracy(params, stats, *OLD_TEST) > 0.97
 
 # %% [markdown]
-# ## What changes
+# ### What changes
 #
 # You can select the leaves of a BatchNorm by path, or by type. By type needs the table of modules
 # that `linen.modules` makes from the model, but no naming convention. Linen keeps params and
@@ -253,7 +253,7 @@ show(rows)
 # - Held statistics do not stop the batch from normalising in training.
 # - Inference mode stops both, and leaves `scale` and `bias` trainable.
 #
-# ## A frozen backbone whose function changes
+# ### A frozen backbone whose function changes
 #
 # The usual way to reuse a backbone is to freeze all its params and train a new head. Every param of
 # the backbone stays, bit for bit. But its statistics follow the new data, so it becomes another
@@ -305,7 +305,7 @@ print(f"features of 0 to 4: {verdict}")
 assert verdict != "bit-identical"
 
 # %% [markdown]
-# ## What to do
+# ### What to do
 #
 # Freeze the params of the backbone, and run it in inference mode. Then nothing in it changes, and
 # its features have the same bits before and after. The head stays in training mode, with statistics
@@ -334,7 +334,7 @@ modes = (features(start, start_stats, NEW[0][:64], x) for x in (False, True))
 print(f"features of a batch of 5 to 9, from inference to training mode: {compare(*modes)}")
 
 # %% [markdown]
-# # NNX
+# ## NNX
 #
 # This is the same network. Statistics are variables of the type `nnx.BatchStat`, and params are
 # `nnx.Param`. `wrt=nnx.Param` gives the optimizer the params only. The mode is an attribute of each
@@ -428,7 +428,7 @@ print(f"test accuracy on 0 to 4: {nnx_accuracy(pretrained, *OLD_TEST):.1%}")
 assert nnx_accuracy(pretrained, *OLD_TEST) > 0.97
 
 # %% [markdown]
-# ## What changes
+# ### What changes
 #
 # The functions of `freeze_optax.nnx` get the model, so `fo.of_type` reads the types from it. The
 # table is the same as that of Linen.
@@ -450,7 +450,7 @@ show(nnx_rows)
 assert nnx_rows == rows
 
 # %% [markdown]
-# ## The three ways to reuse the backbone
+# ### The three ways to reuse the backbone
 #
 # These are the three ways again: with the params frozen and nothing else, with the backbone also in
 # inference mode, and with its statistics held.
