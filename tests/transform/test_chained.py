@@ -37,6 +37,9 @@ NOTHING_TRAINS = {
         optax.inject_hyperparams(lambda rate: fo.freezable(optax.sgd(rate), "x"))(0.5), _sgd("y")
     ),
     "scheduled first": lambda: optax.chain(_scheduled("x"), _sgd("y")),
+    "phases first": lambda: optax.chain(
+        fo.scheduled(optax.sgd(0.5), fo.Phases({0: "x", 5: ["x", fo.rows("y", [0])]})), _sgd("y")
+    ),
     "scheduled last": lambda: optax.chain(_sgd("x"), _scheduled("y")),
     "inside of MultiSteps": lambda: optax.MultiSteps(optax.chain(_sgd("x"), _sgd("y")), 2),
 }
