@@ -276,6 +276,9 @@ def test_what_tie_ties_is_not_parted(keep_state):
     tied = fo.freezable(fo.tie(optax.sgd(0.1), ("a", "b")))
     with pytest.raises(ValueError, match=f"{PARTED} fo.tie ties them"):
         fo.import_state(tied, tree, exported)
+    parted = {"opt": fo.freeze(loose.init(tree), tree, "a", keep_state)}
+    with pytest.raises(ValueError, match=f"{PARTED} fo.tie ties them"):
+        fo.import_state({"opt": tied.init(tree)}, tree, fo.export_state(parted))
 
 
 def test_something_else_is_no_export():

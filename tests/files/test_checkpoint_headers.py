@@ -47,6 +47,15 @@ def test_npz_of_every_dtype_and_shape_areread(dtype, save, shape, tmp_path):
     assert read(npz(save, w=x), tmp_path) == only_w(shape, dtype)
 
 
+def test_npz_with_long_headers_is_read(tmp_path):
+    member = io.BytesIO()
+    np.lib.format.write_array(member, np.zeros((2, 3), "f4"), version=(2, 0))
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("w.npy", member.getvalue())
+    assert read(data.getvalue(), tmp_path) == {"w": W}
+
+
 ONE_BYTE = ["float8_e4m3fn", "float8_e3m4", "float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn"]
 
 

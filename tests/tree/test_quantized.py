@@ -169,6 +169,11 @@ def test_nodes_are_found_beside_holes_and_in_deep_trees():
     assert [leaves.values[i].dtype for i in (node.stored, *node.companions)] == ["int8", "float32"]
 
 
+def test_a_node_is_found_where_it_stands_in_a_node_of_another_class():
+    tree = Struct(jnp.ones(3), Quantized(BASE, SCALE))
+    assert fo.mask(fo.nothing, tree) == Struct(False, Quantized(True, True))
+
+
 def test_a_hole_in_place_of_the_values_leaves_the_scale_to_the_spec():
     trainable, rest = fo.partition({"q": Quantized(BASE, SCALE)}, fo.everything - "q/scale")
     assert jax.tree.leaves(fo.mask(fo.nothing, trainable)) == [False]
