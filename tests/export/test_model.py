@@ -26,7 +26,7 @@ from tests.support.random_trees import (
     trees,
     walk,
 )
-from tests.support.sampling import examples
+from tests.support.sampling import cases, examples
 
 SHAPES = [(), (3,), (3, 2), (0, 2)]
 FLOATS = [lambda shape=shape: jnp.full(shape, 0.5, jnp.float32) for shape in SHAPES]
@@ -145,7 +145,7 @@ def assert_plain(node: Any) -> None:
         assert node.dtype.kind in "biufc"
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", cases({x: x for x in INNERS}, set(INNERS) - {"noise and lion"}))
 @examples(6)
 @given(
     tree=trees(leaves(FLOATS, STILL), HOSTILE, depth=2),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.support.broken_files import peak_of
 from tests.support.checkpoints import is_error_or_headers, read, restored, told
-from tests.support.sampling import examples
+from tests.support.sampling import cases, examples
 
 ARRAY, SCALAR = 1, 3
 MARK = "__msgpack_chunked_array__"
@@ -277,7 +277,9 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize(("data", "said"), SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize(
+    ("data", "said"), cases(SHARED, ["a long key", "long keys", "a key up to the limit"])
+)
 def test_paths_that_take_far_more_memory_than_the_file_are_an_error(data, said, tmp_path):
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"nor one of flax\.serialization: {said}"):

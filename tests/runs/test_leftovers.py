@@ -26,6 +26,7 @@ def own_objects() -> int:
     return sum((objects() - collections.Counter({"all": 10**9})).values())
 
 
+@pytest.mark.exhaustive
 def test_rows_that_are_drawn_anew_at_each_edit_leave_nothing_behind():
     numbers, count = np.random.default_rng(0), 24
     params = {"table": jnp.ones((count, 2)), "head": jnp.ones(2)}

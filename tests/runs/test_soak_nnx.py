@@ -45,6 +45,7 @@ def edit(numbers: random.Random, optimizer: Any, model: Any, reference: Referenc
         reference.thaw(path) if verb == "thaw" else reference.freeze(path, keep_state)
 
 
+@pytest.mark.exhaustive
 def test_two_hundred_edits_in_place_leave_nothing_behind_and_every_number_right():
     case, numbers, model = CASES["adam"], random.Random(1), Net()
     optimizer = nnx.Optimizer(model, fo.freezable(optax.adam(0.1)), wrt=nnx.Param)

@@ -12,7 +12,7 @@ import pytest
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
 IS_FULL = bool(os.environ.get("FREEZE_OPTAX_TEST_ALL"))
-_SHARE = 4
+_SHARE = 8
 """One of so many examples, or places in a file, is in the sample."""
 
 
