@@ -17,7 +17,7 @@ PAGES = {
 }
 RUN_HERE = [
     "README.md",
-    *(f"docs/how-to/{x}.md" for x in ("choose-what-to-freeze", "freeze-and-thaw")),
+    *(f"docs/how-to/{x}.md" for x in ("choose-what-to-freeze", "rows", "freeze-and-thaw")),
     *(f"docs/how-to/{x}.md" for x in ("gradual-unfreezing", "flax-linen", "flax-nnx")),
 ]
 
