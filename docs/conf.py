@@ -18,6 +18,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE / "code"), str(HERE.parent), os.environ.get("PYTHONPATH")])
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The pages compile the same small programs: one keeps them for the next.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(BUILD / "docs-programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(HERE / "code"))
 
@@ -34,6 +38,7 @@ def _code_hash() -> str:
 
 project = "freeze_optax"
 author = "The freeze_optax authors"
+copyright = f"2026, {author}"  # noqa: A001 (the name that Sphinx reads)
 version = release = freeze_optax.__version__
 language = "en"
 
@@ -53,6 +58,8 @@ html_theme = "furo"
 html_title = f"freeze_optax {version}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["search.js"]
+html_search_scorer = str(HERE / "static" / "scorer.js")
 html_copy_source = False
 html_show_sphinx = False
 html_domain_indices = False

@@ -3,6 +3,11 @@
 import collections
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+# The build of the site keeps compiled programs on disk. Here each compilation counts.
+jax.config.update("jax_compilation_cache_dir", None)
+compilation_cache.reset_cache()
 
 _EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "traces",

@@ -83,6 +83,13 @@ def test_the_links_of_a_page_lead_somewhere(name):
         assert not anchor or anchor in anchors(PAGES[path]), f"{path}#{anchor}"
 
 
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/")])
+def test_a_page_shows_the_files_that_its_code_imports(name):
+    for file in (ROOT / "docs" / "code").glob("*.py"):
+        if re.search(rf"^(?:from|import) {file.stem}\b", PAGES[name], re.MULTILINE):
+            assert f"code/{file.stem}." in PAGES[name]
+
+
 def test_each_notebook_is_linked_from_the_readme():
     notebooks = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/notebooks/*.ipynb")}
     assert len(notebooks) > 3
