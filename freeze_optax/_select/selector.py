@@ -214,8 +214,10 @@ class _All(Selector):
 
 
 everything = _All(True)
+"""Selects all leaves. `fo.everything - "head"` is all but the head."""
 
 nothing = _All(False)
+"""Selects no leaf: what is frozen if nothing is said. Leaves that cannot train are frozen still."""
 
 
 def with_untrainable(
