@@ -16,6 +16,7 @@ import pytest
 
 import freeze_optax
 from freeze_optax import linen, nnx, testing
+from tests.support.page_modules import fresh_page_modules
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in DOCS.glob("reference/*.md")}
@@ -149,14 +150,10 @@ REMEDIES = [
 def errors_page() -> dict[str, object]:
     """What the cells of the page of errors leave behind."""
     namespace: dict[str, object] = {}
-    sys.path.insert(0, str(DOCS / "code"))
-    try:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
-            for match in CELL.finditer(PAGES["errors"]):
-                exec(compile(match[2], "docs/reference/errors.md", "exec"), namespace)
-    finally:
-        sys.path.remove(str(DOCS / "code"))
+    printed, promotion = io.StringIO(), jax.numpy_dtype_promotion("standard")
+    with contextlib.redirect_stdout(printed), promotion, fresh_page_modules():
+        for match in CELL.finditer(PAGES["errors"]):
+            exec(compile(match[2], "docs/reference/errors.md", "exec"), namespace)
     return {**namespace, "printed": printed.getvalue()}
 
 
