@@ -26,7 +26,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(HERE / "code"))
 
 
-
 def _code_hash() -> str:
     """The hash of all code that a page imports from here.
 
