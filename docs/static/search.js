@@ -3,6 +3,7 @@
 document.addEventListener("submit", (event) => {
   const field = event.target.querySelector?.("input[name=q]");
   if (!field) return;
-  const others = field.value.replace(/(['"“‘]).*?['"”’]/g, " ").trim();
+  // Not from the apostrophe of one word ("can't") to that of another.
+  const others = field.value.replace(/(?<!\w)['"“‘].*?['"”’](?!\w)/g, " ").trim();
   if (others) field.value = others;
 });
