@@ -103,13 +103,18 @@ COMPILED = {
 
 
 def language_model(
-    depth: int, width: int, vocabulary: int, batch: tuple[int, int], dtype: Any = jnp.float32
+    depth: int,
+    width: int,
+    vocabulary: int,
+    batch: tuple[int, int],
+    dtype: Any = jnp.float32,
+    rank: int = 0,
 ) -> Case:
     """A transformer with a last tenth of the layers trained; `batch` is of sequences and tokens."""
     rows, tokens = batch
     trained = depth // 10
     return Case(
-        partial(transformer, depth, width, vocabulary, dtype),
+        partial(transformer, depth, width, vocabulary, dtype, rank),
         transformer_loss,
         lambda: jax.random.randint(jax.random.key(2), (rows, tokens + 1), 0, vocabulary),
         ("embed", "norm", f"layers/layer_{{0..{depth - trained - 1}}}"),

@@ -62,14 +62,21 @@ def stacked_loss(params: Any, batch: jax.Array) -> jax.Array:
     return layered_loss(params["head"], x)
 
 
-def transformer(depth: int, width: int, vocabulary: int, dtype: Any = jnp.float32) -> Any:
-    """A causal language model, with `12 * width**2` params in a layer; its embedding is tied."""
+def transformer(
+    depth: int, width: int, vocabulary: int, dtype: Any = jnp.float32, rank: int = 0
+) -> Any:
+    """A causal language model, with `12 * width**2` params in a layer; its embedding is tied.
+
+    With a `rank`, each layer also has two thin matrices beside `qkv`.
+    """
     shapes = {
         "qkv": (width, 3 * width),
         "out": (width, width),
         "up": (width, 4 * width),
         "down": (4 * width, width),
     }
+    if rank:
+        shapes |= {"qkv_a": (width, rank), "qkv_b": (rank, 3 * width)}
     keys = iter(jax.random.split(jax.random.key(0), 1 + len(shapes) * depth))
 
     def normal(shape: tuple[int, ...], scale: float) -> jax.Array:
@@ -94,7 +101,10 @@ def transformer_loss(params: Any, tokens: jax.Array, head_width: int = 64) -> ja
 
     x = params["embed"][tokens[:, :-1]]
     for layer in params["layers"].values():
-        qkv = norm(x, layer["norm_1"]) @ layer["qkv"]
+        h = norm(x, layer["norm_1"])
+        qkv = h @ layer["qkv"]
+        if "qkv_a" in layer:
+            qkv = qkv + (h @ layer["qkv_a"]) @ layer["qkv_b"]
         q, k, v = jnp.split(qkv.reshape(*x.shape[:2], -1, head_width), 3, axis=2)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = x + y.reshape(x.shape) @ layer["out"]
