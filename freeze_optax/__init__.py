@@ -21,6 +21,7 @@ from freeze_optax._params.partition import partition as partition
 from freeze_optax._params.scan import scan as scan
 from freeze_optax._report.summary import Summary as Summary
 from freeze_optax._report.summary import summary as summary
+from freeze_optax._select.by_element import elements as elements
 from freeze_optax._select.by_leaf import labelled as labelled
 from freeze_optax._select.by_leaf import where as where
 from freeze_optax._select.by_module import by_module as by_module
@@ -30,6 +31,7 @@ from freeze_optax._select.by_path import layers as layers
 from freeze_optax._select.by_path import path as path
 from freeze_optax._select.by_path import regex as regex
 from freeze_optax._select.by_rows import rows as rows
+from freeze_optax._select.by_score import top_elements as top_elements
 from freeze_optax._select.dotted import dotted as dotted
 from freeze_optax._select.mask import labels as labels
 from freeze_optax._select.mask import mask as mask

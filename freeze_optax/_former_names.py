@@ -18,9 +18,15 @@ _FORMER = {
     "_plan": {"Origin": "_state.context.PlanContext", "Plan": "_state.plan.Plan"},
     "_rows": {
         "Rows": "_rows.rows.Rows",
-        "both": "_rows.rows.flag_and",
-        "either": "_rows.rows.flag_or",
-        "minus": "_rows.rows.flag_minus",
+        "both": "_rows.flags.flag_and",
+        "either": "_rows.flags.flag_or",
+        "minus": "_rows.flags.flag_minus",
+    },
+    # Where rows were the only parts of leaves.
+    "_rows.rows": {
+        "flag_and": "_rows.flags.flag_and",
+        "flag_minus": "_rows.flags.flag_minus",
+        "flag_or": "_rows.flags.flag_or",
     },
     "_select": {
         "Layers": "_select.by_path.Layers",
@@ -58,7 +64,7 @@ _FORMER = {
 def keep_former_names(package: str) -> None:
     """Makes each former module importable, with the classes that pickles ask it for.
 
-    Three rooms have the name of a former module; to these the classes are added.
+    Three rooms and a file have the name of a former module; to these the names are added.
 
     Args:
       package: The name of the package, all of whose rooms are imported.

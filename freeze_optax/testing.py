@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put_rows, take_rows
+from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put, take
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import is_array
@@ -63,11 +64,11 @@ def assert_frozen(before: Any, after: Any, frozen: Spec) -> None:
 
 def _change_of(old: Any, new: Any, frozen: Flag) -> str | None:
     """Describes the change of the frozen part of a leaf; None if there is no change."""
-    if not isinstance(frozen, Rows) or old is new:
+    if not isinstance(frozen, Subset) or old is new:
         return _change(old, new)
     if (getattr(new, "shape", None), getattr(new, "dtype", None)) != (old.shape, old.dtype):
         return _change(old, new)
-    return _change(old, put_rows(new, ~frozen, take_rows(old, ~frozen)))
+    return _change(old, put(new, ~frozen, take(old, ~frozen)))
 
 
 def _change(old: Any, new: Any) -> str | None:

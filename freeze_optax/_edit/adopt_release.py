@@ -9,7 +9,8 @@ from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init
 from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
-from freeze_optax._rows.take_put import put_rows
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put
 from freeze_optax._select.specs import untrainable
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import CLOCK, COUNTER, Place, array_shapes
@@ -128,9 +129,9 @@ def release(state: Any, params: Any) -> Any:
             return put_tree_in_memory(first, memories[prefix, leaf]) if is_parked else first
         value = unwrap_variable(fresh[place])
         for part in parts:
-            rows = table.parts[part][1]
-            if rows and plan.cohorts[part] != DROPPED:
-                value = _with_rows(value, rows, statistics.get((prefix, part), HOLE), path)
+            subset = table.parts[part][1]
+            if subset and plan.cohorts[part] != DROPPED:
+                value = _with_part(value, subset, statistics.get((prefix, part), HOLE), path)
         return rewrap_variable(first, put_tree_in_memory(value, memories[prefix, leaf]))
 
     if all(cohort == DROPPED for cohort in plan.cohorts):
@@ -153,17 +154,24 @@ def _memories(plan: Plan, table: PartTable, inner: Any, params: Any) -> dict[Pla
     }
 
 
-def _with_rows(fresh: Any, rows: Rows, kept: Any, path: str) -> Any:
-    """Returns the fresh statistics of a leaf with the kept statistics of some rows put in."""
+def _with_part(fresh: Any, subset: Subset, kept: Any, path: str) -> Any:
+    """Returns the fresh statistics of a leaf with the kept statistics of a part put in."""
     if not jax.tree.leaves(kept):
         return fresh
-    if [(rows.count, *shape[1:]) for shape in array_shapes(fresh)] != array_shapes(kept):
+    shapes = array_shapes(fresh)
+    # As in `repartition`: elements need statistics like the leaf, rows an axis of rows.
+    if isinstance(subset, Rows):
+        fits = all(len(shape) > subset.axis for shape in shapes)
+    else:
+        fits = all(map(subset.fits, shapes))
+    if not fits or list(map(subset.compact_shape, shapes)) != array_shapes(kept):
+        what = "rows" if isinstance(subset, Rows) else "elements"
         raise ValueError(
-            f"{path!r} has {array_shapes(kept)} for {rows!r}, which can't be put among the "
-            f"other rows of {array_shapes(fresh)}"
+            f"{path!r} has {array_shapes(kept)} for {subset!r}, which can't be put among the "
+            f"other {what} of {shapes}"
         )
     return jax.tree.map(
-        lambda array, of_rows: put_rows(array, rows, of_rows), fresh, unwrap_variable(kept)
+        lambda array, of_part: put(array, subset, of_part), fresh, unwrap_variable(kept)
     )
 
 

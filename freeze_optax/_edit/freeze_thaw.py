@@ -10,7 +10,7 @@ from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init
 from freeze_optax._edit.repartition import repartition_state
 from freeze_optax._edit.state_holders import editable_state, replace_state
 from freeze_optax._edit.transition import apply_transition
-from freeze_optax._rows.rows import Flag, flag_minus, flag_or
+from freeze_optax._rows.flags import Flag, combine_flags, flag_minus, flag_or
 from freeze_optax._select.selector import can_thaw
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.plan import Plan
@@ -60,7 +60,8 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
 
     def target(plan: Plan, leaves: Leaves) -> list[Flag]:
         selected = plan.in_plan_order(leaves, as_selector(where).flags(leaves))
-        return list(map(flag_or, plan.mask, selected))
+        values = plan.in_plan_order(leaves, leaves.values)
+        return combine_flags(flag_or, plan.mask, selected, values)
 
     return _edit("freeze", state, params, target, keep_state)
 
@@ -105,11 +106,10 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
         flags = as_selector(where).flags(leaves)
         selected = plan.in_plan_order(leaves, flags)
         trainable = plan.in_plan_order(leaves, can_thaw(flags, leaves))
-        triples = zip(plan.mask, selected, trainable, strict=True)
-        return [
-            flag_minus(frozen, thawed) if can_be_trained else frozen
-            for frozen, thawed, can_be_trained in triples
-        ]
+        values = plan.in_plan_order(leaves, leaves.values)
+        thawed = combine_flags(flag_minus, plan.mask, selected, values)
+        triples = zip(plan.mask, thawed, trainable, strict=True)
+        return [after if can_be_trained else frozen for frozen, after, can_be_trained in triples]
 
     return _edit("thaw", state, params, target, keep_state=False)
 

@@ -1,21 +1,16 @@
-"""The first step of an edit: splits the leaves of a state into other parts, if rows are edited."""
+"""The first step of an edit: splits the leaves of a state into other parts, if it has to."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from freeze_optax._rows.flags import Flag, flag_and, flag_minus, flag_not, flag_or
 from freeze_optax._rows.parts import PartTable
-from freeze_optax._rows.rows import (
-    Flag,
-    Rows,
-    flag_and,
-    flag_from_vector,
-    flag_minus,
-    flag_not,
-    flag_or,
-)
-from freeze_optax._rows.take_put import take_rows
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Shape, Subset
+from freeze_optax._rows.take_put import take_within
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import Place, array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
@@ -32,7 +27,7 @@ def repartition_state(
 ) -> tuple[FreezeState, tuple[bool, ...]]:
     """Splits the leaves of a state into parts that will be frozen, or will train, as a whole.
 
-    Rows that will lose their state are in no part. A part that does not change keeps its buffers.
+    What will lose its state is in no part. A part that does not change keeps its buffers.
 
     Args:
       state: The state.
@@ -46,20 +41,24 @@ def repartition_state(
       The state in the new parts, and for each part whether it will be frozen.
 
     Raises:
-      ValueError: If a part has to be split and its statistics cannot be: those of some rows alone
-        would have another shape than the same rows of them have now.
+      ValueError: If a part has to be split and its statistics cannot be: those of the smaller part
+        alone would have another shape than what is taken out of them.
     """
     plan = state.plan
-    if plan.part_table is None and not any(isinstance(flag, Rows) for flag in mask):
+    if plan.part_table is None and not any(isinstance(flag, Subset) for flag in mask):
         return state, tuple(flag is True for flag in mask)
     old_table = plan.part_table or PartTable((i, None) for i in range(len(mask)))
+    shapes = list(map(np.shape, params))
     pairs = [
-        ((leaf, rows if isinstance(rows, Rows) else None), source)
+        ((leaf, subset if isinstance(subset, Subset) else None), source)
         for leaf, flag in enumerate(mask)
-        for rows, source in _parts_of(leaf, old_table, plan, flag, keep_state)
+        for subset, source in _parts_of(leaf, old_table, plan, flag, keep_state, shapes[leaf])
     ]
     table, sources = PartTable(part for part, _ in pairs), [source for _, source in pairs]
-    frozen = tuple(flag_minus(rows or True, mask[leaf]) is False for leaf, rows in table.parts)
+    frozen = tuple(
+        flag_minus(subset or True, mask[leaf], shapes[leaf]) is False
+        for leaf, subset in table.parts
+    )
     if table == old_table:
         return state, frozen
     new_plan = Plan(
@@ -67,7 +66,7 @@ def repartition_state(
         tuple(source is None or plan.frozen[source] for source in sources),
         tuple(DROPPED if source is None else plan.cohorts[source] for source in sources),
         plan.context,
-        part_table=table if any(rows for _, rows in table.parts) else None,
+        part_table=table if any(subset for _, subset in table.parts) else None,
     )
     statistics, shared = plan.layout.split(state.inner)
     has_state = [cohort != DROPPED for cohort in new_plan.cohorts]
@@ -75,43 +74,43 @@ def repartition_state(
 
     def statistic(place: Place, path: str) -> Any:
         prefix, part = place
-        (leaf, rows), source = table.parts[part], sources[part]
+        (leaf, subset), source = table.parts[part], sources[part]
         # A part without state takes its container, maybe an NNX Variable, from another part.
         source_part = old_table.by_leaf[leaf][0] if source is None else source
         old_statistics = statistics.get((prefix, source_part), HOLE)
         if source is None:
             return rewrap_variable(old_statistics, HOLE)
-        old_rows = old_table.parts[source][1]
-        if old_rows == rows:
+        old_subset = old_table.parts[source][1]
+        if subset is None or old_subset == subset:
             return old_statistics
         shapes = array_shapes(expected[place])
-        return _take_statistics(old_statistics, rows, old_rows, shapes, path, params[leaf])
+        return _take_statistics(old_statistics, subset, old_subset, shapes, path, params[leaf])
 
     return FreezeState(new_plan.layout.join(statistic, shared), state.ages, new_plan), frozen
 
 
 def _parts_of(
-    leaf: int, old_table: PartTable, plan: Plan, frozen: Flag, keep_state: bool
+    leaf: int, old_table: PartTable, plan: Plan, frozen: Flag, keep_state: bool, shape: Shape
 ) -> list[tuple[Flag, int | None]]:
     """Returns the new parts of a leaf, each with the index of the old part that has its state."""
     parts: list[tuple[Flag, int | None]] = []
-    rows_with_state: Flag = False
+    with_state: Flag = False
     for part in old_table.by_leaf[leaf]:
         if plan.cohorts[part] == DROPPED:
             continue
-        rows = old_table.parts[part][1] or True
-        rows_with_state = flag_or(rows_with_state, rows)
-        parts.append((flag_minus(rows, frozen), part))
+        subset = old_table.parts[part][1] or True
+        with_state = flag_or(with_state, subset, shape)
+        parts.append((flag_minus(subset, frozen, shape), part))
         if keep_state or plan.frozen[part]:
-            parts.append((flag_and(rows, frozen), part))
-    parts.append((flag_minus(flag_not(frozen), rows_with_state), None))
-    return [(rows, part) for rows, part in parts if rows is not False] or [(True, None)]
+            parts.append((flag_and(subset, frozen, shape), part))
+    parts.append((flag_minus(flag_not(frozen), with_state, shape), None))
+    return [(subset, part) for subset, part in parts if subset is not False] or [(True, None)]
 
 
 def _take_statistics(
     statistics: Any,
-    new_rows: Rows | None,
-    old_rows: Rows | None,
+    subset: Subset,
+    old_subset: Subset | None,
     expected: Any,
     path: str,
     param: Any,
@@ -119,17 +118,43 @@ def _take_statistics(
     """Returns the statistics of a new part, taken from those of the old part that it is in."""
     if not jax.tree.leaves(statistics):
         return statistics
-    rows = flag_from_vector(new_rows.mask[old_rows.mask]) if new_rows and old_rows else new_rows
-    count = old_rows.count if old_rows else len(new_rows.mask) if new_rows else 0
-    # They can be split if their first axis has the old rows and the rest is as in a fresh state.
-    if not isinstance(rows, Rows) or [(count, *shape[1:]) for shape in expected] != array_shapes(
-        statistics
-    ):
+    shape = np.shape(param)
+    if not _can_split(array_shapes(statistics), expected, subset, old_subset, shape):
+        before = f"a leaf of shape {shape}" if old_subset is None else repr(old_subset)
         raise ValueError(
-            f"{path!r} has {array_shapes(statistics)} for {count} rows, and {expected} for a part "
-            "of them, so its rows can't be separated; freeze or thaw all of them at once"
+            f"{path!r} has {array_shapes(statistics)} for {before}, and {expected} for {subset!r} "
+            "of it, so they can't be separated; freeze or thaw all of it at once"
         )
     return rewrap_variable(
         statistics,
-        jax.tree.map(lambda array: take_rows(array, rows, param), unwrap_variable(statistics)),
+        jax.tree.map(
+            lambda array: take_within(array, subset, old_subset, param),
+            unwrap_variable(statistics),
+        ),
     )
+
+
+def _can_split(
+    shapes: list[tuple[int, ...]],
+    expected: list[tuple[int, ...]],
+    subset: Subset,
+    old_subset: Subset | None,
+    shape: tuple[int, ...],
+) -> bool:
+    """Returns whether the statistics of a smaller part can be taken out of those of a part.
+
+    Args:
+      shapes: The shapes of the statistics of the part.
+      expected: Those of fresh statistics of the smaller part.
+      subset: The smaller part.
+      old_subset: The part; None for the whole leaf.
+      shape: The shape of the leaf.
+    """
+    if isinstance(subset, Rows) and isinstance(old_subset, Rows | None):
+        # Rows may have statistics of other shapes, with one entry for each row on their axis.
+        count = old_subset.count if old_subset else len(subset.mask)
+        has_axis = all(len(one) > subset.axis for one in expected)
+        return has_axis and shapes == [subset.with_length(one, count) for one in expected]
+    of_old = shape if old_subset is None else old_subset.compact_shape(shape)
+    of_new = subset.compact_shape(shape)
+    return all(one == of_old for one in shapes) and all(one == of_new for one in expected)

@@ -10,8 +10,10 @@ import optax
 
 from freeze_optax._edit.freeze_thaw import check_mask
 from freeze_optax._edit.phases import Phases
+from freeze_optax._rows.flags import Flag, flag_along, flag_from_mask, flag_from_vector
 from freeze_optax._rows.parts import Part, PartTable
-from freeze_optax._rows.rows import Flag, Rows, flag_from_vector, flag_vector
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Shape, Subset
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
 from freeze_optax._state.memories import init_in_memory
@@ -140,13 +142,13 @@ def _plan(
     parts: list[Part] = []
     patterns: list[tuple[bool, ...]] = []
     for leaf, in_phases in enumerate(zip(*flags, strict=True)):
-        for rows, pattern in _rows_by_pattern(in_phases):
-            parts.append((leaf, rows))
+        for subset, pattern in _parts_by_pattern(in_phases, np.shape(leaves.values[leaf])):
+            parts.append((leaf, subset))
             patterns.append(pattern)
     never_trains = tuple(map(all, patterns))
     pairs = zip(patterns, never_trains, strict=True)
     trained = dict.fromkeys(pattern for pattern, never in pairs if not never)
-    table = PartTable(parts) if any(rows for _, rows in parts) else None
+    table = PartTable(parts) if any(subset for _, subset in parts) else None
     # Cohorts differ in their counters alone, so without counters there is one cohort.
     order = {p: i if context.layout(table).counters else 0 for i, p in enumerate(trained)}
     cohorts = tuple(order.get(pattern, DROPPED) for pattern in patterns)
@@ -155,17 +157,33 @@ def _plan(
     return Plan(leaves.paths, never_trains, cohorts, context, schedule, table)
 
 
-def _rows_by_pattern(flags: tuple[Flag, ...]) -> list[tuple[Rows | None, tuple[bool, ...]]]:
-    """Splits a leaf into rows that freeze and thaw together; returns each with its pattern."""
-    count = next((len(flag.mask) for flag in flags if isinstance(flag, Rows)), None)
-    if count is None:
+def _parts_by_pattern(
+    flags: tuple[Flag, ...], shape: Shape
+) -> list[tuple[Subset | None, tuple[bool, ...]]]:
+    """Splits a leaf into parts that freeze and thaw together; returns each with its pattern."""
+    subsets = [flag for flag in flags if isinstance(flag, Subset)]
+    if not subsets:
         return [(None, tuple(flag is True for flag in flags))]
-    table = np.stack([flag_vector(flag, count) for flag in flags], axis=1)
-    patterns = dict.fromkeys(map(tuple, table.tolist()))
-    parts = [(flag_from_vector((table == pattern).all(axis=1)), pattern) for pattern in patterns]
-    return [
-        (rows, pattern) for rows, pattern in parts if isinstance(rows, Rows) and not all(pattern)
-    ]
+    axes = {one.axis if isinstance(one, Rows) else None for one in subsets}
+    axis = axes.pop() if len(axes) == 1 else None
+    if axis is None:
+        masks = [flag if isinstance(flag, bool) else flag.mask_of(shape) for flag in flags]
+        columns = [np.broadcast_to(mask, shape).ravel() for mask in masks]
+    else:
+        columns = [flag_along(flag, axis, shape) for flag in flags]
+    # Rows or elements of one pattern get one number, in the order in which they come.
+    pattern_numbers: Any = np.zeros(columns[0].size, int)
+    for column in columns:
+        _, pattern_numbers = np.unique(2 * pattern_numbers + column, return_inverse=True)
+    _, firsts = np.unique(pattern_numbers, return_index=True)
+    parts: list[tuple[Subset | None, tuple[bool, ...]]] = []
+    for first in sorted(firsts.tolist()):
+        pattern = tuple(bool(column[first]) for column in columns)
+        mask = np.asarray(pattern_numbers == pattern_numbers[first])
+        part = flag_from_mask(mask.reshape(shape)) if axis is None else flag_from_vector(mask, axis)
+        if isinstance(part, Subset) and not all(pattern):
+            parts.append((part, pattern))
+    return parts
 
 
 def _with_equal_types(branches: list[Any], plan: Plan, memories: Sequence[str | None]) -> list[Any]:

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from freeze_optax._export.encoded_subset import is_encoded_subset, is_former_form
 from freeze_optax._tree.kinds import is_array, number_kind
 from freeze_optax._tree.memory import memory_of, put_in_memory
 
 FORMAT = "freeze_optax state, version 1"
+
+FORMAT_WITH_ELEMENTS = "freeze_optax state, version 2"
+"""The format of an export with rows of an inner axis, or elements; others stay as they were."""
 
 Check = Callable[[Any], bool]
 
@@ -53,7 +57,7 @@ _LISTS: dict[str, tuple[Check, str]] = {
     "cohorts": (_is(int), "a whole number"),
     "schedule": (_pair_of(_is(int), _list_of(_is(bool))), "a step and a list of true and false"),
     "parts": (
-        _pair_of(_is(int), _none_or(_pair_of(_is(int), _is(str)))),
+        _pair_of(_is(int), _none_or(lambda x: is_encoded_subset(x, _is(int)))),
         "the number of a leaf and its rows",
     ),
     "leaves": (_is_entry, "a path, a shape and a dtype"),
@@ -65,7 +69,9 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 def pack_text(about: Mapping[str, Any]) -> np.ndarray:
     """Returns the description of the exported arrays as an array of bytes."""
-    text = json.dumps({"format": FORMAT, "sum": _checksum(about), **about})
+    is_former = all(is_former_form(subset) for _, subset in about["parts"] or ())
+    text_of_format = FORMAT if is_former else FORMAT_WITH_ELEMENTS
+    text = json.dumps({"format": text_of_format, "sum": _checksum(about), **about})
     return np.frombuffer(text.encode(), np.uint8)
 
 
@@ -88,7 +94,7 @@ def unpack_text(exported: Any) -> dict[str, Any]:
       ValueError: If it is not an export, or is damaged. The error names what is wrong.
     """
     about = _description(exported)
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, FORMAT_WITH_ELEMENTS):
         raise ValueError(
             "this is no export of fo.export_state that this version reads: its format is "
             f"{_SHORT.repr(about.get('format'))}, not {FORMAT!r}"

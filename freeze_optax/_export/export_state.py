@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from freeze_optax._edit.state_holders import only_state
+from freeze_optax._export.encoded_subset import encoded_subset
 from freeze_optax._export.encoding import encode_leaf, pack_text
-from freeze_optax._rows.rows import Rows
 from freeze_optax._state.freeze_state import FreezeState, states_in
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
@@ -63,7 +61,7 @@ def export_state(state: Any) -> dict[str, Any]:
         "cohorts": plan.cohorts,
         "schedule": plan.schedule,
         "parts": plan.part_table
-        and [(leaf, encoded_rows(rows)) for leaf, rows in plan.part_table.parts],
+        and [(leaf, encoded_subset(subset)) for leaf, subset in plan.part_table.parts],
         "leaves": entries,
     }
     return {"about": pack_text(about), "leaves": arrays}
@@ -81,8 +79,3 @@ def _check_holders(tree: Any) -> None:
                 "on with it"
             )
         node = next(child for _, child in children_of(node) or () if states_in(child))
-
-
-def encoded_rows(rows: Rows | None) -> Any:
-    """Returns rows as their count and a hex string of their bits; None for all rows."""
-    return rows and [len(rows.mask), np.packbits(rows.mask).tobytes().hex()]

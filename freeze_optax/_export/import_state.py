@@ -12,11 +12,14 @@ from jax.core import Tracer
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
+from freeze_optax._export.encoded_subset import decoded_subset
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
 from freeze_optax._export.placement import is_sharded, place_beside
+from freeze_optax._rows.elements import Elements
 from freeze_optax._rows.parts import PartTable
-from freeze_optax._rows.rows import Rows, flag_from_vector
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Subset
 from freeze_optax._select.specs import Spec
 from freeze_optax._state.freeze_state import FreezeState, states_in
 from freeze_optax._state.plan import DROPPED, Plan
@@ -211,20 +214,6 @@ def _description(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return (entry["shape"], entry["dtype"], *([] if key is None else [key]))
 
 
-def _decoded_rows(rows: Any) -> Rows | None:
-    """Returns rows from their count and their bits; raises ValueError if these do not fit."""
-    if rows is None:
-        return None
-    count, bits = rows
-    packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
-    if count < 0 or len(packed) != (count + 7) // 8:
-        raise ValueError(f"{count} rows in {len(packed)} bytes")
-    flag = flag_from_vector(np.unpackbits(packed, count=count).astype(bool))
-    if not isinstance(flag, Rows):
-        raise ValueError("a part of all rows or none")
-    return flag
-
-
 class _OtherParamsError(ValueError):
     """The export is whole, and of params of other shapes."""
 
@@ -234,25 +223,44 @@ def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTabl
     if parts is None:
         return None
     numbers = [leaf for leaf, _ in parts]
-    if all(rows is None for _, rows in parts):
+    if all(subset is None for _, subset in parts):
         raise ValueError("its parts are whole leaves")
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
-    table = PartTable((leaf, _decoded_rows(rows)) for leaf, rows in parts)
+    table = PartTable((leaf, decoded_subset(subset)) for leaf, subset in parts)
     for path, leaf, parts_of_leaf in zip(paths, leaves, table.by_leaf, strict=True):
-        masks = [rows.mask for i in parts_of_leaf if (rows := table.parts[i][1])]
-        is_whole = len(parts_of_leaf) == 1 and not masks
-        counts = {len(mask) for mask in masks}
-        if len(counts) > 1 or (len(masks) != len(parts_of_leaf) and not is_whole):
+        subsets = [subset for i in parts_of_leaf if (subset := table.parts[i][1])]
+        is_whole = len(parts_of_leaf) == 1 and not subsets
+        if len(subsets) != len(parts_of_leaf) and not is_whole:
             raise ValueError(f"its parts of {path!r} are not those of one leaf")
-        if masks and getattr(leaf, "shape", ())[:1] != masks[0].shape:
-            raise _OtherParamsError(
-                f"{path!r} has {len(masks[0]):,} rows in it, and is {_short_type(leaf)} in the "
-                "params; pass the params of the export, and for these ones make a state with init"
-            )
-        if masks and np.sum(masks, axis=0).max() > 1:
-            raise ValueError("two of its parts have one row")
+        if subsets:
+            _check_parts(path, leaf, subsets)
     return table
+
+
+def _check_parts(path: str, leaf: Any, subsets: list[Subset]) -> None:
+    """Raises ValueError if subsets of a leaf do not fit each other, or the leaf."""
+    shapes = {one.shape for one in subsets if isinstance(one, Elements)}
+    lengths = {(one.axis, len(one.mask)) for one in subsets if isinstance(one, Rows)}
+    misfit = any(not one.fits(shape) for one in subsets for shape in shapes)
+    if len(shapes) > 1 or len(lengths) > 1 or misfit:
+        raise ValueError(f"its parts of {path!r} are not those of one leaf")
+    shape = getattr(leaf, "shape", ())
+    if not subsets[0].fits(shape):
+        has = (
+            f"{len(subsets[0].mask):,} rows"
+            if isinstance(subsets[0], Rows)
+            else f"elements of the shape {next(iter(shapes))}"
+        )
+        raise _OtherParamsError(
+            f"{path!r} has {has} in it, and is {_short_type(leaf)} in the params; pass the params "
+            "of the export, and for these ones make a state with init"
+        )
+    masks = [
+        one.mask if isinstance(one, Rows) and not shapes else one.mask_of(shape) for one in subsets
+    ]
+    if np.sum(masks, axis=0).max() > 1:
+        raise ValueError("two of its parts have one row, or element")
 
 
 def _plan(about: dict[str, Any], initial_plan: Plan, params: Any) -> Plan:

@@ -61,11 +61,15 @@ def is_sharded(x: Any) -> bool:
 
 def _sharding_beside(x: Any, param: Any) -> Any:
     """Returns the sharding of a statistic of a sharded param; None if it has no shape like it."""
-    if not is_sharded(param) or x.shape[1:] != param.shape[1:] or x.ndim != param.ndim:
+    if not is_sharded(param) or x.ndim != param.ndim:
         return None
-    if x.shape == param.shape:
+    pairs = zip(x.shape, param.shape, strict=True)
+    axes = [axis for axis, (length, whole) in enumerate(pairs) if length != whole]
+    if not axes:
         return param.sharding
-    of_rows = sharding_of_rows(x.shape[0], param)
+    if len(axes) > 1:
+        return None
+    of_rows = sharding_of_rows(x.shape[axes[0]], axes[0], param)
     return of_rows and NamedSharding(param.sharding.mesh, of_rows.spec)
 
 

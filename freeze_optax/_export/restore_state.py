@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from freeze_optax._export.encoded_subset import described_subset, encoded_subset
 from freeze_optax._export.encoding import unpack_text
-from freeze_optax._export.export_state import encoded_rows
 from freeze_optax._export.import_state import decoded_leaves
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.plan import DROPPED, Plan
@@ -65,7 +63,7 @@ def _check_plan(about: dict[str, Any], plan: Plan) -> None:
     table = plan.part_table.parts if plan.part_table else enumerate([None] * len(paths))
     parts = about["parts"] or [[leaf, None] for leaf in range(len(paths))]
     in_saved = _fates(len(paths), parts, about["frozen"], about["cohorts"])
-    encoded = [[leaf, encoded_rows(rows)] for leaf, rows in table]
+    encoded = [[leaf, encoded_subset(subset)] for leaf, subset in table]
     in_target = _fates(len(paths), encoded, plan.frozen, plan.cohorts)
     differing = [
         f"{path!r} {old} in the saved state, and {new} in the target"
@@ -88,18 +86,8 @@ def _fates(
 ) -> list[str]:
     """Describes for each leaf what trains of it, and in which cohort."""
     of_leaf: list[list[str]] = [[] for _ in range(count)]
-    for (leaf, rows), is_frozen, cohort in zip(parts, frozen, cohorts, strict=True):
+    for (leaf, subset), is_frozen, cohort in zip(parts, frozen, cohorts, strict=True):
         fate = "is frozen" if cohort == DROPPED else "is parked" if is_frozen else "trains"
         counters = "" if cohort == DROPPED else f" in cohort {cohort}"
-        of_leaf[leaf].append(fate + _rows_text(rows) + counters)
+        of_leaf[leaf].append(fate + described_subset(subset) + counters)
     return [" and ".join(fates) for fates in of_leaf]
-
-
-def _rows_text(encoded: Any) -> str:
-    """Returns the first few of the rows that `encoded_rows` has encoded, as a clause."""
-    if encoded is None:
-        return ""
-    count, bits = encoded
-    rows = np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=count))
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f" in the rows {', '.join(map(str, rows[:5]))}{more}"

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put_rows, take_rows_if_whole
+from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put, take_if_whole
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
 from freeze_optax._tree.holes import is_hole
@@ -60,29 +62,33 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:
         if frozen is True or update is None or is_hole(update) or is_hole(param):
             return param
-        if not isinstance(frozen, Rows):
+        if not isinstance(frozen, Subset):
             return add(param, update)
-        _check_rows(update, frozen, leaves, i)
-        return _add_rows(param, update, ~frozen, add)
+        _check_part(update, frozen, leaves, i)
+        return _add_part(param, update, ~frozen, add)
 
     return leaves.rebuild(applied(i, *triple) for i, triple in enumerate(triples))
 
 
-def _check_rows(update: Any, frozen: Rows, leaves: Leaves, i: int) -> None:
-    fits = np.ndim(update) == leaves.values[i].ndim and frozen.fits(update, partitioned=True)
-    if np.ndim(update) and not fits:
+def _check_part(update: Any, frozen: Subset, leaves: Leaves, i: int) -> None:
+    shape, live = np.shape(update), ~frozen
+    fits = frozen.fits(shape) or live.is_compact(shape)
+    if isinstance(frozen, Rows):
+        fits = fits and len(shape) == leaves.values[i].ndim
+    if shape and not fits:
+        what = "rows" if isinstance(frozen, Rows) else "elements"
         raise ValueError(
-            f"the update of {leaves.paths[i]!r} is of shape {np.shape(update)}, but the leaf is of "
-            f"shape {leaves.values[i].shape}, and {~frozen!r} train; give an update of all rows or "
-            "of the rows that train"
+            f"the update of {leaves.paths[i]!r} is of shape {shape}, but the leaf is of shape "
+            f"{leaves.values[i].shape}, and {live!r} train; give an update of all {what} or of the "
+            f"{what} that train"
         )
 
 
-def _add_rows(param: Any, update: Any, live: Rows, add: Callable[[Any, Any], Any]) -> Any:
-    """Adds the update to the rows that train; param and update may hold all rows or only these."""
-    live_param = take_rows_if_whole(param, live)
-    new = add(live_param, take_rows_if_whole(update, live) if np.ndim(update) else update)
-    return new if live_param is param else put_rows(param, live, new)
+def _add_part(param: Any, update: Any, live: Subset, add: Callable[[Any, Any], Any]) -> Any:
+    """Adds the update to what trains; param and update may be whole or only that."""
+    live_param = take_if_whole(param, live)
+    new = add(live_param, take_if_whole(update, live) if np.ndim(update) else update)
+    return new if live_param is param else put(param, live, new)
 
 
 def _add(param: Any, update: Any) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from freeze_optax._params.zeros import Zeros
-from freeze_optax._rows.rows import Flag, Rows, flag_or
-from freeze_optax._rows.take_put import put_rows, scatter_rows, take_rows, with_live_rows
+from freeze_optax._rows.flags import Flag, flag_or
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put, put_among_zeros, take, with_live_subset
 from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_in_spec
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
@@ -50,7 +51,8 @@ def value_and_grad(
       and leaves that are not arrays have float32 zeros. In Flax's collection
       `_overwrite_with_gradient` (the scales of fp8 layers), where the gradient is the next value, a
       frozen leaf has its present value, also with `holes=True`. Where a leaf is frozen in part, the
-      gradient has zeros at the frozen rows, or with `holes=True` only the rows that train.
+      gradient has zeros at the frozen rows or elements, or with `holes=True` only what trains: an
+      array of those rows, or a vector of those elements.
 
     Raises:
       ValueError: At once, for the state of `scheduled` together with `holes`, or for two such
@@ -85,9 +87,9 @@ def value_and_grad(
         if not schedules:
             return differentiate(always_frozen)
         (state,) = schedules
-        index = state.switch_index()
+        index, shapes = state.switch_index(), list(map(np.shape, leaves.values))
         phases = [
-            functools.partial(differentiate, list(map(flag_or, always_frozen, phase)))
+            functools.partial(differentiate, list(map(flag_or, always_frozen, phase, shapes)))
             for phase in state.phases(leaves)
         ]
         return jax.lax.switch(index, phases)
@@ -110,7 +112,7 @@ def _value_and_grad(
         )
 
     live = [
-        _live_rows(x, flag)
+        _live_part(x, flag)
         for x, flag in zip(leaves.values, flags, strict=True)
         if flag is not True
     ]
@@ -120,25 +122,25 @@ def _value_and_grad(
     def gradient(x: Any, flag: Flag, is_overwritten: bool) -> Any:
         if is_overwritten:  # by what is returned here
             new = None if flag is True else next(remaining)
-            return _copy(x) if flag is True else put_rows(x, ~flag, new) if flag else new
+            return _copy(x) if flag is True else put(x, ~flag, new) if flag else new
         if holes:
             return HOLE if flag is True else next(remaining)
-        return zeros.gradient(x) if flag is True else _with_zero_rows(next(remaining), flag, x)
+        return zeros.gradient(x) if flag is True else _among_zeros(next(remaining), flag, x)
 
     triples = zip(leaves.values, flags, overwritten(leaves), strict=True)
     new = [gradient(*triple) for triple in triples]
     return value, leaves.rebuild(new) if holes else leaves.fill_leaves(new)
 
 
-def _live_rows(leaf: Any, frozen: Flag) -> Any:
-    """Returns the rows of a leaf that train; the leaf itself if all do."""
-    return take_rows(leaf, ~frozen) if isinstance(frozen, Rows) else leaf
+def _live_part(leaf: Any, frozen: Flag) -> Any:
+    """Returns what trains of a leaf; the leaf itself if all does."""
+    return take(leaf, ~frozen) if isinstance(frozen, Subset) else leaf
 
 
 def _live_leaf(leaf: Any, frozen: Flag, remaining: Iterator[Any]) -> Any:
     """Returns the whole leaf that `fun` needs, made with the next trainable argument."""
     live = next(remaining)
-    return with_live_rows(leaf, live, ~frozen) if isinstance(frozen, Rows) else live
+    return with_live_subset(leaf, live, ~frozen) if isinstance(frozen, Subset) else live
 
 
 def _copy(leaf: Any) -> Any:
@@ -147,8 +149,10 @@ def _copy(leaf: Any) -> Any:
     return leaf.copy() if is_concrete else leaf
 
 
-def _with_zero_rows(gradient: Any, frozen: Flag, leaf: Any) -> Any:
-    return scatter_rows(gradient, ~frozen, 0.0, leaf) if isinstance(frozen, Rows) else gradient
+def _among_zeros(gradient: Any, frozen: Flag, leaf: Any) -> Any:
+    if not isinstance(frozen, Subset):
+        return gradient
+    return put_among_zeros(gradient, ~frozen, 0.0, leaf)
 
 
 def grad(

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import put_rows, take_rows_bitwise
+from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put, take_bitwise
 from freeze_optax._select.specs import Spec, as_selector
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import path_differences
@@ -30,7 +31,7 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
       new: A pytree, after the forward pass.
       old: A pytree of the same structure, from before.
       where: Which leaves to take from `old`: any spec, see `freeze_optax.mask`. Where it selects
-        some rows of a leaf, only these are taken.
+        some rows or elements of a leaf, only these are taken.
 
     Returns:
       A tree of the structure of `new`. Its leaves are the same objects as in `new` or `old`; only
@@ -55,8 +56,8 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
 
 
 def _hold_leaf(new: Any, old: Any, flag: Flag) -> Any:
-    if isinstance(flag, Rows):
-        return put_rows(new, flag, take_rows_bitwise(old, flag))
+    if isinstance(flag, Subset):
+        return put(new, flag, take_bitwise(old, flag))
     return old if flag else new
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from freeze_optax._rows.meshes import leading_mesh_axes
+from freeze_optax._rows.flags import Flag, flag_not
+from freeze_optax._rows.meshes import mesh_axes_of
 from freeze_optax._rows.parts import Parts, is_hole_or_parts, join_parts
-from freeze_optax._rows.rows import Flag, Rows, flag_not
-from freeze_optax._rows.take_put import take_rows, take_rows_bitwise
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put, take, take_bitwise
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
@@ -39,7 +41,8 @@ def partition(tree: Any, frozen: Spec) -> tuple[Any, Any]:
       a hole, `optax.MaskedNode()` (a node without leaves), where the other one has the leaf. The
       leaves are the same objects as in `tree`. Where a leaf is frozen in part, the trainable tree
       has an array of the rows that train, and the rest has the frozen rows in a node that knows
-      their indices.
+      their indices. Where single elements are frozen, the trainable tree has a vector of those that
+      train, and the node in the rest has the whole leaf.
 
     Raises:
       ValueError: If the spec does not fit the tree.
@@ -56,18 +59,24 @@ def split_by_flags(leaves: Leaves, frozen: Sequence[Flag]) -> tuple[Any, Any]:
     pairs = list(zip(leaves.values, frozen, strict=True))
     trainable = leaves.rebuild(_selected(leaf, flag_not(flag)) for leaf, flag in pairs)
     rest = leaves.rebuild(
-        Parts([take_rows_bitwise(leaf, f)], (f,), leading_mesh_axes(leaf))
-        if isinstance(f, Rows)
-        else _selected(leaf, f)
-        for leaf, f in pairs
+        _frozen_part(leaf, flag) if isinstance(flag, Subset) else _selected(leaf, flag)
+        for leaf, flag in pairs
     )
     return trainable, rest
 
 
 def _selected(leaf: Any, flag: Flag) -> Any:
-    if isinstance(flag, Rows):
-        return take_rows(leaf, flag)
+    if isinstance(flag, Subset):
+        return take(leaf, flag)
     return leaf if flag else HOLE
+
+
+def _frozen_part(leaf: Any, frozen: Subset) -> Parts:
+    if isinstance(frozen, Rows):
+        return Parts([take_bitwise(leaf, frozen)], (frozen,), mesh_axes_of(leaf, frozen.axis))
+    # Most elements are frozen. A vector of them would be a second copy of nearly the whole leaf,
+    # and `merge` would move each of them back.
+    return Parts([leaf], (frozen,))
 
 
 def merge(trainable: Any, rest: Any) -> Any:
@@ -87,17 +96,17 @@ def merge(trainable: Any, rest: Any) -> Any:
 
     Returns:
       A tree with the leaves of both, the same objects. Only a leaf that is frozen in part is a new
-      array, made of its rows. Where both trees have a hole, the hole stays.
+      array, made of both parts. Where both trees have a hole, the hole stays.
 
     Raises:
       ValueError: If the structures differ; if both trees have a leaf at one path; or if the rows
-        in `trainable` are not those that `rest` lacks, where a leaf is frozen in part.
+        or elements in `trainable` are not those that `rest` lacks, where a leaf is frozen in part.
     """
     left, right = Leaves(trainable, stop=is_hole_or_parts), Leaves(rest, stop=is_hole_or_parts)
     if any(map(_is_part, left.values)):
         exchanged = [path for path, x in zip(left.paths, left.values, strict=True) if _is_part(x)]
         raise ValueError(
-            f"at {quoted_list(exchanged)} `trainable` holds the rows that are frozen; the order is "
+            f"at {quoted_list(exchanged)} `trainable` holds what is frozen of a leaf; the order is "
             "fo.merge(trainable, rest)"
         )
     if left.treedef != right.treedef:
@@ -118,7 +127,7 @@ def merge(trainable: Any, rest: Any) -> Any:
     problems = [
         f"{left.paths[i]!r} {problem}"
         for i, (a, b) in enumerate(pairs)
-        if _is_part(b) and (problem := _row_problem(a, b))
+        if _is_part(b) and (problem := _part_problem(a, b))
     ]
     if problems:
         raise ValueError(f"the rows of the two parts are not of one leaf: {few_clauses(problems)}")
@@ -129,22 +138,27 @@ def _is_part(x: Any) -> bool:
     return isinstance(x, Parts)
 
 
-def _row_problem(left: Any, right: Parts) -> str:
-    """Says why rows that train do not fit the frozen rows of a leaf; empty if they do."""
-    (rows,), (frozen,) = right.rows, right.values
-    expected = (len(rows.mask) - rows.count, *frozen.shape[1:])
+def _part_problem(left: Any, right: Parts) -> str:
+    """Says why what trains does not fit what is frozen of a leaf; empty if it does."""
+    (frozen,), (value,) = right.subsets, right.values
+    if isinstance(frozen, Rows):
+        what, expected = "rows", frozen.with_length(value.shape, (~frozen).count)
+    else:
+        what, expected = "elements", (~frozen).compact_shape(value.shape)
     if is_hole(left):
-        return f"is a hole in `trainable`, where `rest` lacks rows of shape {expected}"
+        return f"is a hole in `trainable`, where `rest` lacks {what} of shape {expected}"
     if np.shape(left) != expected:
-        return f"is of shape {np.shape(left)}, where `rest` lacks rows of shape {expected}"
-    left_dtype, right_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, frozen))
+        return f"is of shape {np.shape(left)}, where `rest` lacks {what} of shape {expected}"
+    left_dtype, right_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (left, value))
     if left_dtype == right_dtype:
         return ""
     return f"is {left_dtype} in `trainable` and {right_dtype} in `rest`"
 
 
 def _merge_leaf(left: Any, right: Any) -> Any:
-    if isinstance(right, Parts):
-        (rows,) = right.rows
-        return join_parts(Parts((*right.values, left), (rows, ~rows), right.mesh_axes))
-    return right if is_hole(left) else left
+    if not isinstance(right, Parts):
+        return right if is_hole(left) else left
+    (frozen,), (value,) = right.subsets, right.values
+    if isinstance(frozen, Rows):
+        return join_parts(Parts((value, left), (frozen, ~frozen), right.mesh_axes))
+    return put(value, ~frozen, left)

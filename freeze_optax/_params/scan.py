@@ -1,5 +1,6 @@
 """Scan over stacked layers, with no backward pass for the frozen ones."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from freeze_optax._rows.meshes import leading_mesh_axes, on_automatic_axes, type_sharding
-from freeze_optax._rows.rows import flag_vector
+from freeze_optax._rows.flags import flag_along
+from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
@@ -22,6 +23,7 @@ def scan(
     xs: Any,
     frozen: Spec,
     unroll: int | bool = 1,
+    axis: int = 0,
 ) -> tuple[Any, Any]:
     """Scans over stacked layers as `jax.lax.scan`, without a backward pass for frozen layers.
 
@@ -32,8 +34,8 @@ def scan(
     the carry, not that of their weights. Compared with a stack that was split by hand, the cost is
     one copy of the layers that train.
 
-    The leading axis of a stack may be sharded over explicit mesh axes, which `jax.lax.scan` does
-    not take. Then each device gets a frozen layer just before it is used, and a copy of all layers
+    The axis of the layers may be sharded over explicit mesh axes, which `jax.lax.scan` does not
+    take. Then each device gets a frozen layer just before it is used, and a copy of all layers
     that train.
 
     Examples:
@@ -53,38 +55,49 @@ def scan(
       f: A function as for `jax.lax.scan`: takes the carry and one layer, and returns the next
         carry and an output.
       init: The first carry.
-      xs: The stacked layers: a pytree of arrays with the same leading axis, one row for each layer.
+      xs: The stacked layers: a pytree of arrays with an axis of the same length, one row for each
+        layer.
       frozen: Which layers, the rows of `xs`, are frozen: any spec for `xs`, see
         `freeze_optax.mask`. A layer counts as frozen if all its leaves that can train are frozen.
       unroll: As for `jax.lax.scan`.
+      axis: The axis of the layers in each array of `xs`; a negative one is counted from the last.
+        MaxText and `nn.scan(variable_axes={"params": 1})` stack layers along axis 1. The layers
+        that train are copied, with this axis in front, as `jax.lax.scan` needs them.
 
     Returns:
-      A pair of the last carry and the stacked outputs, as `jax.lax.scan` gives them.
+      A pair of the last carry and the outputs, stacked along a leading axis, as `jax.lax.scan`
+      gives them.
 
     Raises:
-      ValueError: If the spec does not fit `xs`, or the leaves do not have the same leading axis.
+      ValueError: If the spec does not fit `xs`, or the leaves do not have such an axis of the same
+        length.
       IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
       TypeError: If a mask holds anything but bools.
     """
     leaves = Leaves(xs)
-    lengths = {np.shape(x)[:1] for x in leaves.values}
-    if len(lengths) != 1 or lengths == {()}:
+    axes = [axis + np.ndim(x) if axis < 0 else axis for x in leaves.values]
+    pairs = zip(leaves.values, axes, strict=True)
+    lengths = {np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs}
+    if len(lengths) != 1 or None in lengths:
+        which = "leading axis" if axis == 0 else f"length of axis {axis}"
         raise ValueError(
-            "fo.scan needs leaves with the same leading axis, but they have the shapes "
+            f"fo.scan needs leaves with the same {which}, but they have the shapes "
             f"{sorted({np.shape(x) for x in leaves.values})}"
         )
-    ((count,),) = lengths
+    (count,) = lengths
+    assert count is not None
+    axis_of = leaves.fill_leaves(axes)
     if count == 0:
-        return jax.lax.scan(f, init, xs, unroll=unroll)
+        return jax.lax.scan(f, init, jax.tree.map(_in_front, xs, axis_of), unroll=unroll)
     is_frozen = np.ones(count, bool)
-    for leaf, flag in zip(leaves.values, resolve(frozen, leaves), strict=True):
+    for leaf, a, flag in zip(leaves.values, axes, resolve(frozen, leaves), strict=True):
         if can_train(leaf):
-            is_frozen &= flag_vector(flag, count)
+            is_frozen &= flag_along(flag, a, np.shape(leaf))
     constants = jax.lax.stop_gradient(xs)
 
     # Frozen layers are read by index, as a slice would copy them.
     def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
-        return f(carry, jax.tree.map(lambda x: _layer(x, i), constants))
+        return f(carry, jax.tree.map(lambda x, a: _layer(x, i, a), constants, axis_of))
 
     outputs: list[Any] = []
     carry, start = init, 0
@@ -94,35 +107,43 @@ def scan(
             indices = jnp.arange(start, stop)
             carry, output = jax.lax.scan(apply_frozen, carry, indices, unroll=unroll)
         else:
-            layers = jax.tree.map(lambda x, a=start, b=stop: _layers(x, a, b), xs)
+            select = functools.partial(_layers, start, stop)
+            layers = jax.tree.map(select, xs, axis_of)
             carry, output = jax.lax.scan(f, carry, layers, unroll=unroll)
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
 
 
-def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
+def _in_front(x: jax.Array, axis: int) -> jax.Array:
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _layer(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
     """Returns one layer, which each device needs."""
-    if leading_mesh_axes(x) is None:
-        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    if mesh_axes_of(x, axis) is None:
+        return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
     sharding: Any = type_sharding(x)
-    of_layer = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
-    return on_automatic_axes(_gather_layer, (), of_layer, x, i)
+    others = [*sharding.spec[:axis], *sharding.spec[axis + 1 :]]
+    of_layer = sharding.update(spec=PartitionSpec(*others))
+    return on_automatic_axes(_gather_layer, (axis,), of_layer, x, i)
 
 
-def _gather_layer(x: jax.Array, i: jax.Array) -> jax.Array:
+def _gather_layer(axis: int, x: jax.Array, i: jax.Array) -> jax.Array:
     # XLA sends one layer for a gather, but the whole stack for a dynamic slice.
-    return x.at[i[None]].get(mode="promise_in_bounds")[0]
+    index = (slice(None),) * axis
+    return x.at[(*index, i[None])].get(mode="promise_in_bounds")[(*index, 0)]
 
 
-def _layers(x: jax.Array, start: int, stop: int) -> jax.Array:
+def _layers(start: int, stop: int, x: jax.Array, axis: int) -> jax.Array:
     """Returns some layers, all of them on each device, as `jax.lax.scan` needs them."""
-    if leading_mesh_axes(x) is None:
-        return jax.lax.slice_in_dim(x, start, stop)
+    if mesh_axes_of(x, axis) is None:
+        return _in_front(jax.lax.slice_in_dim(x, start, stop, axis=axis), axis)
     sharding: Any = type_sharding(x)
-    of_layers = sharding.update(spec=PartitionSpec(None, *sharding.spec[1:]))
-    return on_automatic_axes(_slice_layers, (start, stop), of_layers, x)
+    others = [*sharding.spec[:axis], *sharding.spec[axis + 1 :]]
+    of_layers = sharding.update(spec=PartitionSpec(None, *others))
+    return on_automatic_axes(_slice_layers, (start, stop, axis), of_layers, x)
 
 
-def _slice_layers(start: int, stop: int, x: jax.Array) -> jax.Array:
-    return jax.lax.slice_in_dim(x, start, stop)
+def _slice_layers(start: int, stop: int, axis: int, x: jax.Array) -> jax.Array:
+    return _in_front(jax.lax.slice_in_dim(x, start, stop, axis=axis), axis)

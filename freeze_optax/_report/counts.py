@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from freeze_optax._former_names import with_present_names
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._tree.kinds import dtype_bits, is_array, number_kind
 
 Status: TypeAlias = Literal["trainable", "frozen", "partial"]
@@ -100,14 +100,14 @@ class LeafCounts(Counts):
 
         Args:
           leaf: An array, abstract or not, or anything else.
-          flag: Whether it is frozen, or which of its rows are.
+          flag: Whether it is frozen, or which part of it is.
           is_alias: Whether it shares a buffer with a leaf that is counted already.
         """
         count, size = count_elements(leaf), leaf_bytes(leaf)
         if isinstance(flag, bool):
             frozen, frozen_size = (count, size) if flag else (0, 0)
         else:
-            frozen = count // len(flag.mask) * flag.count
+            frozen = flag.elements_in(count)
             frozen_size = _bytes_of(leaf, frozen)
         trainable, trainable_size = count - frozen, size - frozen_size
         if is_alias:

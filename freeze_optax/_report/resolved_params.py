@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from freeze_optax._report.state_bytes import StateBytes, state_bytes
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._select.specs import Spec, resolve, state_in_spec
 from freeze_optax._state.shared_buffers import first_of_buffer
 from freeze_optax._tree.leaves import Leaves

@@ -8,7 +8,7 @@ import optax
 
 from freeze_optax._edit.fresh_state import abstract_init
 from freeze_optax._report.counts import total_bytes
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, schedules_in_spec, state_in_spec
 from freeze_optax._state.freeze_state import FreezeState, schedules_in, states_in

@@ -19,7 +19,7 @@ from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
 from freeze_optax._report.state_bytes import StateBytes
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec

@@ -3,8 +3,8 @@
 On such a mesh the sharding of an array is a part of its type. JAX refuses most operations along an
 axis that is sharded, and operations on arrays of different shardings. So a function that moves rows
 runs on automatic axes here, where XLA shards it as it does on a mesh without explicit axes, and
-says what sharding its result has. The alternative, to make the leading axis whole on each device
-first, would gather the whole leaf.
+says what sharding its result has. The alternative, to make the axis of the rows whole on each
+device first, would gather the whole leaf.
 """
 
 import functools
@@ -34,26 +34,27 @@ def is_on_mesh(x: Any) -> bool:
     return any(kind != AxisType.Manual for kind in mesh.axis_types or ()) and mesh.size > 1
 
 
-def leading_mesh_axes(x: Any) -> MeshAxes:
-    """Returns the explicit mesh axes that the leading axis of an array is sharded over."""
+def mesh_axes_of(x: Any, axis: int) -> MeshAxes:
+    """Returns the explicit mesh axes that an axis of an array is sharded over."""
     sharding = type_sharding(x)
-    return sharding.spec[0] if sharding and sharding.spec else None
+    return sharding.spec[axis] if sharding and len(sharding.spec) > axis else None
 
 
 def sharding_of_rows(
-    count: int, x: Any, like: Any = None, mesh_axes: MeshAxes = None
+    count: int, axis: int, x: Any, like: Any = None, mesh_axes: MeshAxes = None
 ) -> NamedSharding | None:
     """Returns the sharding of an array of some rows, or of all rows, of a leaf.
 
     The mesh does not divide every number of rows, and a type has no uneven shards. If the mesh axes
-    of the leading axis do not divide this number, the leading axis is not sharded.
+    of the axis of the rows do not divide this number, that axis is not sharded.
 
     Args:
       count: The number of rows.
+      axis: The axis of the rows.
       x: An array of other rows, whose other axes are sharded as those of the result.
-      like: An array whose leading axis is sharded as that of the result; by default `x`. It is
+      like: An array whose axis of rows is sharded as that of the result; by default `x`. It is
         ignored if it has more or fewer axes than `x`.
-      mesh_axes: The mesh axes of the leading axis, in place of those of an array.
+      mesh_axes: The mesh axes of the axis of the rows, in place of those of an array.
 
     Returns:
       A sharding for the type of the array; None if it has none, as no axis of a mesh is explicit.
@@ -62,12 +63,27 @@ def sharding_of_rows(
     sharding = type_sharding(x) or whole
     if sharding is None:
         return None
-    own, *others = sharding.spec
-    axes = (whole.spec[0] if whole else own) if mesh_axes is None else mesh_axes
+    own, others = sharding.spec[axis], [*sharding.spec[:axis], *sharding.spec[axis + 1 :]]
+    axes = (whole.spec[axis] if whole else own) if mesh_axes is None else mesh_axes
     names, used = _names([axes]), _names(others)
     sizes = [sharding.mesh.shape.get(name, 0) for name in names if name not in used]
     fits = len(sizes) == len(names) and all(sizes) and count % math.prod(sizes) == 0
-    return NamedSharding(sharding.mesh, PartitionSpec(axes if fits else None, *others))
+    others.insert(axis, axes if fits else None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*others))
+
+
+def unsharded(rank: int, *arrays: Any) -> NamedSharding | None:
+    """Returns the sharding of an array that each device has all of, beside some arrays.
+
+    Args:
+      rank: The number of axes of the array.
+      *arrays: The arrays, of which those on a mesh with explicit axes count.
+
+    Returns:
+      As `sharding_of_rows`.
+    """
+    sharding = next(filter(None, map(type_sharding, arrays)), None)
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec(*[None] * rank))
 
 
 def _names(spec: Sequence[MeshAxes]) -> list[str]:

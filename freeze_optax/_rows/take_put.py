@@ -1,7 +1,7 @@
-"""Functions that take rows out of arrays and put them into others, bit for bit."""
+"""Functions that take subsets out of arrays and put them into others, bit for bit."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,163 +9,270 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from freeze_optax._rows.exact import run_bitwise, run_on_mesh
+from freeze_optax._rows.flags import flag_from_mask, flag_within, shape_of_elements
 from freeze_optax._rows.meshes import (
     MeshAxes,
-    is_on_mesh,
-    leading_mesh_axes,
+    mesh_axes_of,
     on_automatic_axes,
     reshard_like,
     sharding_of_rows,
     type_sharding,
+    unsharded,
+)
+from freeze_optax._rows.moves import (
+    concatenate,
+    gather,
+    in_order,
+    pieces,
+    scatter,
+    slice_runs,
+    update_runs,
 )
 from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Shape, Subset
 from freeze_optax._tree.memory import put_in_memory, run_on_device, traced_memory_of
 
 
-def take_rows(x: Any, rows: Rows, like: Any = None) -> Any:
-    """Returns the rows of an array.
+def take(x: Any, subset: Subset, like: Any = None) -> Any:
+    """Returns the compact array of a subset: its rows, or a vector of its elements.
 
     Args:
-      x: The array, which may be abstract.
-      rows: Which rows to return.
+      x: The array of the whole leaf, which may be abstract.
+      subset: What to return of it.
       like: As for `sharding_of_rows`.
     """
     if isinstance(x, np.ndarray):
-        return x[rows.mask]
-    return _run_on_mesh(_taking(x, rows, like), x)
+        return _take_numpy(x, subset)
+    return run_on_mesh(_taking(x, subset, like), x)
 
 
-def take_rows_if_whole(x: Any, rows: Rows) -> Any:
-    """Returns the rows of an array that has all rows, or that has only these rows already."""
-    return x if x.shape[0] == rows.count else take_rows(x, rows)
+def take_if_whole(x: Any, subset: Subset) -> Any:
+    """Returns the compact array of a subset, of an array that is whole, or is that already."""
+    return x if subset.is_compact(x.shape) else take(x, subset)
 
 
-def take_rows_bitwise(x: Any, rows: Rows) -> Any:
-    """Returns the rows of an array with every bit kept, as frozen rows need it."""
-    return x[rows.mask] if isinstance(x, np.ndarray) else _run_bitwise(_taking(x, rows), x)
+def take_bitwise(x: Any, subset: Subset) -> Any:
+    """Returns the compact array of a subset with every bit kept, as what is frozen needs it."""
+    if isinstance(x, np.ndarray):
+        return _take_numpy(x, subset)
+    return run_bitwise(_taking(x, subset), x)
 
 
-def _taking(x: Any, rows: Rows, like: Any = None) -> Callable[..., Any]:
-    sharding = sharding_of_rows(rows.count, x, like)
-    return functools.partial(on_automatic_axes, _take, (rows,), sharding)
+def _take_numpy(x: np.ndarray, subset: Subset) -> np.ndarray:
+    if isinstance(subset, Rows):
+        return np.compress(subset.mask, x, subset.axis)
+    return x[subset.mask_of(x.shape)]
 
 
-def _take(rows: Rows, x: Any) -> Any:
-    if rows.runs:
-        return _concatenate([jax.lax.slice_in_dim(x, *run) for run in rows.runs])
-    return x.at[rows.indices].get(
-        indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+def _taking(x: Any, subset: Subset, like: Any = None) -> Callable[..., Any]:
+    if isinstance(subset, Rows):
+        sharding = sharding_of_rows(subset.count, subset.axis, x, like)
+    else:
+        sharding = unsharded(1, x)
+    return functools.partial(on_automatic_axes, _take, (subset,), sharding)
+
+
+def _take(subset: Subset, x: Any) -> Any:
+    if isinstance(subset, Rows) and subset.runs:
+        return slice_runs(x, subset.runs, subset.axis)
+    return gather(x, subset)
+
+
+def take_within(x: Any, inner: Subset, outer: Subset | None, like: Any = None) -> Any:
+    """Returns the compact array of a subset, out of that of a larger one.
+
+    Args:
+      x: The compact array of the larger subset; it may be abstract.
+      inner: What to return.
+      outer: The larger subset, which contains the other; None for the whole leaf.
+      like: As for `sharding_of_rows`.
+    """
+    if inner == outer:
+        return x
+    within = flag_within(inner, outer)
+    assert isinstance(within, Subset)
+    if outer is None or (isinstance(inner, Rows) and isinstance(outer, Rows)):
+        return take(x, within, like)
+    shape = inner.compact_shape(shape_of_elements([inner, outer]))
+    if isinstance(x, np.ndarray):
+        return _take_numpy(x, within).reshape(shape)
+    moving = functools.partial(
+        on_automatic_axes, _take_reshaped, (within, shape), unsharded(len(shape), x)
     )
+    return run_on_mesh(moving, x)
 
 
-def put_rows(x: Any, rows: Rows, values: Any) -> Any:
-    """Returns the array with some rows replaced; a NumPy array stays one.
+def _take_reshaped(subset: Subset, shape: tuple[int, ...], x: Any) -> Any:
+    return _take(subset, x).reshape(shape)
 
-    XLA writes the rows in place where it can.
+
+def put(x: Any, subset: Subset, values: Any) -> Any:
+    """Returns the array of a whole leaf with a subset replaced; a NumPy array stays one.
+
+    XLA writes the subset in place where it can.
 
     Args:
       x: The array. It is not changed.
-      rows: Which rows to replace.
-      values: The new rows.
+      subset: What to replace.
+      values: The compact array of the new values.
     """
     if isinstance(x, np.ndarray) and not isinstance(values, Tracer):
         new = x.copy()
-        new[rows.mask] = values
+        if isinstance(subset, Rows):
+            new[(slice(None),) * subset.axis + (subset.mask,)] = values
+        else:
+            new[subset.mask_of(x.shape)] = values
         return new
-
-    return _run_bitwise(_putting(x, rows, values), x, values)
-
-
-def _putting(x: Any, rows: Rows, values: Any) -> Callable[..., Any]:
-    sharding = type_sharding(x) or sharding_of_rows(x.shape[0], values)
-    return functools.partial(on_automatic_axes, _put, (rows,), sharding)
+    return run_bitwise(_putting(x, subset, values), x, values)
 
 
-def _put(rows: Rows, x: Any, values: Any) -> Any:
-    if not rows.runs:
-        return x.at[rows.indices].set(
-            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-        )
-    for first, piece in _pieces(rows.runs, values):
-        x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, 0)
-    return x
+def _putting(x: Any, subset: Subset, values: Any) -> Callable[..., Any]:
+    sharding = type_sharding(x)
+    if isinstance(subset, Rows):
+        sharding = sharding or sharding_of_rows(x.shape[subset.axis], subset.axis, values)
+    else:
+        sharding = sharding or unsharded(x.ndim, values)
+    return functools.partial(on_automatic_axes, _put, (subset,), sharding)
 
 
-def join_rows(
-    rows: Sequence[Rows], arrays: Sequence[Any], like: Any = None, mesh_axes: MeshAxes = None
+def _put(subset: Subset, x: Any, values: Any) -> Any:
+    if isinstance(subset, Rows) and subset.runs:
+        return update_runs(x, values, subset.runs, subset.axis)
+    return scatter(x, subset, values)
+
+
+def join(
+    subsets: Sequence[Subset], arrays: Sequence[Any], like: Any = None, mesh_axes: MeshAxes = None
 ) -> Any:
-    """Returns the rows of several arrays in one array, in the order that they have in the leaf.
+    """Returns the compact array of the union of several subsets, or the whole leaf if that is it.
 
     Args:
-      rows: For each array, which rows of the leaf it holds. No row is in two arrays.
-      arrays: The arrays.
+      subsets: The subsets, of one leaf. No element is in two of them.
+      arrays: The compact array of each.
       like: An array whose sharding the result has, if the arrays are on a mesh with explicit axes.
-      mesh_axes: Without `like`, the mesh axes for the leading axis of the result; by default those
-        of the first array that has some.
+      mesh_axes: Without `like`, the mesh axes for the axis of the rows; by default those of the
+        first array that has some.
     """
     if len(arrays) == 1:
         return reshard_like(arrays[0], like)
-    order = np.argsort(np.concatenate([one.indices for one in rows]))
-    if any(isinstance(x, np.ndarray) for x in arrays) and not _any_isinstance(arrays, Tracer):
+    same_axis = _axis_of_all(subsets)
+    is_traced = any(isinstance(x, Tracer) for x in arrays)
+    if any(isinstance(x, np.ndarray) for x in arrays) and not is_traced:
         (dtype,) = {x.dtype for x in arrays if isinstance(x, np.ndarray)}
-        return np.concatenate([np.asarray(x, dtype) for x in arrays])[order]
+        arrays = [np.asarray(x, dtype) for x in arrays]
+        if same_axis is None:
+            return _join_elements(tuple(subsets), *arrays)
+        order = np.argsort(np.concatenate([one.indices for one in _as_rows(subsets)]))
+        return np.concatenate(arrays, same_axis).take(order, same_axis)
 
-    sharded = next(filter(leading_mesh_axes, arrays), arrays[0])
-    sharding = type_sharding(like) or sharding_of_rows(len(order), sharded, mesh_axes=mesh_axes)
-    join = functools.partial(on_automatic_axes, _join, (tuple(rows),), sharding)
-    return _run_bitwise(join, *arrays)
+    if same_axis is None:
+        move: Callable[..., Any] = _join_elements
+        sharding = type_sharding(like) or unsharded(len(_union_shape(subsets)), *arrays)
+    else:
+        move = _join_rows
+        sharded = next((x for x in arrays if mesh_axes_of(x, same_axis)), arrays[0])
+        count = sum(one.count for one in subsets)
+        sharding = type_sharding(like) or sharding_of_rows(
+            count, same_axis, sharded, mesh_axes=mesh_axes
+        )
+    moving = functools.partial(on_automatic_axes, move, (tuple(subsets),), sharding)
+    return run_bitwise(moving, *arrays)
 
 
-def _join(rows: Sequence[Rows], *arrays: Any) -> Any:
+def _axis_of_all(subsets: Sequence[Subset]) -> int | None:
+    """Returns the axis that all subsets are rows of; None if there is none."""
+    axes = {one.axis if isinstance(one, Rows) else None for one in subsets}
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _as_rows(subsets: Sequence[Subset]) -> list[Rows]:
+    return [one for one in subsets if isinstance(one, Rows)]
+
+
+def _join_rows(subsets: Sequence[Subset], *arrays: Any) -> Any:
+    rows = _as_rows(subsets)
+    axis = rows[0].axis
     if not all(one.runs for one in rows):
         order = np.argsort(np.concatenate([one.indices for one in rows]))
-        return jnp.concatenate(arrays)[order]
+        joined = jnp.concatenate(arrays, axis)
+        return joined[(slice(None),) * axis + (order,)]
     pairs = zip(rows, arrays, strict=True)
-    pieces = [piece for one, x in pairs for piece in _pieces(one.runs or [], x)]
-    return _concatenate([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+    return in_order([pair for one, x in pairs for pair in pieces(x, one.runs or [], axis)], axis)
 
 
-def scatter_rows(values: jax.Array, rows: Rows, fill: float, like: Any = None) -> jax.Array:
-    """Returns an array with the given rows in their places, and zeros in all other rows.
+def _union_mask(subsets: Sequence[Subset]) -> np.ndarray:
+    shape = shape_of_elements(subsets)
+    return functools.reduce(np.logical_or, (one.mask_of(shape) for one in subsets))
+
+
+def _union_shape(subsets: Sequence[Subset]) -> tuple[int, ...]:
+    """Returns the shape of what `join` gives for elements."""
+    union = flag_from_mask(_union_mask(subsets))
+    shape = tuple(shape_of_elements(subsets))
+    return union.compact_shape(shape) if isinstance(union, Subset) else shape
+
+
+def _join_elements(subsets: Sequence[Subset], *arrays: Any) -> Any:
+    shape = shape_of_elements(subsets)
+    order = np.argsort(np.concatenate([np.flatnonzero(one.mask_of(shape)) for one in subsets]))
+    xp: Any = np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
+    joined = xp.concatenate([x.reshape(-1) for x in arrays])[order]
+    return joined.reshape(_union_shape(subsets))
+
+
+def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = None) -> jax.Array:
+    """Returns a whole leaf with the values of a subset in their places, and zeros elsewhere.
 
     Args:
-      values: The rows.
-      rows: Which rows of the result they are.
-      fill: The zero in the other rows, 0.0 or -0.0; of a complex dtype, in the real and the
-        imaginary part.
+      values: The compact array of the subset.
+      subset: What of the result they are.
+      fill: The zero elsewhere, 0.0 or -0.0; of a complex dtype, in the real and the imaginary
+        part.
       like: As for `sharding_of_rows`.
     """
+    if isinstance(subset, Rows):
+        sharding = sharding_of_rows(len(subset.mask), subset.axis, values, like)
+        shape = subset.with_length(values.shape, len(subset.mask))
+    else:
+        shape = tuple(shape_of_elements([subset]))
+        sharding = type_sharding(like) if np.ndim(like) == len(shape) else None
+        sharding = sharding or unsharded(len(shape), values)
     # The zero is given as text, because 0.0 and -0.0 are equal: jit would find the function of one
     # for the other.
-    static = (rows, str(fill), values.dtype)
-    sharding = sharding_of_rows(len(rows.mask), values, like)
-    return _run_on_mesh(functools.partial(on_automatic_axes, _scatter, static, sharding), values)
+    static = (subset, str(fill), values.dtype, shape)
+    return run_on_mesh(
+        functools.partial(on_automatic_axes, _put_among_zeros, static, sharding), values
+    )
 
 
-def _scatter(rows: Rows, fill: str, dtype: Any, values: jax.Array) -> jax.Array:
-    """Does what `scatter_rows` does; `values` may be numbers of the dtype, or their bits."""
+def _put_among_zeros(
+    subset: Subset, fill: str, dtype: Any, shape: tuple[int, ...], values: jax.Array
+) -> jax.Array:
+    """Does what `put_among_zeros` does; `values` may be numbers of the dtype, or their bits."""
     zero = float(fill)
     if values.dtype == dtype:
         other: Any = complex(zero, zero) if jnp.iscomplexobj(values) else zero
     else:
         other = np.asarray(zero, jnp.finfo(dtype).dtype).view(values.dtype)
 
-    def filled(count: int) -> jax.Array:
-        return jnp.full((count, *values.shape[1:]), other, values.dtype)
+    def filled(shape: Shape) -> jax.Array:
+        return jnp.full(shape, other, values.dtype)
 
-    if not rows.runs:
-        return put_rows(filled(len(rows.mask)), rows, values)
+    if not isinstance(subset, Rows) or not subset.runs:
+        return scatter(filled(shape), subset, values)
     # A few runs are concatenated: XLA can take a slice of the result back out at no cost.
-    pieces: list[jax.Array] = []
+    parts: list[jax.Array] = []
     end = 0
-    for first, piece in _pieces(rows.runs, values):
-        pieces += [filled(first - end), piece]
-        end = first + piece.shape[0]
-    return _concatenate([*pieces, filled(len(rows.mask) - end)])
+    for first, piece in pieces(values, subset.runs, subset.axis):
+        parts += [filled(subset.with_length(shape, first - end)), piece]
+        end = first + piece.shape[subset.axis]
+    last = filled(subset.with_length(shape, len(subset.mask) - end))
+    return concatenate([*parts, last], subset.axis)
 
 
 def below_axes(move: Callable[..., Any], count: int, *arrays: Any) -> Any:
-    """Calls a function that moves rows on arrays that have axes of examples in front of the rows.
+    """Calls a function that moves a subset on arrays with axes of examples in front of the leaf's.
 
     Args:
       move: The function.
@@ -178,98 +285,24 @@ def below_axes(move: Callable[..., Any], count: int, *arrays: Any) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def with_live_rows(x: Any, part: Any, rows: Rows) -> Any:
-    """Returns `x`, with derivatives for `part`, which holds some of its rows.
+def with_live_subset(x: Any, values: Any, subset: Subset) -> Any:
+    """Returns `x`, with derivatives for `values`, which is the compact array of a subset of it.
 
-    `put_rows(x, rows, part)` has the same value and derivatives, but it copies the whole array.
+    `put(x, subset, values)` has the same value and derivatives, but it copies the whole array.
 
     Args:
-      x: The array.
-      part: Some rows of `x`: `take_rows(x, rows)`.
-      rows: Which rows these are.
+      x: The array of the whole leaf.
+      values: `take(x, subset)`.
+      subset: The subset.
     """
-    del part, rows
+    del values, subset
     return x
 
 
-@with_live_rows.defjvp
-def _with_live_rows_jvp(rows: Rows, primals: Any, tangents: Any) -> Any:
-    # Not `put_rows`: JAX has to transpose this function, and the exact bits of a tangent do not
-    # matter. The sharding is that of the array, as the tangent of a constant may have none.
-    tangent = run_on_device(_putting(primals[0], rows, primals[1]), *tangents)
+@with_live_subset.defjvp
+def _with_live_subset_jvp(subset: Subset, primals: Any, tangents: Any) -> Any:
+    # Not `put`: JAX has to transpose this function, and the exact bits of a tangent do not matter.
+    # The sharding is that of the array, as the tangent of a constant may have none.
+    tangent = run_on_device(_putting(primals[0], subset, primals[1]), *tangents)
     # JAX makes a zero tangent in device memory, and requires the memory of the primal here.
-    return with_live_rows(*primals, rows), put_in_memory(tangent, traced_memory_of(primals[0]))
-
-
-def _pieces(runs: list[tuple[int, int]], values: Any) -> Iterator[tuple[int, Any]]:
-    """Yields the index of the first row of each run, and the rows of that run."""
-    if len(runs) == 1:
-        yield runs[0][0], values
-        return
-    start = 0
-    for first, stop in runs:
-        yield first, jax.lax.slice_in_dim(values, start, start + stop - first)
-        start += stop - first
-
-
-def _concatenate(pieces: list[Any]) -> Any:
-    present = [piece for piece in pieces if piece.shape[0]]
-    return present[0] if len(present) == 1 else jnp.concatenate(present)
-
-
-def _any_isinstance(arrays: Sequence[Any], array_type: type) -> bool:
-    return any(isinstance(x, array_type) for x in arrays)
-
-
-def _run_on_mesh(move: Callable[..., Any], *arrays: Any) -> Any:
-    """Calls a function that moves rows; on a mesh, so that every bit is kept.
-
-    Where the leading axis is sharded, XLA moves rows between devices by a sum of the rows of one
-    device and the zeros of all others. This sum turns -0.0 into 0.0, and flushes subnormal numbers
-    on a CPU. A sum of bits, as unsigned integers, is exact.
-    """
-    if _any_isinstance(arrays, jax.ShapeDtypeStruct):
-        return jax.eval_shape(move, *arrays)
-    return run_on_device(functools.partial(_move_on_mesh, move), *map(jnp.asarray, arrays))
-
-
-def _move_on_mesh(move: Callable[..., Any], *arrays: Any) -> Any:
-    dtype, has_bits = arrays[0].dtype, False
-    if any(map(is_on_mesh, arrays)):
-        has_bits = jnp.issubdtype(dtype, jnp.inexact) and all(x.dtype == dtype for x in arrays)
-    return _run_as_bits(move, *arrays) if has_bits else move(*arrays)
-
-
-def _run_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
-    """Calls a function that moves rows, and keeps every bit of them."""
-    if _any_isinstance(arrays, jax.ShapeDtypeStruct):
-        return jax.eval_shape(move, *arrays)
-    return run_on_device(functools.partial(_move_bitwise, move), *map(jnp.asarray, arrays))
-
-
-def _move_bitwise(move: Callable[..., Any], *arrays: Any) -> Any:
-    dtype = arrays[0].dtype
-    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
-    if not is_narrow or any(x.dtype != dtype for x in arrays) or any(map(is_on_mesh, arrays)):
-        return _move_on_mesh(move, *arrays)
-    # On a CPU, XLA widens these formats even to copy them, and then a NaN loses its payload.
-    as_bits = functools.partial(_run_as_bits, move)
-    return jax.lax.platform_dependent(*arrays, cpu=as_bits, default=move)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run_as_bits(move: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
-    """Calls a function that moves rows on the bits of the arrays, as unsigned integers."""
-    dtype = arrays[0].dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        parts = [[part(x) for x in arrays] for part in (jax.lax.real, jax.lax.imag)]
-        return jax.lax.complex(*(_run_as_bits(move, *part) for part in parts))
-    unsigned = f"uint{jnp.finfo(dtype).bits}"
-    moved = move(*(jax.lax.bitcast_convert_type(x, unsigned) for x in arrays))
-    return jax.lax.bitcast_convert_type(moved, dtype)
-
-
-@_run_as_bits.defjvp
-def _run_as_bits_jvp(move: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    # Moving rows is linear, but reading bits as an integer has no derivative.
-    return _run_as_bits(move, *primals), move(*tangents)
+    return with_live_subset(*primals, subset), put_in_memory(tangent, traced_memory_of(primals[0]))

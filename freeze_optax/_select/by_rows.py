@@ -1,4 +1,4 @@
-"""The selector of rows of a leaf."""
+"""The selector of rows of a leaf, along any of its axes."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._rows.rows import Flag, flag_and, flag_from_vector
+from freeze_optax._rows.flags import Flag, flag_and, flag_from_vector
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.slices import checked_slice, ends_of
 from freeze_optax._select.specs import Spec, as_selector
@@ -19,8 +19,10 @@ from freeze_optax._tree.modules import is_sparse_type
 
 @final
 class _Rows(Selector):
-    def __init__(self, spec: Spec, rows: slice | np.ndarray):
-        self._selector, self._rows = as_selector(spec), rows
+    _axis = 0  # so that former pickles have it
+
+    def __init__(self, spec: Spec, rows: slice | np.ndarray, axis: int):
+        self._selector, self._rows, self._axis = as_selector(spec), rows, axis
 
     def flags(self, leaves: Leaves) -> list[Flag]:
         selected = self._selector.flags(leaves)
@@ -31,11 +33,11 @@ class _Rows(Selector):
     def _check_dense(self, leaves: Leaves, selected: Sequence[Flag]) -> None:
         """Raises if a selected leaf is in a sparse matrix, where an array has no row for each row.
 
-        The leading axis of a batched one is that of the matrix, so its rows are right.
+        The leading axis of a batched one is that of the matrix, so its rows are right there.
         """
         nodes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_sparse_type(type(x)))
         for path, node in zip(nodes.paths, nodes.values, strict=True):
-            if not is_sparse_type(type(node)) or _is_batched(node):
+            if not is_sparse_type(type(node)) or (self._axis == 0 and _is_batched(node)):
                 continue
             below = leaves.as_stored.flags_below({path})
             if any(a and b is not False for a, b in zip(below, selected, strict=True)):
@@ -53,12 +55,17 @@ class _Rows(Selector):
             raise ValueError(
                 f"{self!r}: the leaf {path!r} is a scalar, of shape (), and has no rows"
             )
-        mask = np.zeros(shape[0], bool)
-        problem = _problem(self._rows, shape[0])
+        axis = self._axis + len(shape) if self._axis < 0 else self._axis
+        if not 0 <= axis < len(shape):
+            raise ValueError(
+                f"{self!r}: the leaf {path!r} is of shape {shape}, so it has no axis {self._axis}"
+            )
+        problem = _problem(self._rows, shape[axis])
         if problem:
             raise ValueError(f"{self!r}: the leaf {path!r} is of shape {shape}, so {problem}")
+        mask = np.zeros(shape[axis], bool)
         mask[self._rows] = True
-        return flag_and(flag, flag_from_vector(mask))
+        return flag_and(flag, flag_from_vector(mask, axis), shape)
 
     def __repr__(self) -> str:
         rows = self._rows
@@ -66,7 +73,8 @@ class _Rows(Selector):
             text = f"slice({', '.join(map(repr, ends_of(rows)))})"
         else:
             text = f"{len(rows)} {'bools' if rows.dtype == bool else 'indices'}"
-        return f"rows({self._selector!r}, {text})"
+        axis = f", axis={self._axis}" if self._axis else ""
+        return f"rows({self._selector!r}, {text}{axis})"
 
 
 def _is_batched(matrix: Any) -> bool:
@@ -88,11 +96,13 @@ def _problem(rows: slice | np.ndarray, count: int) -> str:
     return f"row {beyond[0]} is out of range" if beyond.size else ""
 
 
-def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) -> Selector:
-    """Selects rows of the leading axis of each leaf that a spec selects.
+def rows(
+    spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray, axis: int = 0
+) -> Selector:
+    """Selects rows, along one axis, of each leaf that a spec selects.
 
-    Use it to train only the new tokens of an embedding, or the last layers of a model whose layers
-    are stacked in one array.
+    Use it to train only the new tokens of an embedding, the new columns of an output head, some
+    heads of attention, or the last layers of a model whose layers are stacked in one array.
 
     The optimizer gets an array of the rows that train, and keeps state for these rows alone. An
     optimizer that treats each element alone (Adam, momentum) updates these rows as it would without
@@ -106,8 +116,11 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
     with `holes=True`, which gives the gradient of those rows alone. To save the backward pass of
     stacked layers too, see `freeze_optax.scan`.
 
+    Rows of one leaf along different axes can be combined (`|`, `&`, `-`). What then trains, if it
+    is no rows along one axis, is single elements, see `freeze_optax.elements`.
+
     On a mesh with explicit axes, the array of some rows is sharded as the leaf. If the mesh does
-    not divide their number, its leading axis is not sharded.
+    not divide their number, the axis of the rows is not sharded.
 
     `freeze_optax.apply_updates` writes only the rows that train, in place if the params are
     donated. `optax.apply_updates`, which `TrainState` and `nnx.Optimizer` call, adds -0.0 to the
@@ -117,31 +130,39 @@ def rows(spec: Spec, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) 
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import freeze_optax as fo
-      >>> params = {"embed": jnp.zeros((5, 2)), "head": jnp.zeros(2)}
-      >>> old_tokens = fo.rows("embed", slice(0, 3))
-      >>> old_tokens(params)["embed"].tolist(), old_tokens(params)["head"]
-      ([True, True, True, False, False], False)
+      >>> params = {"embed": jnp.zeros((5, 2)), "head": jnp.zeros((2, 5))}
+      >>> old_tokens = fo.rows("embed", slice(0, 3)) | fo.rows("head", slice(0, 3), axis=1)
+      >>> old_tokens(params)["embed"].tolist()
+      [True, True, True, False, False]
+      >>> old_tokens(params)["head"].tolist()
+      [[True, True, True, False, False]]
       >>> state = fo.freezable(optax.adam(1e-3), old_tokens).init(params)
-      >>> optax.tree_utils.tree_get(state, "mu")["embed"].shape
-      (2, 2)
+      >>> mu = optax.tree_utils.tree_get(state, "mu")
+      >>> mu["embed"].shape, mu["head"].shape
+      ((2, 2), (2, 2))
 
     Args:
       spec: Which leaves: any spec, see `freeze_optax.mask`.
       rows: Which rows of each leaf: a slice, ints, or a vector with one bool for each row.
+      axis: The axis along which they are counted; a negative one is counted from the last.
 
     Returns:
-      The selector. In its mask each such leaf has a NumPy vector of bools, one for each row, or a
-      plain bool if all rows or no rows are selected. Applied to a tree, it raises ValueError,
-      naming path and shape, if rows are out of range (the ends of a slice too), if the number of
-      bools is not the number of rows, or if a leaf that could train is a scalar.
+      The selector. In its mask each such leaf has a NumPy array of bools: for the leading axis a
+      vector with one for each row, for another axis an array that has the length 1 along all other
+      axes; or a plain bool if all rows or no rows are selected. Applied to a tree, it raises
+      ValueError, naming path and shape, if a leaf has no such axis, if rows are out of range (the
+      ends of a slice too), if the number of bools is not the number of rows, or if a leaf that
+      could train is a scalar.
 
     Raises:
-      TypeError: If `rows` is none of these, or is traced.
+      TypeError: If `rows` is none of these, or is traced; or if `axis` is not an integer.
       ValueError: If `rows` is a slice with a step of 0.
     """
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise TypeError(f"the axis of rows is an integer, not {axis!r}")
     if isinstance(rows, slice):
-        return _Rows(spec, checked_slice(rows, "rows are"))
-    return _Rows(spec, _index_vector(rows))
+        return _Rows(spec, checked_slice(rows, "rows are"), int(axis))
+    return _Rows(spec, _index_vector(rows), int(axis))
 
 
 def _index_vector(rows: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import final
 
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, as_selector
 from freeze_optax._tree.leaves import Leaves

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from freeze_optax._rows.rows import flag_to_mask
+from freeze_optax._rows.flags import flags_to_masks
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._tree.leaves import Leaves
 
@@ -34,8 +34,10 @@ def mask(spec: Spec, tree: Any) -> Any:
 
     Returns:
       A tree of the structure of `tree`, with a Python bool at each leaf, True for frozen. Where a
-      leaf is frozen in part, it has a NumPy vector of bools, one for each row. Holes
-      (`optax.MaskedNode`) stay. `tree` is unchanged.
+      leaf is frozen in part, it has a NumPy array of bools that broadcasts to the leaf: a vector,
+      one bool for each row, for rows of the leading axis; an array of length 1 along all other axes
+      for rows of another axis; an array of the leaf's shape for single elements. Such arrays in a
+      mask are read in the same way. Holes (`optax.MaskedNode`) stay. `tree` is unchanged.
 
     Raises:
       ValueError: If a pattern selects nothing, or a mask or state is of another tree.
@@ -43,7 +45,7 @@ def mask(spec: Spec, tree: Any) -> Any:
       TypeError: If a mask holds anything but bools, or the spec is a class.
     """
     leaves = Leaves(tree)
-    return leaves.fill_leaves(map(flag_to_mask, resolve(spec, leaves)))
+    return leaves.fill_leaves(flags_to_masks(resolve(spec, leaves), leaves.values))
 
 
 def labels(spec: Spec, tree: Any) -> Any:

@@ -3,19 +3,20 @@
 import abc
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from freeze_optax._rows.rows import (
+from freeze_optax._rows.flags import (
     Flag,
-    Rows,
+    combine_flags,
     flag_and,
     flag_minus,
     flag_not,
     flag_or,
-    flag_to_mask,
+    flags_to_masks,
 )
+from freeze_optax._rows.subset import Shape, Subset
 from freeze_optax._tree.globs import compile_glob, with_slashes
 from freeze_optax._tree.holes import is_placeholder
 from freeze_optax._tree.key_paths import dots_as_slashes, nodes_of
@@ -23,6 +24,9 @@ from freeze_optax._tree.kinds import can_train, why_lost
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import nearest_names
 from freeze_optax._tree.quantized import QuantizedNode, quantized_nodes
+
+Combination: TypeAlias = Callable[[Flag, Flag, Shape], Flag]
+"""How two flags of a leaf give one; the shape is that of the leaf."""
 
 
 class Selector(abc.ABC):
@@ -43,7 +47,7 @@ class Selector(abc.ABC):
 
     @abc.abstractmethod
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        """Returns for each leaf, of any dtype, whether it is selected, or which of its rows are."""
+        """Returns for each leaf, of any dtype, whether it is selected, or which part of it is."""
 
     def __call__(self, tree: Any) -> Any:
         """Returns the raw mask: the structure of `tree`, with a Python bool at each leaf.
@@ -69,14 +73,14 @@ class Selector(abc.ABC):
         if is_placeholder(tree):
             return tree
         leaves = Leaves(tree)
-        return leaves.fill_leaves(map(flag_to_mask, self.flags(leaves)))
+        return leaves.fill_leaves(flags_to_masks(self.flags(leaves), leaves.values))
 
     def labels(self, tree: Any) -> Any:
         """Returns the label `"frozen"` or `"trainable"` for each leaf of `tree`.
 
         The method is a label function for `optax.partition`. A leaf that cannot be trained (an
         integer, a PRNG key) is always `"frozen"`. A leaf that is frozen in part
-        (`freeze_optax.rows`) has no label, and is an error.
+        (`freeze_optax.rows`, `freeze_optax.elements`) has no label, and is an error.
 
         Examples:
           >>> import optax
@@ -107,7 +111,7 @@ class Selector(abc.ABC):
         frozen = with_untrainable(selected, leaves, quantized_nodes(leaves))
         check_not_lost(selected, frozen, leaves)
         for path, flag in zip(leaves.paths, frozen, strict=True):
-            if isinstance(flag, Rows):
+            if isinstance(flag, Subset):
                 raise ValueError(
                     f"{path!r} is frozen in part ({flag!r}), but a label is for a whole leaf; "
                     "freeze_optax.freezable takes such a spec"
@@ -140,7 +144,7 @@ class Selector(abc.ABC):
         return _Not(self)
 
 
-def _combine(symbol: str, function: Callable[[Flag, Flag], Flag], left: Any, right: Any) -> Any:
+def _combine(symbol: str, function: Combination, left: Any, right: Any) -> Any:
     if not all(isinstance(side, Selector | str) for side in (left, right)):
         return NotImplemented
     left, right = (Path((side,)) if isinstance(side, str) else side for side in (left, right))
@@ -152,7 +156,7 @@ class _Combined(Selector):
     def __init__(
         self,
         symbol: str,
-        function: Callable[[Flag, Flag], Flag],
+        function: Combination,
         left: Selector,
         right: Selector,
     ):
@@ -162,7 +166,8 @@ class _Combined(Selector):
         first, others = self._chain()
         flags = list(first.flags(leaves))
         for other in others:
-            flags = list(map(other._function, flags, other._right.flags(leaves)))
+            right = other._right.flags(leaves)
+            flags = combine_flags(other._function, flags, right, leaves.values)
         return flags
 
     def _chain(self) -> tuple[Selector, list["_Combined"]]:
@@ -232,13 +237,13 @@ def with_untrainable(
     another leaf of it is not, the spec tells them apart, and that other leaf trains.
 
     Args:
-      raw: For each leaf, whether it is selected, or which of its rows.
+      raw: For each leaf, whether it is selected, or which part of it.
       leaves: The leaves of the params.
       quantized: The quantized nodes to keep whole.
-      partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
+      partitioned: Whether a leaf that is frozen in part may consist of what trains alone.
 
     Raises:
-      ValueError: If the rows are of a leaf of another length.
+      ValueError: If the rows are of a leaf of another length, or the elements of another shape.
     """
     pairs = zip(raw, leaves.values, strict=True)
     flags = [flag if flag is True or can_train(leaf) else True for flag, leaf in pairs]
@@ -246,7 +251,7 @@ def with_untrainable(
         flags[node.stored] = True
         for i in node.companions if raw[node.stored] is not True else ():
             flags[i] = True
-    _check_rows(flags, leaves, partitioned)
+    _check_subsets(flags, leaves, partitioned)
     return flags
 
 
@@ -254,7 +259,7 @@ def check_not_lost(selected: Sequence[Flag], frozen: Sequence[Flag], leaves: Lea
     """Raises if a leaf that is not selected is frozen because of the form that it is in.
 
     Args:
-      selected: For each leaf, whether it is selected, or which of its rows.
+      selected: For each leaf, whether it is selected, or which part of it.
       frozen: For each leaf, what `with_untrainable` gives.
       leaves: The leaves of the params.
 
@@ -272,11 +277,13 @@ def check_not_lost(selected: Sequence[Flag], frozen: Sequence[Flag], leaves: Lea
             )
 
 
-def _check_rows(flags: Sequence[Flag], leaves: Leaves, partitioned: bool) -> None:
+def _check_subsets(flags: Sequence[Flag], leaves: Leaves, partitioned: bool) -> None:
     # The error alone reads the paths: their text takes time to make, and this runs in each eager
     # step.
     for i, (flag, leaf) in enumerate(zip(flags, leaves.values, strict=True)):
-        if isinstance(flag, Rows) and not flag.fits(leaf, partitioned):
+        if not isinstance(flag, Subset) or flag.fits(leaf.shape):
+            continue
+        if not (partitioned and (~flag).is_compact(leaf.shape)):
             raise ValueError(
                 f"{flag!r} of {leaves.paths[i]!r} are frozen, but the leaf is of shape "
                 f"{np.shape(leaf)}"
@@ -289,7 +296,7 @@ def can_thaw(selected: Sequence[Flag], leaves: Leaves) -> list[bool]:
     A leaf of a quantized node trains only if it is selected apart from the node's values.
 
     Args:
-      selected: For each leaf, whether it is selected, or which of its rows.
+      selected: For each leaf, whether it is selected, or which part of it.
       leaves: The leaves of the params.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from freeze_optax._rows.rows import Flag, flag_from_vector, flag_union
+from freeze_optax._rows.flags import Flag, flag_from_mask, flag_from_vector, flag_union
 from freeze_optax._select.by_variable import ByVariable, is_variable_filter
 from freeze_optax._select.selector import (
     Path,
@@ -40,7 +40,10 @@ class _Union(Selector):
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         columns = [part.flags(leaves) for part in self._parts]
-        return [flag_union(row) for row in zip(*columns, strict=True)] or nothing.flags(leaves)
+        if not columns:
+            return nothing.flags(leaves)
+        rows = zip(leaves.values, *columns, strict=True)
+        return [flag_union(flags, np.shape(leaf)) for leaf, *flags in rows]
 
     def __repr__(self) -> str:
         return repr(self._parts)
@@ -178,7 +181,7 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     shape = getattr(value, "shape", None)
-    if shape is not None and len(shape) < 2 and getattr(value, "dtype", None) == np.bool_:
+    if shape is not None and getattr(value, "dtype", None) == np.bool_:
         if isinstance(value, Tracer):
             raise TypeError(
                 f"the mask at {path!r} is traced, but what is frozen is settled before tracing; "
@@ -188,17 +191,34 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
             return bool(value)
         leaf_shape = getattr(leaf, "shape", ())
         if leaf_shape and isinstance(value, np.ndarray | jax.Array):
-            if shape != leaf_shape[:1]:
-                raise ValueError(
-                    f"the mask at {path!r} has {shape[0]} bools, one for each row, but the leaf "
-                    f"{leaf_path!r} is of shape {leaf_shape}"
-                )
-            return flag_from_vector(np.asarray(value))
+            return _as_part(np.asarray(value), leaf_shape, path, leaf_path)
     kind = f"{type(value).__name__}{getattr(value, 'shape', '')}"
     hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
     if not path and not isinstance(value, str):
         hint = "; a spec is a path glob, a selector, a mask, an optimizer state, or a list of these"
     raise TypeError(f"the mask at {path!r} is {kind}, not a bool{hint}")
+
+
+def _as_part(value: np.ndarray, leaf_shape: tuple[int, ...], path: str, leaf_path: str) -> Flag:
+    """Returns the flag for an array of bools at `path` in a mask."""
+    if value.shape == leaf_shape[:1]:
+        return flag_from_vector(value)
+    if value.ndim == 1:
+        raise ValueError(
+            f"the mask at {path!r} has {len(value)} bools, one for each row, but the leaf "
+            f"{leaf_path!r} is of shape {leaf_shape}"
+        )
+    pairs = zip(value.shape, leaf_shape, strict=False)
+    if value.ndim != len(leaf_shape) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(
+            f"the mask at {path!r} is of shape {value.shape}, but the leaf {leaf_path!r} is of "
+            f"shape {leaf_shape}; give a bool for each element, or arrays of length 1 along the "
+            "axes along which all is alike"
+        )
+    varying = [axis for axis, length in enumerate(value.shape) if length > 1]
+    if len(varying) == 1:
+        return flag_from_vector(value.ravel(), *varying)
+    return flag_from_mask(np.broadcast_to(value, leaf_shape))
 
 
 def is_function(x: Any) -> bool:
@@ -292,7 +312,7 @@ def resolve(spec: Spec, leaves: Leaves, partitioned: bool = False) -> list[Flag]
     Args:
       spec: Any spec, see `freeze_optax.mask`.
       leaves: The leaves of the params.
-      partitioned: Whether a leaf that is frozen in part may consist of the rows that train alone.
+      partitioned: Whether a leaf that is frozen in part may consist of what trains alone.
 
     Raises:
       ValueError: If the spec does not fit, or if a leaf that is not selected would silently not

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list

@@ -8,8 +8,9 @@ import jax
 import optax
 
 from freeze_optax._former_names import with_present_names
+from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.parts import PartTable
-from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.subset import Subset
 from freeze_optax._state.context import LeafKind, PlanContext
 from freeze_optax._state.layout import Layout
 from freeze_optax._tree.holes import is_hole
@@ -44,11 +45,11 @@ class Plan:
     Attributes:
       paths: The key path of each leaf of the params.
       frozen: For each part of a leaf, whether it is frozen. A leaf is one part, unless it is
-        split by rows.
+        split.
       cohorts: For each part, the index of the cohort whose counters it uses, or `DROPPED`. A
         frozen part that has a cohort is parked: its state is kept unchanged.
       schedule: Under `scheduled`, pairs of a first step and the frozen flags from that step on.
-      part_table: The parts, if a leaf is frozen by rows; else None.
+      part_table: The parts, if a leaf is frozen in part; else None.
       context: What the plan shares with other plans of the state.
     """
 
@@ -263,7 +264,9 @@ class Plan:
             kinds = self.in_order_of(leaves, self.context.leaf_kinds, role, overwritten=())
             columns = zip(leaves.values, flags, kinds, strict=True)
             for i, (leaf, flag, kind) in enumerate(columns):
-                if isinstance(flag, Rows) and kind and rank(leaf) not in (0, kind[0]):
+                if not isinstance(flag, Subset) or not kind:
+                    continue
+                if rank(leaf) not in (0, kind[0], flag.compact_rank(kind[0])):
                     raise ValueError(
                         f"{flag!r} of {leaves.paths[i]!r} are frozen, of a leaf of {kind[0]} axes, "
                         f"but in the {role} it is of shape {leaf.shape}; where there are axes of "

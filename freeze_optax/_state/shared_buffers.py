@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from freeze_optax._rows.rows import Flag
+from freeze_optax._rows.flags import Flag
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
 

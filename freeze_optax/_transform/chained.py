@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from freeze_optax._rows.rows import Flag, flag_minus, flag_not
+from freeze_optax._rows.flags import Flag, flag_minus, flag_not
 from freeze_optax._state.plan import Plan
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
@@ -26,7 +26,7 @@ def remember_updates(updates: Sequence[Any], frozen: Sequence[Flag]) -> None:
 
     Args:
       updates: The updates of the leaves.
-      frozen: For each leaf, whether its update is zero, or in which rows it is.
+      frozen: For each leaf, whether its update is zero, or which part of it is.
     """
     for update, flag in zip(updates, frozen, strict=True):
         key = id(update)
@@ -45,7 +45,7 @@ def check_not_chained(grads: Leaves, plan: Plan) -> None:
         reference, zero = _made.get(id(grad), (None, False))
         if reference is None or reference() is not grad:
             return
-        if flag_minus(flag_not(frozen), zero) is not False:
+        if flag_minus(flag_not(frozen), zero, grad.shape) is not False:
             return
         trained.append(path)
     if trained:

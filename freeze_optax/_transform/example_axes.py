@@ -11,6 +11,7 @@ import numpy as np
 
 from freeze_optax._rows.parts import axes_in_front
 from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Subset
 from freeze_optax._state.context import LeafKind
 from freeze_optax._state.plan import Plan
 from freeze_optax._tree.holes import is_hole
@@ -54,20 +55,38 @@ def check_gradients_of_rows(plan: Plan, grads: Leaves, ranks: Ranks, params: Lea
     A whole leaf is left to the inner transformation, which takes what it takes without `freezable`.
     """
     for i, (grad, flag, leaf_rank) in enumerate(zip(grads.values, plan.mask, ranks, strict=True)):
-        if not isinstance(flag, Rows):
+        if not isinstance(flag, Subset):
             continue
-        live = (~flag).count
         shape = np.shape(grad)
-        of_leaf = shape[axes_in_front(grad, leaf_rank) :]
         leaf_shape = None if params is None or is_hole(params.values[i]) else params.values[i].shape
-        fits = of_leaf[:1] in ((len(flag.mask),), (live,))
-        fits = fits and leaf_rank in (None, len(of_leaf))
-        if fits and leaf_shape is not None:
-            fits = of_leaf[1:] == leaf_shape[1:]
-        if not fits:
-            of_shape = f"shape {leaf_shape}" if leaf_shape else f"{leaf_rank} axes"
-            raise ValueError(
-                f"the gradient of {plan.paths[i]!r} is of shape {shape}, but the optimizer state "
-                f"is for all {len(flag.mask)} rows or the {live} that train, of a leaf of "
-                f"{of_shape}; only axes of examples, in front of the rows, may be added"
-            )
+        if _fits(flag, shape[axes_in_front(grad, leaf_rank) :], leaf_rank, leaf_shape):
+            continue
+        of_shape = f"shape {leaf_shape}" if leaf_shape else f"{leaf_rank} axes"
+        live = ~flag
+        if isinstance(flag, Rows):
+            parts = f"all {len(flag.mask)} rows or the {live.count} that train, of a leaf of"
+        else:
+            parts = f"the whole leaf or the {live!r} that train, in a vector, of a leaf of"
+        raise ValueError(
+            f"the gradient of {plan.paths[i]!r} is of shape {shape}, but the optimizer state is "
+            f"for {parts} {of_shape}; only axes of examples, in front of those of the leaf, may be "
+            "added to a gradient of the whole leaf"
+        )
+
+
+def _fits(
+    frozen: Subset,
+    shape: tuple[int, ...],
+    leaf_rank: int | None,
+    leaf_shape: tuple[int, ...] | None,
+) -> bool:
+    """Returns whether a gradient of this shape is one of the whole leaf, or of what trains."""
+    live = ~frozen
+    if not (frozen.fits(shape) or live.is_compact(shape)):
+        return False
+    if not isinstance(frozen, Rows):
+        return True
+    if leaf_shape is None:
+        return leaf_rank in (None, len(shape))
+    # What differs at most is the number of rows.
+    return frozen.with_length(shape, 0) == frozen.with_length(leaf_shape, 0)

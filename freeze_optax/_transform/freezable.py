@@ -12,14 +12,18 @@ import numpy as np
 import optax
 
 from freeze_optax._params.zeros import Zeros
+from freeze_optax._rows.elements import Elements
+from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.parts import (
     axes_in_front,
+    axes_in_front_of,
     is_hole_or_parts,
     join_parts,
-    put_live_rows,
+    put_live,
 )
-from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import below_axes, scatter_rows
+from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import below_axes, put_among_zeros
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve, untrainable
 from freeze_optax._state.context import PlanContext
@@ -254,18 +258,18 @@ def _with_frozen_updates(
             return frozen_update(i, grad, param)
         leaf_rank = ranks[i]
         leaf = grad if is_hole(param) else param
-        if not isinstance(frozen, Rows):
+        if not isinstance(frozen, Subset):
             return join_parts(live_update, leaf_rank, leaf)
-        live_rows = ~frozen
-        if np.shape(grad)[axes_in_front(grad, leaf_rank)] == live_rows.count:
+        trained = ~frozen
+        if trained.is_compact(np.shape(grad)[axes_in_front(grad, leaf_rank) :]):
             return join_parts(live_update, leaf_rank, grad)
-        rows = join_parts(live_update, leaf_rank)
+        compact = join_parts(live_update, leaf_rank)
         # The inner transformation may keep the axes of examples, or reduce them.
-        in_front = axes_in_front(rows, leaf_rank)
+        in_front = axes_in_front_of(compact, trained, leaf_rank)
         if not in_front:
-            return scatter_rows(rows, live_rows, -0.0, leaf)
-        scatter = functools.partial(scatter_rows, rows=live_rows, fill=-0.0)
-        return below_axes(scatter, in_front, rows)
+            return put_among_zeros(compact, trained, -0.0, leaf)
+        scatter = functools.partial(put_among_zeros, subset=trained, fill=-0.0)
+        return below_axes(scatter, in_front, compact)
 
     param_values = [HOLE] * len(grads.values) if params is None else params.values
     columns = zip(grads.values, param_values, live, plan.mask, strict=True)
@@ -294,7 +298,9 @@ def _adapt_extra(
         if jax.tree_util.treedef_is_leaf(leaves.treedef):
             # If the params are one bare array, every scalar has their structure.
             (frozen,) = plan.mask
-            return isinstance(frozen, Rows) and np.ndim(value) > 0 and frozen.fits(value, True)
+            if not isinstance(frozen, Subset):
+                return False
+            return frozen.fits(np.shape(value)) or (~frozen).is_compact(np.shape(value))
         return all(map(_may_stand_for, leaves.values, reference.values, plan.mask, ranks))
 
     def drop(value: Any) -> Any:
@@ -311,8 +317,8 @@ def _adapt_extra(
             )
         triples = zip(leaves.values, reference.values, plan.mask, strict=True)
         return leaves.rebuild(
-            put_live_rows(p, ~flag, x)
-            if isinstance(flag, Rows)
+            put_live(p, ~flag, x)
+            if isinstance(flag, Subset)
             else p
             if is_hole(x)
             else join_parts(x)
@@ -328,19 +334,28 @@ def _adapt_extra(
 def _may_stand_for(x: Any, leaf: Any, frozen: Flag, leaf_rank: int | None) -> bool:
     """Whether `x` may belong to `leaf`, by its shape; a batch may have the same keys as the params.
 
-    `x` may consist of the rows that train alone, and a number may stand for a whole leaf. `leaf` is
-    a param or a gradient, which may have axes of examples in front.
+    `x` may consist of what trains alone, and a number may stand for a whole leaf. `leaf` is a param
+    or a gradient, which may have axes of examples in front.
     """
     if x is None or leaf is None or is_hole_or_parts(x) or is_hole(leaf):
         return True
-    if np.ndim(x) == 0:
+    shape, leaf_shape = np.shape(x), np.shape(leaf)
+    if not shape:
         return True
-    in_front = axes_in_front(leaf, leaf_rank)
-    shape = _without_row_axis(np.shape(leaf), in_front, frozen)
-    if _without_row_axis(np.shape(x), in_front, frozen) == shape:
-        return True
-    return _without_row_axis(np.shape(x), 0, frozen) == shape[in_front:]
+    if isinstance(frozen, Elements):
+        in_front = leaf_shape[: axes_in_front(leaf, leaf_rank)]
+        forms = frozen.shape, (~frozen).compact_shape(frozen.shape)
+        return any(shape in (form, (*in_front, *form)) for form in forms)
+    count = axes_in_front(leaf, leaf_rank)
+    if isinstance(frozen, Rows):
+        # Of the rows, `x` may have all or those that train, whichever the leaf has.
+        axis = frozen.axis
+        without_rows = _without_axis(leaf_shape, count + axis)
+        if _without_axis(shape, count + axis) == without_rows:
+            return True
+        return _without_axis(shape, axis) == without_rows[count:]
+    return shape in (leaf_shape, leaf_shape[count:])
 
 
-def _without_row_axis(shape: tuple[int, ...], axis: int, frozen: Flag) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :]) if isinstance(frozen, Rows) else shape
+def _without_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])

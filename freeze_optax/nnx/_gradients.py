@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from freeze_optax._params.zeros import Zeros
-from freeze_optax._rows.rows import Flag, Rows
-from freeze_optax._rows.take_put import scatter_rows, take_rows
+from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.take_put import put_among_zeros, take
 from freeze_optax._select.selector import Selector, nothing
 from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
 from freeze_optax._state.freeze_state import states_in
@@ -113,7 +114,7 @@ def _variables_of_gradient(model: nnx.Module, frozen: Spec, wrt: Any) -> Any:
 
 
 def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
-    """Returns the gradient with zeros at all frozen variables and rows."""
+    """Returns the gradient with zeros at all that is frozen."""
     zeros, by_path = Zeros(), dict(nnx.to_flat_state(gradient))
     complete = Leaves(
         nnx.from_flat_state(
@@ -122,7 +123,7 @@ def _with_zeros(leaves: Leaves, frozen: Sequence[Flag], gradient: Any) -> Any:
         )
     )
     return complete.rebuild(
-        scatter_rows(take_rows(x, ~flag), ~flag, 0.0, x) if isinstance(flag, Rows) else x
+        put_among_zeros(take(x, ~flag), ~flag, 0.0, x) if isinstance(flag, Subset) else x
         for x, flag in zip(complete.values, frozen, strict=True)
     )
 

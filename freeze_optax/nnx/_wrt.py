@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from freeze_optax._rows.rows import Flag, Rows
+from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.subset import Subset
 from freeze_optax._select.by_variable import VariableFilter
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.key_paths import path_text
@@ -95,7 +96,7 @@ def wrt(model: nnx.Module, where: Spec, wrt: Any = nnx.Param) -> Callable[[KeyPa
     leaves = Leaves(variables_of(model, wrt))
     flags = resolve(OnModel(where, model), leaves)
     for path, flag in zip(leaves.paths, flags, strict=True):
-        if isinstance(flag, Rows):
+        if isinstance(flag, Subset):
             raise ValueError(
                 f"NNX takes a Variable as a whole, but of {path!r} {flag!r} are frozen; give an "
                 "optimizer of fo.freezable, with wrt=nnx.Param, that spec"

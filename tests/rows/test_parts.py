@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from freeze_optax._rows.parts import Parts, PartTable, is_hole_or_parts, join_parts, put_live_rows
+from freeze_optax._rows.parts import Parts, PartTable, is_hole_or_parts, join_parts, put_live
 from freeze_optax._rows.rows import Rows
 from freeze_optax._tree.leaves import Leaves
 
@@ -74,7 +74,7 @@ def test_parts_are_a_node_whose_arrays_are_leaves_and_whose_rows_are_static():
     assert treedef != jax.tree.structure(Parts([1, 2], (FIRST, MIDDLE)))
     assert hash(treedef) == hash(jax.tree.structure(Parts([1, 2], (FIRST, LAST))))
     back = jax.tree.unflatten(treedef, [3, 4])
-    assert (type(back), back.values, back.rows) == (Parts, (3, 4), (FIRST, LAST))
+    assert (type(back), back.values, back.subsets) == (Parts, (3, 4), (FIRST, LAST))
     assert Leaves({"w": parts}).paths == ("w", "w")
     assert repr(parts) == "Parts(2 of 6 rows: 'a', 2 of 6 rows: 'b')"
 
@@ -198,7 +198,7 @@ def test_split_names_a_leaf_with_other_rows_and_its_shape(leaf, message):
 def test_restore_gathers_the_values_of_each_leaf():
     a, parts, c, d = CUT.group_by_leaf(["a", "first", "last", "c", "even"])
     assert (a, c, d) == ("a", "c", "even")
-    assert (parts.values, parts.rows) == (("first", "last"), (FIRST, LAST))
+    assert (parts.values, parts.subsets) == (("first", "last"), (FIRST, LAST))
 
 
 def test_restore_is_the_inverse_of_split():
@@ -216,5 +216,5 @@ def test_fill_sets_the_rows_that_train_in_a_whole_leaf_or_gives_them_alone():
     expected = whole.copy()
     expected[[0, 1, 4, 5]] = X[[0, 1, 4, 5]]
     for value in (rows, parts):
-        assert np.asarray(put_live_rows(whole, live, value)).tolist() == expected.tolist()
-        assert np.asarray(put_live_rows(rows, live, value)).tolist() == rows.tolist()
+        assert np.asarray(put_live(whole, live, value)).tolist() == expected.tolist()
+        assert np.asarray(put_live(rows, live, value)).tolist() == rows.tolist()

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freeze_optax._rows import rows as rows_file
+from freeze_optax._rows import flags as flags_file
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.take_put import (
-    put_rows,
-    scatter_rows,
-    take_rows,
-    take_rows_bitwise,
-    with_live_rows,
+    put,
+    put_among_zeros,
+    take,
+    take_bitwise,
+    with_live_subset,
 )
 from tests.support.sampling import cases
 
@@ -97,8 +97,8 @@ FEW_ROWS = pytest.mark.parametrize("name", cases({x: x for x in ("middle", *FEW[
 def test_take_gives_these_rows_bit_for_bit(x, y, name, wrap):
     mask = MASKS[name]
     rows = Rows(mask)
-    _assert_same_bits(wrap(lambda x: take_rows(x, rows))(jnp.asarray(x)), x[mask])
-    _assert_same_bits(take_rows(x, rows), x[mask])
+    _assert_same_bits(wrap(lambda x: take(x, rows))(jnp.asarray(x)), x[mask])
+    _assert_same_bits(take(x, rows), x[mask])
 
 
 @COMPILED
@@ -107,7 +107,7 @@ def test_take_gives_these_rows_bit_for_bit(x, y, name, wrap):
 def test_put_sets_these_rows_and_keeps_every_bit_of_the_others(x, y, name, wrap):
     mask = MASKS[name]
     rows, expected = Rows(mask), np.where(mask[:, None], y, x)
-    new = wrap(lambda x, values: put_rows(x, rows, values))(jnp.asarray(x), jnp.asarray(y[mask]))
+    new = wrap(lambda x, values: put(x, rows, values))(jnp.asarray(x), jnp.asarray(y[mask]))
     _assert_same_bits(new, expected)
 
 
@@ -116,9 +116,9 @@ def test_put_sets_these_rows_and_keeps_every_bit_of_the_others(x, y, name, wrap)
 def test_take_and_put_keep_the_payload_of_every_nan(x, wrap):
     for mask in (MASKS["middle"], MASKS["ends"], MASKS["every other"]):
         rows, array = Rows(mask), jnp.asarray(x)
-        _assert_same_bits(wrap(lambda x, rows=rows: take_rows_bitwise(x, rows))(array), x[mask])
+        _assert_same_bits(wrap(lambda x, rows=rows: take_bitwise(x, rows))(array), x[mask])
         zeros = jnp.zeros((rows.count, 2), x.dtype)
-        new = wrap(lambda x, zeros, rows=rows: put_rows(x, rows, zeros))(array, zeros)
+        new = wrap(lambda x, zeros, rows=rows: put(x, rows, zeros))(array, zeros)
         _assert_same_bits(new, np.where(mask[:, None], np.zeros_like(x), x))
 
 
@@ -126,17 +126,19 @@ def test_take_and_put_keep_the_payload_of_every_nan(x, wrap):
 def test_rows_without_elements_are_taken_and_put(wrap):
     for mask in MASKS.values():
         rows, x = Rows(mask), jnp.ones((COUNT, 3, 0))
-        values = wrap(lambda x, rows=rows: take_rows(x, rows))(x)
+        values = wrap(lambda x, rows=rows: take(x, rows))(x)
         assert values.shape == (rows.count, 3, 0)
-        assert wrap(lambda x, v, rows=rows: put_rows(x, rows, v))(x, values).shape == x.shape
-        assert wrap(lambda x, v, rows=rows: with_live_rows(x, v, rows))(x, values).shape == x.shape
+        assert wrap(lambda x, v, rows=rows: put(x, rows, v))(x, values).shape == x.shape
+        assert (
+            wrap(lambda x, v, rows=rows: with_live_subset(x, v, rows))(x, values).shape == x.shape
+        )
 
 
 @EVERY_DTYPE
 def test_put_of_numpy_arrays_is_numpy_and_leaves_its_argument_alone(x, y):
     mask = MASKS["every other"]
     before = x.copy()
-    new = put_rows(x, Rows(mask), y[mask])
+    new = put(x, Rows(mask), y[mask])
     assert isinstance(new, np.ndarray)
     _assert_same_bits(new, np.where(mask[:, None], y, before))
     _assert_same_bits(x, before)
@@ -148,7 +150,7 @@ def test_put_of_numpy_arrays_is_numpy_and_leaves_its_argument_alone(x, y):
 def test_among_sets_every_other_row_to_the_fill(dtype, name, wrap):
     x, mask = _bits_of(dtype, 0), MASKS[name]
     for fill in (0.0, -0.0):
-        new = wrap(lambda values, fill=fill: scatter_rows(values, Rows(mask), fill))(
+        new = wrap(lambda values, fill=fill: put_among_zeros(values, Rows(mask), fill))(
             jnp.asarray(x[mask])
         )
         other = np.full_like(x, complex(fill, fill) if x.dtype.kind == "c" else fill)
@@ -160,8 +162,8 @@ def test_prng_keys_have_rows_too(mask):
     old, new = (jax.random.split(jax.random.key(seed), COUNT) for seed in (0, 1))
     a, b = (np.asarray(jax.random.key_data(keys)) for keys in (old, new))
     rows = Rows(mask)
-    _assert_same_bits(jax.random.key_data(take_rows(new, rows)), b[mask])
-    keys = put_rows(old, rows, take_rows(new, rows))
+    _assert_same_bits(jax.random.key_data(take(new, rows)), b[mask])
+    keys = put(old, rows, take(new, rows))
     _assert_same_bits(jax.random.key_data(keys), np.where(mask[:, None], b, a))
 
 
@@ -172,18 +174,18 @@ def test_any_rank_has_rows(mask, shape):
     y, rows = x + np.float32(100), Rows(mask)
     expected = x.copy()
     expected[mask] = y[mask]
-    _assert_same_bits(take_rows(jnp.asarray(x), rows), x[mask])
-    _assert_same_bits(put_rows(jnp.asarray(x), rows, jnp.asarray(y[mask])), expected)
+    _assert_same_bits(take(jnp.asarray(x), rows), x[mask])
+    _assert_same_bits(put(jnp.asarray(x), rows, jnp.asarray(y[mask])), expected)
     expected = np.zeros(shape, np.float32)
     expected[mask] = y[mask]
-    _assert_same_bits(scatter_rows(jnp.asarray(y[mask]), rows, 0.0), expected)
+    _assert_same_bits(put_among_zeros(jnp.asarray(y[mask]), rows, 0.0), expected)
 
 
 @ANY_ROWS
 def test_the_rows_of_an_abstract_array_are_abstract(mask):
     x = jax.ShapeDtypeStruct((COUNT, 3), jnp.bfloat16)
     expected = jax.ShapeDtypeStruct((int(mask.sum()), 3), jnp.bfloat16)
-    assert take_rows(x, Rows(mask)) == expected
+    assert take(x, Rows(mask)) == expected
 
 
 def _primitives(fun, *args):
@@ -206,13 +208,13 @@ def _touches(names):
 def test_rows_in_runs_are_sliced_and_never_gathered_or_scattered(mask, runs):
     rows, x = Rows(mask), jnp.ones((COUNT, 2))
     part = jnp.ones((rows.count, 2))
-    taken = _primitives(lambda x: take_rows(x, rows), x)
+    taken = _primitives(lambda x: take(x, rows), x)
     assert taken.count("slice") == len(runs)
-    set_ = _primitives(lambda x, part: put_rows(x, rows, part), x, part)
+    set_ = _primitives(lambda x, part: put(x, rows, part), x, part)
     assert set_.count("dynamic_update_slice") == len(runs)
-    filled = _primitives(lambda part: scatter_rows(part, rows, 0.0), part)
+    filled = _primitives(lambda part: put_among_zeros(part, rows, 0.0), part)
     assert "concatenate" in filled
-    moved = _primitives(jax.grad(lambda part: with_live_rows(x, part, rows).sum()), part)
+    moved = _primitives(jax.grad(lambda part: with_live_subset(x, part, rows).sum()), part)
     assert not any(map(_touches, (taken, set_, filled, moved)))
 
 
@@ -220,8 +222,8 @@ def test_rows_in_runs_are_sliced_and_never_gathered_or_scattered(mask, runs):
 def test_rows_in_many_runs_are_gathered_and_scattered_in_one_piece(mask):
     rows, x = Rows(mask), jnp.ones((COUNT, 2))
     part = jnp.ones((rows.count, 2))
-    assert _primitives(lambda x: take_rows(x, rows), x).count("gather") == 1
-    assert _primitives(lambda x, part: put_rows(x, rows, part), x, part).count("scatter") == 1
+    assert _primitives(lambda x: take(x, rows), x).count("gather") == 1
+    assert _primitives(lambda x, part: put(x, rows, part), x, part).count("scatter") == 1
 
 
 @pytest.mark.parametrize(("mask", "runs"), IN_RUNS.values(), ids=IN_RUNS)
@@ -273,20 +275,20 @@ def _is(flag, vector):
 
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
 def test_a_vector_of_one_value_is_a_bool_and_any_other_are_rows(vector):
-    assert _is(rows_file.flag_from_vector(vector), vector)
-    assert _is(rows_file.flag_not(_flag(vector)), ~vector)
+    assert _is(flags_file.flag_from_vector(vector), vector)
+    assert _is(flags_file.flag_not(_flag(vector)), ~vector)
 
 
 def test_of_no_rows_none_are_selected():
-    assert rows_file.flag_from_vector(np.zeros(0, bool)) is False
+    assert flags_file.flag_from_vector(np.zeros(0, bool)) is False
 
 
 @pytest.mark.parametrize(
     ("function", "reference"),
     [
-        (rows_file.flag_or, np.logical_or),
-        (rows_file.flag_and, np.logical_and),
-        (rows_file.flag_minus, lambda a, b: a & ~b),
+        (flags_file.flag_or, np.logical_or),
+        (flags_file.flag_and, np.logical_and),
+        (flags_file.flag_minus, lambda a, b: a & ~b),
     ],
     ids=["either", "both", "minus"],
 )
@@ -296,16 +298,16 @@ def test_the_algebra_of_flags_is_that_of_their_vectors(function, reference):
 
 
 def test_the_union_of_flags_is_that_of_their_vectors():
-    assert rows_file.flag_union([]) is False
+    assert flags_file.flag_union([]) is False
     for vectors in itertools.product(VECTORS, repeat=3):
-        assert _is(rows_file.flag_union(map(_flag, vectors)), np.logical_or.reduce(vectors))
+        assert _is(flags_file.flag_union(map(_flag, vectors)), np.logical_or.reduce(vectors))
 
 
 def test_a_public_flag_is_a_bool_or_a_copy_of_the_vector():
-    assert rows_file.flag_to_mask(True) is True
-    assert rows_file.flag_to_mask(False) is False
     rows = Rows(MASKS["ends"])
-    public = rows_file.flag_to_mask(rows)
+    flags = flags_file.flags_to_masks([True, False, rows], [np.ones(COUNT)] * 3)
+    *plain, public = flags
+    assert plain == [True, False]
     assert (type(public), public.dtype, public.shape) == (np.ndarray, bool, (COUNT,))
     public[:] = True
     assert rows.mask.tolist() == MASKS["ends"].tolist()
@@ -324,7 +326,7 @@ def _pair(mask):
     rows = Rows(mask)
     index = np.flatnonzero(mask)
     return (
-        lambda part: _energy(with_live_rows(X, part, rows)),
+        lambda part: _energy(with_live_subset(X, part, rows)),
         lambda part: _energy(X.at[index].set(part)),
         X[index],
     )
@@ -338,11 +340,11 @@ def _assert_close(tree, expected):
 
 def test_whole_is_the_very_array():
     rows = Rows(MASKS["ends"])
-    np.testing.assert_array_equal(with_live_rows(X, take_rows(X, rows), rows), X)
+    np.testing.assert_array_equal(with_live_subset(X, take(X, rows), rows), X)
     x = _bits_of("float32", 3)
-    _assert_same_bits(jax.jit(lambda x: with_live_rows(x, take_rows(x, rows), rows))(x), x)
-    part = take_rows(X, rows)
-    made = _primitives(lambda x: with_live_rows(x, part, rows), X)
+    _assert_same_bits(jax.jit(lambda x: with_live_subset(x, take(x, rows), rows))(x), x)
+    part = take(X, rows)
+    made = _primitives(lambda x: with_live_subset(x, part, rows), X)
     assert {"dynamic_update_slice", "scatter", "concatenate", "copy"}.isdisjoint(made)
 
 
@@ -375,12 +377,12 @@ def test_whole_has_the_derivatives_of_put_under_vmap_remat_and_scan(mask):
     _assert_close(jax.grad(jax.checkpoint(_pair(mask)[0]))(part), expected)
 
     def scanned(part):
-        body = lambda total, _: (total + _energy(with_live_rows(X, part, rows)), None)  # noqa: E731
+        body = lambda total, _: (total + _energy(with_live_subset(X, part, rows)), None)  # noqa: E731
         return jax.lax.scan(body, jnp.zeros(()), None, length=2)[0]
 
     _assert_close(jax.grad(scanned)(part), 2 * expected)
     both = jnp.stack([X, 2 * X])
-    batched = jax.vmap(jax.grad(lambda part, x: _energy(with_live_rows(x, part, rows))))(
+    batched = jax.vmap(jax.grad(lambda part, x: _energy(with_live_subset(x, part, rows))))(
         both[:, index], both
     )
     each = [jax.grad(lambda part, x=x: _energy(x.at[index].set(part)))(x[index]) for x in both]
@@ -390,19 +392,19 @@ def test_whole_has_the_derivatives_of_put_under_vmap_remat_and_scan(mask):
 @ANY_ROWS
 def test_the_derivative_of_whole_in_the_array_is_none_at_its_rows(mask):
     rows, part = Rows(mask), X[np.flatnonzero(mask)]
-    by_whole = jax.grad(lambda x: _energy(with_live_rows(x, part, rows)))(X)
+    by_whole = jax.grad(lambda x: _energy(with_live_subset(x, part, rows)))(X)
     by_put = jax.grad(lambda x: _energy(x.at[np.flatnonzero(mask)].set(part)))(X)
     _assert_close(by_whole, by_put)
     np.testing.assert_array_equal(by_whole[mask], 0.0)
     # Through both, as where what is around differentiates too, it is that of the array.
-    total = jax.grad(lambda x: _energy(with_live_rows(x, take_rows(x, rows), rows)))(X)
+    total = jax.grad(lambda x: _energy(with_live_subset(x, take(x, rows), rows)))(X)
     _assert_close(total, jax.grad(_energy)(X))
 
 
 @ANY_ROWS
 def test_complex_rows_are_differentiated_as_put(mask):
     x, index = X.astype(jnp.complex64) * (1 + 2j), np.flatnonzero(mask)
-    ours = jax.grad(lambda part: jnp.abs(with_live_rows(x, part, Rows(mask)) ** 2).sum())
+    ours = jax.grad(lambda part: jnp.abs(with_live_subset(x, part, Rows(mask)) ** 2).sum())
     reference = jax.grad(lambda part: jnp.abs(x.at[index].set(part) ** 2).sum())
     _assert_close(ours(x[index]), reference(x[index]))
 
@@ -413,20 +415,20 @@ def test_whole_goes_back_in_every_dtype(dtype):
     rows = Rows(np.array([0, 1, 1, 0, 0, 1], bool))
 
     def total(part):
-        return jnp.real(with_live_rows(x, part, rows).astype("complex64") ** 2).sum()
+        return jnp.real(with_live_subset(x, part, rows).astype("complex64") ** 2).sum()
 
     expected = (2 * np.asarray(x).astype("complex64"))[[1, 2, 5]]
-    np.testing.assert_array_equal(jax.grad(total)(take_rows(x, rows)).astype("complex64"), expected)
+    np.testing.assert_array_equal(jax.grad(total)(take(x, rows)).astype("complex64"), expected)
 
 
 def test_a_scalar_has_no_rows_to_fit():
-    rows = rows_file.flag_from_vector(np.array([True, False]))
-    assert not rows.fits(np.float32(1), partitioned=False)
-    assert not rows.fits(np.float32(1), partitioned=True)
+    rows = flags_file.flag_from_vector(np.array([True, False]))
+    assert not rows.fits(())
+    assert not rows.is_compact(())
 
 
 def test_a_leaf_without_rows_fits_none():
-    rows = rows_file.flag_from_vector(np.array([True, False, False]))
-    fitting = [n for n in range(6) if rows.fits(np.ones((n, 2)), partitioned=False)]
+    rows = flags_file.flag_from_vector(np.array([True, False, False]))
+    fitting = [n for n in range(6) if rows.fits((n, 2))]
     assert fitting == [3]
-    assert [n for n in range(6) if rows.fits(np.ones((n, 2)), partitioned=True)] == [2, 3]
+    assert [n for n in range(6) if (~rows).is_compact((n, 2))] == [2]

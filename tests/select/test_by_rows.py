@@ -372,7 +372,8 @@ def test_traced_rows_are_an_error_that_says_when_they_are_settled():
     [
         ({"a": {"w": VECTOR}}, ValueError, r"mask at 'a/w' has 3 bools.* of shape \(4, 2\)"),
         ({"a": VECTOR}, ValueError, r"'a/w'.* of shape \(4, 2\)"),
-        ({"a": np.ones((4, 2), bool)}, TypeError, r"mask at 'a' is ndarray\(4, 2\), not a bool"),
+        ({"a": np.ones((2, 4), bool)}, ValueError, r"'a' is of shape \(2, 4\).* \(4, 2\)"),
+        ({"a": np.ones((4, 2))}, TypeError, r"mask at 'a' is ndarray\(4, 2\), not a bool"),
         ({"a": np.arange(4)}, TypeError, r"mask at 'a' is ndarray\(4,\), not a bool"),
         ({"a": [True] * 4}, ValueError, r"it has nothing for 'a/w'.* and 'a/0'"),
     ],
