@@ -15,6 +15,7 @@ from freeze_optax._select.selector import can_thaw
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
+from freeze_optax._transform.elementwise import check_takes_elements
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 
@@ -171,6 +172,8 @@ def _edit(
 
     in_plan_order = state.plan.in_plan_order(leaves, leaves.values)
     repartitioned, frozen = repartition_state(state, mask, keep_state, inner_shapes, in_plan_order)
+    if repartitioned is not state:
+        check_takes_elements(repartitioned.plan, params)
     return replace_state(tree, apply_transition(repartitioned, params, frozen, keep_state))
 
 

@@ -20,6 +20,7 @@ from freeze_optax._state.memories import init_in_memory
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._transform.chained import remember_updates
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
+from freeze_optax._transform.elementwise import check_takes_elements
 from freeze_optax._transform.freezable import freezable
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._transform.settled_structure import with_settled_structure
@@ -94,6 +95,7 @@ def scheduled(
         leaves = param_leaves(params)
         flags = phases.resolve(leaves)
         plan = _plan(leaves, flags, phases, PlanContext(inner, params, leaves))
+        check_takes_elements(plan, params)
         for mask in flags:
             check_mask(plan, leaves, mask, plan.layout.ties)
         inner_state = init_in_memory(plan, plan.drop_frozen_params(params, leaves), params)

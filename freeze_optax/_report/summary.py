@@ -19,6 +19,7 @@ from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
 from freeze_optax._report.state_bytes import StateBytes
+from freeze_optax._rows.elements import Elements
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
@@ -91,6 +92,8 @@ class Summary(Counts):
       state_bytes: The bytes of the optimizer state; None if not known.
       saved_bytes: How many bytes more that state would have with nothing frozen; None if not known.
       rows: The subtrees, a `Row` for each; a subtree comes before those in it.
+      index_bytes: The bytes of the indices of single elements that train, which a compiled step
+        holds; see `freeze_optax.elements`. The state does not hold them.
     """
 
     rows: list[Row]
@@ -98,6 +101,7 @@ class Summary(Counts):
     _lines: list[Line] = dataclasses.field(compare=False)
     _depth: int | None = dataclasses.field(compare=False)
     _quantized: Sequence[str] = dataclasses.field(default=(), compare=False)
+    index_bytes: int = dataclasses.field(default=0, compare=False)
 
     @property
     def headline(self) -> str:
@@ -196,6 +200,9 @@ class Summary(Counts):
             saved = self.saved_bytes or 0
             less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
+        if self.index_bytes:
+            size = decimal(self.index_bytes)
+            notes.append(f"indices of single elements: {size} in the compiled step")
         if self._quantized:
             count = len(self._quantized)
             names = quoted_list(self._quantized, 2)
@@ -354,7 +361,13 @@ def summary(
         if all(flags[i] is True for i in (node.stored, *node.companions))
     ]
     return Summary(
-        **counts, rows=rows, _root=root, _lines=shown, _depth=depth, _quantized=quantized
+        **counts,
+        rows=rows,
+        _root=root,
+        _lines=shown,
+        _depth=depth,
+        _quantized=quantized,
+        index_bytes=sum((~flag).index_bytes for flag in flags if isinstance(flag, Elements)),
     )
 
 

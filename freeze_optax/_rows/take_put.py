@@ -29,6 +29,7 @@ from freeze_optax._rows.moves import (
     slice_runs,
     update_runs,
 )
+from freeze_optax._rows.remembered import remember_compact, remembered_compact
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.subset import Shape, Subset
 from freeze_optax._tree.memory import put_in_memory, run_on_device, traced_memory_of
@@ -44,7 +45,8 @@ def take(x: Any, subset: Subset, like: Any = None) -> Any:
     """
     if isinstance(x, np.ndarray):
         return _take_numpy(x, subset)
-    return run_on_mesh(_taking(x, subset, like), x)
+    compact = remembered_compact(x, subset)
+    return run_on_mesh(_taking(x, subset, like), x) if compact is None else compact
 
 
 def take_if_whole(x: Any, subset: Subset) -> Any:
@@ -241,9 +243,10 @@ def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = 
     # The zero is given as text, because 0.0 and -0.0 are equal: jit would find the function of one
     # for the other.
     static = (subset, str(fill), values.dtype, shape)
-    return run_on_mesh(
-        functools.partial(on_automatic_axes, _put_among_zeros, static, sharding), values
-    )
+    moving = functools.partial(on_automatic_axes, _put_among_zeros, static, sharding)
+    whole = run_on_mesh(moving, values)
+    remember_compact(whole, subset, values)
+    return whole
 
 
 def _put_among_zeros(

@@ -33,6 +33,7 @@ from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.chained import check_not_chained, remember_updates
 from freeze_optax._transform.cohorts import update_cohorts
+from freeze_optax._transform.elementwise import check_takes_elements
 from freeze_optax._transform.example_axes import (
     Ranks,
     check_gradients_of_rows,
@@ -132,6 +133,7 @@ def freezable(
                 stacklevel=2,
             )
         plan = Plan.from_flags(leaves.paths, flags, PlanContext(inner, params, leaves))
+        check_takes_elements(plan, params)
         live_params = plan.drop_frozen_params(params, leaves)
         return FreezeState(init_in_memory(plan, live_params, params), (), plan)
 
