@@ -35,7 +35,7 @@ Figures = dict[str, Any]
 
 def reason(found: Figures) -> str | None:
     """Why there are no times: nothing, if there are some."""
-    if "error" in found:
+    if "RESOURCE_EXHAUSTED" in found.get("error", ""):
         found = failure(RuntimeError(found["error"]))
     if "out of memory" in found:
         return f"out of memory: XLA asked for {found['out of memory'] / 1e9:.1f} GB"
@@ -98,17 +98,19 @@ def span(values: Iterable[float]) -> str:
 
 def short(found: Figures) -> str:
     steps, lines = found["steps"], []
-    ours = lambda _, way: way != PARTITION  # noqa: E731
+    kinds = (OUTSIDE, INSIDE)
+    of_ours = lambda case, way: way != PARTITION and case.endswith(kinds)  # noqa: E731
     of_peer = {
         kind: (lambda case, way, kind=kind: way == PARTITION and case.endswith(kind))
-        for kind in (OUTSIDE, INSIDE)
+        for kind in kinds
     }
     for figure, what in (("milliseconds", "Step time"), ("peak bytes", "Peak memory")):
         lines.append(f"- **{what}**, as a ratio to the split by hand:")
         for who, wanted in {
-            "ours": ours,
+            "ours, wherever the clip is": of_ours,
             f"`{PARTITION}`, {OUTSIDE}": of_peer[OUTSIDE],
             f"`{PARTITION}`, {INSIDE}": of_peer[INSIDE],
+            "ours, in rows, cohorts and phases": lambda case, _: not case.endswith(kinds),
         }.items():
             values = ratios(steps, wanted, figure)
             lines.append(f"  - {who}: {span(values) if values else 'no figure, see below'}")
@@ -226,7 +228,7 @@ def drawn(steps: Figures) -> Figure:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.9), max(high, 1.1))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.set_xlabel("ratio of the step time to the split by hand", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -240,6 +242,7 @@ def page(found: Figures) -> str:
     """The page in Markdown."""
     steps, decoder = found["steps"], found[DECODER]
     rounds = sorted({x["rounds"] for x in steps.values() if "ways" in x})
+    fewest, most = (rounds or [0])[0], (rounds or [0])[-1]
     of_edits, retraces = edits(found)
     return PAGE.read_text().format(
         machine=results.described(found["machine"]),
@@ -251,7 +254,7 @@ def page(found: Figures) -> str:
         rows=decoder["batch"][0],
         tokens=decoder["batch"][1],
         frozen=100 * (1 - decoder["trained"] / decoder["params"]),
-        rounds=f"{rounds[0]} to {rounds[-1]} rounds" if rounds else "no round",
+        rounds=f"{fewest}" if fewest == most else f"{fewest} to {most}",
         outside=stepped(steps, lambda case: case.endswith(OUTSIDE)),
         inside=stepped(steps, lambda case: case.endswith(INSIDE)),
         ours=stepped(steps, lambda case: not case.endswith((OUTSIDE, INSIDE))),
