@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-all test-fast check format notebooks docs docs-serve docs-browse bench lane-oldest lane-newest wheel wheel-file mutants clean
+.PHONY: demo test test-rest test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu lane-oldest lane-newest wheel wheel-file mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -57,6 +57,12 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.wall
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.report
+
+# Less than seven minutes on one GPU of 80 GB, with the JAX, optax, flax, equinox and rich that PYTHON
+# has: no venv and no network. `.venv/bin/python -m benchmarks.gpu_report` then writes the page. OPTIONS
+# are those of the script: OPTIONS="--tiny" on a CPU, OPTIONS="--out FILE".
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(OPTIONS)
 
 # Which changes to the package no test notices: hours on two cores, less with COUNT or ONLY. Stopped,
 # it goes on where it was; to look anew, remove build/mutants.

@@ -128,6 +128,3 @@ TIMED = {
     "MLP, clip outside": replace(MLP, around=clip_first),
     "transformer, clip outside": language_model(10, 128, 1_000, (8, 64)),
 }
-# 1.07 billion params, of which 91 % are frozen.
-BILLION = language_model(20, 2_048, 32_000, (8, 1_024), jnp.bfloat16)
-TINY_BILLION = language_model(10, 64, 100, (2, 16), jnp.bfloat16)

@@ -95,18 +95,6 @@ def walls(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def on_gpu(found: dict[str, Any]) -> str:
-    large = found["billion"]
-    if large is None:
-        return (
-            "There are no figures of a GPU here: none was there. On one, the same command also "
-            "times a transformer of about\none billion params of which 90 % are frozen, and "
-            "measures the peak of its memory and tokens per second."
-        )
-    made = results.table(None, ["way", *wall.LARGE_COLUMNS[1:]], wall.rows(large["ways"]))
-    return f"A transformer of {large['params']:,} params:\n\n{results.markdown(made)}"
-
-
 def draw_cases(cases: Cases) -> Figure:
     """A row for each case, a column for each way, the largest ratio in each field."""
     figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")
@@ -184,7 +172,6 @@ def main() -> None:
         freeze_flops=per("nine tenths frozen", freeze, "FLOPs"),
         rounds=timed["rounds"],
         wall=walls(timed),
-        gpu=on_gpu(timed),
         host_times=host_times,
         host_ratios=host_ratios,
     )

@@ -27,15 +27,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, results: dict[str, Any]) -> None:
-    """Keeps the results of one benchmark, with the machine."""
-    RESULTS.mkdir(exist_ok=True)
+def path(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def write(to: str | Path, results: dict[str, Any]) -> None:
+    """Keeps the results of one benchmark, with the machine, under a name or in a file."""
+    file = path(to) if isinstance(to, str) else to
+    file.parent.mkdir(exist_ok=True)
     text = json.dumps({"machine": machine(), **results}, indent=1, ensure_ascii=False)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    file.write_text(text + "\n")
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads(path(name).read_text())
 
 
 def described(machine: dict[str, Any]) -> str:
