@@ -40,7 +40,8 @@ def check_takes_elements(plan: Plan, params: Any) -> None:
     values = plan.in_plan_order(leaves, leaves.values)
     shapes = {i: jax.ShapeDtypeStruct(values[i].shape, values[i].dtype) for i in sorted(split)}
     as_whole, as_vector = _abstract(plan, shapes, False), _abstract(plan, shapes, True)
-    with warnings.catch_warnings():
+    # Adam's own update refuses the strict mode of dtype promotion.
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("ignore")
         states = [jax.eval_shape(inner.init, tree) for tree in (as_whole, as_vector)]
         reason = _difference(states[0], states[1])
@@ -119,6 +120,9 @@ def _difference_of_updates(plan: Plan, inner: Any, shapes: dict[int, Any]) -> st
     )
 
 
+_ALONG_AXES = {"axes", "axis", "dimension", "dimensions", "permutation"}
+"""The params of primitives that treat the axes of an array in different ways."""
+
 # What differs between an array and the vector of its elements even where nothing depends on it.
 _RESHAPING = {"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "copy", "slice"}
 
@@ -132,17 +136,12 @@ def _operations(jaxpr: Any) -> Iterator[tuple[Any, ...]]:
                 yield from _operations(one)
             continue
         name, first = equation.primitive.name, equation.invars[0] if equation.invars else None
-        if name in _RESHAPING:
+        # What gives one number reads all of an array, or numbers: the index of each axis, say.
+        if name in _RESHAPING or all(x.aval.shape == () for x in equation.outvars):
             continue
         rank = len(getattr(getattr(first, "aval", None), "shape", ()))
-        if "axes" in equation.params:  # reductions: of all axes to one number
-            yield name, len(equation.params["axes"]) == rank
-        elif name == "dot_general":
-            yield name, equation.outvars[0].aval.shape == ()
-        elif {"axis", "dimension", "dimensions", "permutation"} & equation.params.keys():
-            yield name, rank
-        else:
-            yield (name,)
+        is_along_axes = name == "dot_general" or not _ALONG_AXES.isdisjoint(equation.params)
+        yield (name, rank) if is_along_axes else (name,)
 
 
 def _jaxprs(params: Iterable[Any]) -> Iterator[Any]:
