@@ -15,6 +15,11 @@ Runs = list[tuple[int, int]]
 """For each run of rows, its first row and the row after its last."""
 
 
+def is_scattered(subset: Subset) -> bool:
+    """Returns whether a subset is gathered and scattered, as it is no rows in a few runs."""
+    return not isinstance(subset, Rows) or not subset.runs
+
+
 def slice_runs(x: Any, runs: Runs, axis: int) -> Any:
     """Returns the rows of some runs."""
     return concatenate([jax.lax.slice_in_dim(x, *run, axis=axis) for run in runs], axis)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from freeze_optax._rows.meshes import type_sharding
 from freeze_optax._rows.subset import Subset
 from freeze_optax._tree.memory import memory_of
 
@@ -28,11 +27,10 @@ def remember_compact(whole: Any, subset: Subset, compact: Any) -> None:
       subset: The subset.
       compact: Its compact array.
     """
-    # On a mesh with explicit axes, and in host memory, what is taken out of an array may be placed
-    # in another way than what was put into it.
-    if not isinstance(whole, jax.Array) or type_sharding(whole) or memory_of(whole):
+    # What is taken out of an array in host memory is there too.
+    if not isinstance(whole, jax.Array) or memory_of(whole) or memory_of(compact):
         return
-    if compact.dtype != whole.dtype or type_sharding(compact) or memory_of(compact):
+    if compact.dtype != whole.dtype:
         return
     key = id(whole)
     # An entry goes when its array goes, before another array can have the same id.

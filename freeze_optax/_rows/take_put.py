@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
-from freeze_optax._rows.exact import run_bitwise, run_on_mesh
+from freeze_optax._rows.exact import run_bitwise, run_move
 from freeze_optax._rows.flags import flag_from_mask, flag_within, shape_of_elements
 from freeze_optax._rows.meshes import (
     MeshAxes,
@@ -24,6 +25,7 @@ from freeze_optax._rows.moves import (
     concatenate,
     gather,
     in_order,
+    is_scattered,
     pieces,
     scatter,
     slice_runs,
@@ -45,8 +47,11 @@ def take(x: Any, subset: Subset, like: Any = None) -> Any:
     """
     if isinstance(x, np.ndarray):
         return _take_numpy(x, subset)
+    sharding = _sharding_of_compact(x, subset, like)
     compact = remembered_compact(x, subset)
-    return run_on_mesh(_taking(x, subset, like), x) if compact is None else compact
+    if compact is not None and type_sharding(compact) == sharding:
+        return compact
+    return run_move(_taking(subset, sharding), is_scattered(subset), x)
 
 
 def take_if_whole(x: Any, subset: Subset) -> Any:
@@ -58,7 +63,8 @@ def take_bitwise(x: Any, subset: Subset) -> Any:
     """Returns the compact array of a subset with every bit kept, as what is frozen needs it."""
     if isinstance(x, np.ndarray):
         return _take_numpy(x, subset)
-    return run_bitwise(_taking(x, subset), x)
+    sharding = _sharding_of_compact(x, subset)
+    return run_bitwise(_taking(subset, sharding), is_scattered(subset), x)
 
 
 def _take_numpy(x: np.ndarray, subset: Subset) -> np.ndarray:
@@ -67,11 +73,14 @@ def _take_numpy(x: np.ndarray, subset: Subset) -> np.ndarray:
     return x[subset.mask_of(x.shape)]
 
 
-def _taking(x: Any, subset: Subset, like: Any = None) -> Callable[..., Any]:
+def _sharding_of_compact(x: Any, subset: Subset, like: Any = None) -> NamedSharding | None:
+    """Returns the sharding of what is taken out of `x`, if it is a part of its type."""
     if isinstance(subset, Rows):
-        sharding = sharding_of_rows(subset.count, subset.axis, x, like)
-    else:
-        sharding = unsharded(1, x)
+        return sharding_of_rows(subset.count, subset.axis, x, like)
+    return unsharded(1, x)
+
+
+def _taking(subset: Subset, sharding: NamedSharding | None) -> Callable[..., Any]:
     return functools.partial(on_automatic_axes, _take, (subset,), sharding)
 
 
@@ -102,7 +111,7 @@ def take_within(x: Any, inner: Subset, outer: Subset | None, like: Any = None) -
     moving = functools.partial(
         on_automatic_axes, _take_reshaped, (within, shape), unsharded(len(shape), x)
     )
-    return run_on_mesh(moving, x)
+    return run_move(moving, True, x)
 
 
 def _take_reshaped(subset: Subset, shape: tuple[int, ...], x: Any) -> Any:
@@ -126,7 +135,7 @@ def put(x: Any, subset: Subset, values: Any) -> Any:
         else:
             new[subset.mask_of(x.shape)] = values
         return new
-    return run_bitwise(_putting(x, subset, values), x, values)
+    return run_bitwise(_putting(x, subset, values), is_scattered(subset), x, values)
 
 
 def _putting(x: Any, subset: Subset, values: Any) -> Callable[..., Any]:
@@ -179,7 +188,7 @@ def join(
             count, same_axis, sharded, mesh_axes=mesh_axes
         )
     moving = functools.partial(on_automatic_axes, move, (tuple(subsets),), sharding)
-    return run_bitwise(moving, *arrays)
+    return run_bitwise(moving, any(map(is_scattered, subsets)), *arrays)
 
 
 def _axis_of_all(subsets: Sequence[Subset]) -> int | None:
@@ -244,7 +253,7 @@ def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = 
     # for the other.
     static = (subset, str(fill), values.dtype, shape)
     moving = functools.partial(on_automatic_axes, _put_among_zeros, static, sharding)
-    whole = run_on_mesh(moving, values)
+    whole = run_move(moving, is_scattered(subset), values)
     remember_compact(whole, subset, values)
     return whole
 

@@ -1,0 +1,190 @@
+"""What a step costs with rows of an inner axis, or single elements, by XLA's own analysis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import freeze_optax as fo
+from tests.costs.test_costs_rows import costs, layer, nbytes
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+INNER = optax.adamw(1e-3)
+WIDTH, VOCABULARY, NEW = 64, 4_000, 80
+HEAD = (WIDTH, VOCABULARY)
+OLD = fo.rows("head", slice(0, VOCABULARY - NEW), axis=1)
+MESHES = {None: None, "auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def loss(params, x):
+    return (jnp.tanh(jnp.tanh(x @ params["body"]) @ params["head"]) ** 2).mean()
+
+
+def step_of(tx, holes=False):
+    def step(params, state, *batch):
+        grads = fo.grad(loss, frozen=state, holes=holes)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates, frozen=state), state
+
+    return step
+
+
+def by_hand(params, state, *batch):
+    old, trainable = params
+
+    def loss_of(trainable):
+        head = jnp.concatenate([old, trainable["head"]], axis=1)
+        return loss({**trainable, "head": head}, *batch)
+
+    updates, state = INNER.update(jax.grad(loss_of)(trainable), state, trainable)
+    return (old, optax.apply_updates(trainable, updates)), state
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["zeros", "holes"])
+@pytest.mark.parametrize("spec", [P(), P(None, "x"), P("x", None)], ids=["whole", "along", "across"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_columns_of_a_head_cost_what_a_head_split_by_hand_costs(axis_type, spec, holes):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+
+    def placed(shape, spec):
+        return jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        params = {"body": placed((WIDTH, WIDTH), P()), "head": placed(HEAD, spec)}
+        old = placed((WIDTH, VOCABULARY - NEW), spec)
+        trainable = {**params, "head": placed((WIDTH, NEW), spec)}
+        tx, args = fo.freezable(INNER, OLD), [placed((8, WIDTH), P())]
+        state, state_by_hand = tx.init(params), INNER.init(trainable)
+        assert nbytes(state) == nbytes(state_by_hand)
+        expected = costs(by_hand, (old, trainable), state_by_hand, *args)
+        got = costs(step_of(tx, holes), params, state, *args)
+    for name, value in got.items():
+        assert value <= 1.02 * expected[name], name
+
+
+DEPTH, SIZE = 6, 32
+STACK = {
+    "up": jax.ShapeDtypeStruct((SIZE, DEPTH, 4 * SIZE), jnp.float32),
+    "down": jax.ShapeDtypeStruct((4 * SIZE, DEPTH, SIZE), jnp.float32),
+}
+
+
+def test_a_scan_along_axis_1_costs_what_stacks_split_along_it_cost():
+    tx = fo.freezable(INNER, fo.rows("**", slice(0, DEPTH - 1), axis=1))
+    in_front = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
+
+    def step(params, state, x):
+        mask = fo.mask(state, params)
+
+        def loss(params):
+            return (fo.scan(layer, x, params, frozen=mask, unroll=True, axis=1)[0] ** 2).mean()
+
+        updates, state = tx.update(fo.grad(loss, frozen=state)(params), state, params)
+        return fo.apply_updates(params, updates, frozen=state), state
+
+    def split(params, state, x):
+        lower, trainable = params
+
+        def loss(trainable):
+            h, _ = jax.lax.scan(layer, x, in_front(lower), unroll=True)
+            h, _ = jax.lax.scan(layer, h, in_front(trainable), unroll=True)
+            return (h**2).mean()
+
+        updates, state = INNER.update(jax.grad(loss)(trainable), state, trainable)
+        return (lower, optax.apply_updates(trainable, updates)), state
+
+    def cut(count):
+        shapes = {name: (x.shape[0], count, x.shape[2]) for name, x in STACK.items()}
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    x = jax.ShapeDtypeStruct((8, SIZE), jnp.float32)
+    expected = costs(split, (cut(DEPTH - 1), cut(1)), jax.eval_shape(INNER.init, cut(1)), x)
+    got = costs(step, STACK, jax.eval_shape(tx.init, STACK), x)
+    one_layer = nbytes(cut(1))
+    assert got["flops"] <= 1.02 * expected["flops"]
+    # The layer that trains is copied out of the stack.
+    assert got["bytes"] <= 1.02 * (expected["bytes"] + 2 * one_layer)
+    assert got["temporary"] <= expected["temporary"] + 2 * one_layer
+
+
+SIDE, SHARE = 512, 0.01
+CHOSEN = np.random.default_rng(0).random((SIDE, SIDE)) < SHARE
+SPARSE = {"w": jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32)}
+X = jax.ShapeDtypeStruct((8, SIDE), jnp.float32)
+
+
+def sparse_loss(params, x):
+    return (jnp.tanh(x @ params["w"]) ** 2).mean()
+
+
+def sparse_step(tx, holes=False):
+    def step(params, state, x):
+        grads = fo.grad(sparse_loss, frozen=state, holes=holes)(params, x)
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates, frozen=state), state
+
+    return step
+
+
+def full_step(params, state, x):
+    updates, state = INNER.update(jax.grad(sparse_loss)(params, x), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def test_the_state_of_elements_is_two_moments_of_those_elements():
+    state = jax.eval_shape(fo.freezable(INNER, ~fo.elements("w", CHOSEN)).init, SPARSE)
+    assert nbytes(state) <= 1.05 * 2 * 4 * CHOSEN.sum()
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["zeros", "holes"])
+def test_a_step_of_elements_costs_no_more_than_one_of_the_whole_leaf(holes):
+    tx = fo.freezable(INNER, ~fo.elements("w", CHOSEN))
+    whole = costs(full_step, SPARSE, jax.eval_shape(INNER.init, SPARSE), X)
+    got = costs(sparse_step(tx, holes), SPARSE, jax.eval_shape(tx.init, SPARSE), X)
+    # The gradient of the whole leaf is made in both. The indices are read twice.
+    assert got["bytes"] <= 0.7 * whole["bytes"]
+    assert got["flops"] <= 0.85 * whole["flops"]
+    assert got["temporary"] <= whole["temporary"] + 4 * 4 * CHOSEN.sum()
+
+
+def test_a_gradient_that_is_changed_before_the_update_costs_its_zeros():
+    # What is remembered of a gradient that `fo.grad` made must not outlive a change of it.
+    tx = fo.freezable(optax.sgd(1.0), ~fo.elements("w", np.eye(3, dtype=bool)))
+    params = {"w": jnp.ones((3, 3))}
+    state = tx.init(params)
+    grads = fo.grad(lambda params: (params["w"] ** 2).sum(), frozen=state)(params)
+    halved = jax.tree.map(lambda x: x / 2, grads)
+    updates, _ = tx.update(halved, state, params)
+    np.testing.assert_array_equal(updates["w"], np.where(np.eye(3, dtype=bool), -1.0, -0.0))
+
+
+def test_leaves_of_one_shape_share_the_trace_of_their_elements():
+    count = 20
+    params = {f"w{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(count)}
+
+    def chosen(leaf):
+        mask = np.zeros(leaf.shape, bool)
+        mask.flat[np.random.default_rng(len(masks)).choice(64, 6, replace=False)] = True
+        masks.append(mask)
+        return mask
+
+    masks = []
+    tx = fo.freezable(INNER, ~fo.elements("**", chosen))
+    state = jax.eval_shape(tx.init, params)
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates, frozen=state), state
+
+    equations = jax.make_jaxpr(step)(params, state, params).jaxpr.eqns
+    called = [e.params["jaxpr"] for e in equations if "elements" in str(e.params.get("name"))]
+    assert len(masks) == count
+    # Gradients and params are gathered; updates and params are scattered, into zeros and params.
+    assert len(called) >= 3 * count
+    assert len({id(jaxpr) for jaxpr in called}) == 2
