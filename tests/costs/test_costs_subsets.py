@@ -18,36 +18,40 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 INNER = optax.adamw(1e-3)
 WIDTH, VOCABULARY, NEW = 64, 4_000, 80
 HEAD = (WIDTH, VOCABULARY)
-OLD = fo.rows("head", slice(0, VOCABULARY - NEW), axis=1)
-MESHES = {None: None, "auto": AxisType.Auto, "explicit": AxisType.Explicit}
+OLD = "body", fo.rows("head", slice(0, VOCABULARY - NEW), axis=1)
 
 
 def loss(params, x):
     return (jnp.tanh(jnp.tanh(x @ params["body"]) @ params["head"]) ** 2).mean()
 
 
-def step_of(tx, holes=False):
-    def step(params, state, *batch):
-        grads = fo.grad(loss, frozen=state, holes=holes)(params, *batch)
+def loss_of_transposed(params, x):
+    return loss({**params, "head": params["head"].T}, x)
+
+
+def step_of(tx, loss=loss, holes=False):
+    def step(params, state, x):
+        grads = fo.grad(loss, frozen=state, holes=holes)(params, x)
         updates, state = tx.update(grads, state, params)
         return fo.apply_updates(params, updates, frozen=state), state
 
     return step
 
 
-def by_hand(params, state, *batch):
-    old, trainable = params
+def by_hand(params, state, x):
+    body, old, new = params
 
-    def loss_of(trainable):
-        head = jnp.concatenate([old, trainable["head"]], axis=1)
-        return loss({**trainable, "head": head}, *batch)
+    def loss_of(new):
+        return loss({"body": body, "head": jnp.concatenate([old, new], axis=1)}, x)
 
-    updates, state = INNER.update(jax.grad(loss_of)(trainable), state, trainable)
-    return (old, optax.apply_updates(trainable, updates)), state
+    updates, state = INNER.update(jax.grad(loss_of)(new), state, new)
+    return (body, old, optax.apply_updates(new, updates)), state
 
 
 @pytest.mark.parametrize("holes", [False, True], ids=["zeros", "holes"])
-@pytest.mark.parametrize("spec", [P(), P(None, "x"), P("x", None)], ids=["whole", "along", "across"])
+@pytest.mark.parametrize(
+    "spec", [P(), P(None, "x"), P("x", None)], ids=["whole", "along", "across"]
+)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_columns_of_a_head_cost_what_a_head_split_by_hand_costs(axis_type, spec, holes):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
@@ -57,15 +61,29 @@ def test_columns_of_a_head_cost_what_a_head_split_by_hand_costs(axis_type, spec,
 
     with jax.set_mesh(mesh):
         params = {"body": placed((WIDTH, WIDTH), P()), "head": placed(HEAD, spec)}
-        old = placed((WIDTH, VOCABULARY - NEW), spec)
-        trainable = {**params, "head": placed((WIDTH, NEW), spec)}
-        tx, args = fo.freezable(INNER, OLD), [placed((8, WIDTH), P())]
-        state, state_by_hand = tx.init(params), INNER.init(trainable)
+        old, new = (placed((WIDTH, count), spec) for count in (VOCABULARY - NEW, NEW))
+        tx, x = fo.freezable(INNER, OLD), placed((8, WIDTH), P())
+        state, state_by_hand = tx.init(params), INNER.init(new)
         assert nbytes(state) == nbytes(state_by_hand)
-        expected = costs(by_hand, (old, trainable), state_by_hand, *args)
-        got = costs(step_of(tx, holes), params, state, *args)
+        expected = costs(by_hand, (params["body"], old, new), state_by_hand, x)
+        got = costs(step_of(tx, holes=holes), params, state, x)
     for name, value in got.items():
         assert value <= 1.02 * expected[name], name
+
+
+@pytest.mark.parametrize("frozen_body", [(), ("body",)], ids=["body trained", "body frozen"])
+def test_columns_cost_what_rows_of_the_transposed_leaf_cost(frozen_body):
+    def costs_of(head, axis, loss):
+        params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in head.items()}
+        tx = fo.freezable(INNER, (*frozen_body, fo.rows("head", slice(0, -NEW), axis=axis)))
+        x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
+        return costs(step_of(tx, loss), params, jax.eval_shape(tx.init, params), x)
+
+    body = {"body": (WIDTH, WIDTH)}
+    rows = costs_of({**body, "head": HEAD[::-1]}, 0, loss_of_transposed)
+    columns = costs_of({**body, "head": HEAD}, 1, loss)
+    for name, value in columns.items():
+        assert value <= 1.02 * rows[name], name
 
 
 DEPTH, SIZE = 6, 32
