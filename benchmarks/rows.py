@@ -21,7 +21,7 @@ from rich.table import Table
 import freeze_optax as fo
 
 INNER = optax.adamw(1e-3)
-VOCABULARY, WIDTH, NEW = 32_000, 512, 100
+VOCABULARIES, WIDTH, NEW = (32_000, 128 * 1024), 512, 100
 DEPTH, SIZE, BATCH = 12, 256, 64
 
 Loss = Callable[[Any], Any]
@@ -61,14 +61,14 @@ def our_step(tx: optax.GradientTransformation, loss: Callable[[Any, Any], Any]) 
     return step
 
 
-def new_tokens() -> dict[str, Program]:
-    """The last 100 rows of an embedding of 32,000 tokens."""
+def new_tokens(vocabulary: int) -> dict[str, Program]:
+    """The last 100 rows of an embedding of so many tokens."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
-        "embed": jax.random.normal(keys[0], (VOCABULARY, WIDTH)),
+        "embed": jax.random.normal(keys[0], (vocabulary, WIDTH)),
         "head": jax.random.normal(keys[1], (WIDTH, 2)),
     }
-    ids = jax.random.randint(keys[2], (8, 64), 0, VOCABULARY)
+    ids = jax.random.randint(keys[2], (8, 64), 0, vocabulary)
 
     def loss(params: Any, _: Any = None) -> Any:
         return ((params["embed"][ids].mean(1) @ params["head"]) ** 2).mean()
@@ -76,7 +76,7 @@ def new_tokens() -> dict[str, Program]:
     def split_loss(old: Any, params: Any) -> Any:
         return loss({**params, "embed": jnp.concatenate([old, params["embed"]])})
 
-    tx = fo.freezable(INNER, fo.rows("embed", slice(0, VOCABULARY - NEW)))
+    tx = fo.freezable(INNER, fo.rows("embed", slice(0, vocabulary - NEW)))
     trainable = {**params, "embed": params["embed"][-NEW:]}
     pair = params["embed"][:-NEW], trainable
     return {
@@ -189,8 +189,9 @@ def main() -> None:
     device = jax.devices()[0]
     console = Console(width=110)
     console.print(f"JAX {jax.__version__}, optax {optax.__version__}, {device.device_kind}")
-    tokens = f"{NEW} of {VOCABULARY:,} tokens, width {WIDTH}"
-    console.print(table(tokens, new_tokens(), loops=False))
+    for vocabulary in VOCABULARIES:
+        tokens = f"{NEW} of {vocabulary:,} tokens, width {WIDTH}"
+        console.print(table(tokens, new_tokens(vocabulary), loops=False))
     layers = f"1 of {DEPTH} stacked layers, width {SIZE}"
     console.print(table(layers, last_layer(), loops=True))
 

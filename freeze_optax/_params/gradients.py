@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from freeze_optax._params.live_lookups import value_and_grad_of_rows, whole_tables
 from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.flags import Flag, flag_or
 from freeze_optax._rows.subset import Subset
@@ -100,11 +101,14 @@ def value_and_grad(
 def _value_and_grad(
     fun: Callable[[Any], Any], leaves: Leaves, flags: Sequence[Flag], has_aux: bool, holes: bool
 ) -> tuple[Any, Any]:
+    tables = whole_tables(leaves.values, flags)
+    arguments = [False if rows else flag for flag, rows in zip(flags, tables, strict=True)]
+
     # Only the trainable leaves are an argument. JAX treats what the function closes over as a
     # constant, so it builds no backward pass for it, whatever its dtype.
     def of_trainable(trainable: list[Any]) -> Any:
         remaining = iter(trainable)
-        pairs = zip(leaves.values, flags, strict=True)
+        pairs = zip(leaves.values, arguments, strict=True)
         return fun(
             leaves.rebuild(
                 x if flag is True else _live_leaf(x, flag, remaining) for x, flag in pairs
@@ -113,10 +117,11 @@ def _value_and_grad(
 
     live = [
         _live_part(x, flag)
-        for x, flag in zip(leaves.values, flags, strict=True)
+        for x, flag in zip(leaves.values, arguments, strict=True)
         if flag is not True
     ]
-    value, gradients = jax.value_and_grad(of_trainable, has_aux=has_aux)(live)
+    rows = [rows for rows, flag in zip(tables, flags, strict=True) if flag is not True]
+    value, gradients = value_and_grad_of_rows(of_trainable, rows, has_aux)(live)
     zeros, remaining = Zeros(), iter(gradients)
 
     def gradient(x: Any, flag: Flag, is_overwritten: bool) -> Any:
