@@ -112,9 +112,9 @@ def rows(
     `holes=True` it does not differ. Rows that are thawed or parked later are an array of their own
     in the state. Statistics that can't be split by rows (factored ones) make such an edit an error.
 
-    Rows in a few runs are sliced. Scattered rows are gathered; then it is cheaper to differentiate
-    with `holes=True`, which gives the gradient of those rows alone. To save the backward pass of
-    stacked layers too, see `freeze_optax.scan`.
+    Rows in a few runs are sliced, scattered rows are gathered. Under jit, the gradient of an
+    embedding of which some rows train is made for these rows alone, if the loss does nothing but
+    look rows up in it. To save the backward pass of stacked layers too, see `freeze_optax.scan`.
 
     Rows of one leaf along different axes can be combined (`|`, `&`, `-`). What then trains, if it
     is no rows along one axis, is single elements, see `freeze_optax.elements`.
