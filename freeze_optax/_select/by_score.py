@@ -42,8 +42,14 @@ class _TopElements(Selector):
         for i, (path, leaf) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
             if selected[i] is False or is_hole(leaf) or not can_train(leaf):
                 continue
-            score = self._score(leaf) if of_tree is None else of_tree[i]
-            scores[i] = _as_scores(score, leaf, f"{self!r}: the score of {path!r}")
+            what = f"{self!r}: the score of {path!r}"
+            if of_tree is None and isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+                kind = "traced" if isinstance(leaf, Tracer) else "abstract"
+                raise TypeError(
+                    f"{what} needs the values of the leaf, which is {kind}; what is frozen is "
+                    "settled outside of jit, on the params themselves"
+                )
+            scores[i] = _as_scores(self._score(leaf) if of_tree is None else of_tree[i], leaf, what)
         return scores
 
     def __repr__(self) -> str:
@@ -56,7 +62,7 @@ class _TopElements(Selector):
 
 def _as_scores(score: Any, leaf: Any, what: str) -> np.ndarray:
     """Returns the scores of the elements of a leaf as NumPy floats; `what` begins an error."""
-    if isinstance(score, Tracer) or isinstance(leaf, Tracer):
+    if isinstance(score, Tracer):
         raise TypeError(f"{what} is traced, but what is frozen is settled before tracing")
     if isinstance(score, jax.ShapeDtypeStruct) or not (is_array(score) or np.isscalar(score)):
         raise TypeError(
@@ -104,9 +110,10 @@ def top_elements(spec: Spec, share: float, score: Any = abs, *, jointly: bool = 
     """Selects the share of elements of each leaf with the largest scores.
 
     Use it to choose the weights of sparse fine-tuning: `frozen=~fo.top_elements("**/kernel", 0.01)`
-    trains the one per cent of each kernel that is largest; with `score=grads`, gradients of some
-    batches, those with the largest gradients. The choice is made when the selector is applied, so
-    `init` fixes it; apply it again (`freeze_optax.set_frozen`) to choose anew.
+    trains the one per cent of each kernel that is largest; with `score=jax.tree.map(jnp.abs, grads)`,
+    gradients of some batches, those with the largest gradients of either sign. The choice is made
+    when the selector is applied, so `init` fixes it; apply it again (`freeze_optax.set_frozen`) to
+    choose anew.
 
     From Sung et al., `Training Neural Networks with Fixed Sparse Masks
     <https://arxiv.org/abs/2111.09839>`_, 2021 (scores are squared gradients, ranked jointly), and
@@ -127,8 +134,8 @@ def top_elements(spec: Spec, share: float, score: Any = abs, *, jointly: bool = 
       spec: Which leaves: any spec, see `freeze_optax.mask`.
       share: The share of the elements, from 0 to 1. The number of elements is rounded.
       score: A function that takes a leaf and returns a real number for each element; or a tree of
-        such arrays, as of gradients, with the structure of the params or a prefix of it. It is
-        matched by key path. Among equal scores the first elements are selected.
+        such arrays, with the structure of the params or a prefix of it. It is matched by key path;
+        its numbers are taken as they are, so of gradients take the size. Among equal scores the first elements are selected.
       jointly: Whether the elements of all these leaves are ranked together, so that one leaf has
         more of them than another.
 
