@@ -22,7 +22,6 @@
 # notebook that define them.
 
 # %%
-import contextlib
 import functools
 import os
 import re
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
@@ -40,8 +38,12 @@ import freeze_optax as fo
 source = Path("minilm.py").read_text(encoding="utf-8")
 sections = re.split(r"^# %% \[markdown\]\n# ##? (.*)\n", source, flags=re.MULTILINE)
 sections = dict(zip(sections[1::2], sections[2::2], strict=True))
+minilm = {"__name__": "__main__"}
 for name in ("Fine-tuning a pretrained transformer", "BERT in Flax", "Its weights", "The task"):
-    exec(sections[name])
+    exec(sections[name], minilm)
+SHORT, WIDTH, HEADS, MODEL, pretrained, TRAIN, TEST = (
+    minilm[x] for x in "SHORT WIDTH HEADS MODEL pretrained TRAIN TEST".split()
+)
 
 STEPS, BATCH = (2, 8) if SHORT else (96, 16)
 FACTOR = float(os.environ.get("FREEZE_OPTAX_RATE_FACTOR", 0))
