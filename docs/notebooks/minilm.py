@@ -182,10 +182,7 @@ body = jax.tree.map(lambda ours, theirs: jnp.array(theirs.reshape(ours.shape)), 
 pretrained = {**body, "head": fresh["head"]}
 
 # %% [markdown]
-# ## Is it the same model?
-#
-# There are three checks. The first uses published numbers. MiniLM was published with the library
-# Sentence Transformers, whose documentation gives the cosines of three sentences to four decimals.
+# The tokenizer is stored beside the weights.
 
 # %%
 tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -197,6 +194,14 @@ def encode(texts):
     return np.array([x.ids for x in tokenizer.encode_batch(texts)], np.int32)
 
 
+# %% [markdown]
+# ## Is it the same model?
+#
+# There are three checks. The first uses published numbers. MiniLM was published with the library
+# Sentence Transformers, whose documentation gives the cosines of three sentences to four decimals.
+
+
+# %%
 @jax.jit
 def cosines(params, tokens):
     x = MODEL.apply({"params": params}, tokens, method="embed")

@@ -1,7 +1,8 @@
 """Stores the notebooks with their outputs, or checks that those stored are those of the sources.
 
 The source of `x.ipynb` is `x.py`, in the percent format of jupytext. With `--write` the notebooks
-are executed and stored. Without it nothing is executed: `make docs` does that.
+are executed and stored. Without it nothing is executed: `make docs` does that. `--write minilm`
+does it for that one alone.
 """
 
 import argparse
@@ -22,7 +23,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 def execute(notebook, folder):
     """Executes in place, and leaves out all that differs from one machine or run to the next."""
-    options = {"timeout": 600, "kernel_name": "python3", "record_timing": False}
+    options = {"timeout": 1800, "kernel_name": "python3", "record_timing": False}
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, resources=resources, coalesce_streams=True, **options).execute()
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
@@ -51,8 +52,12 @@ def main():
     """Goes through all notebooks, and exits with 1 if something is wrong with one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="execute and store the notebooks")
-    write, failed = parser.parse_args().write, False
+    parser.add_argument("names", nargs="*", help="those to do; all of them if there are none")
+    arguments = parser.parse_args()
+    write, failed = arguments.write, False
     for source in sorted(set(Path(__file__).parent.glob("*.py")) - {Path(__file__)}):
+        if arguments.names and source.stem not in arguments.names:
+            continue
         notebook, target = jupytext.read(source), source.with_suffix(".ipynb")
         begin = time.perf_counter()
         found = list(faults(notebook))
