@@ -1,12 +1,15 @@
 """The params of a summary, with what is frozen of each leaf and the bytes of its state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from freeze_optax._report.counts import LeafCounts
+from freeze_optax._report.outline import Entry
 from freeze_optax._report.state_bytes import StateBytes, state_bytes
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.specs import Spec, resolve, state_in_spec
 from freeze_optax._state.shared_buffers import first_of_buffer
+from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.variables import tree_has_variables
@@ -26,6 +29,24 @@ class ResolvedParams(NamedTuple):
     flags: Sequence[Flag]
     present: StateBytes | None
     unfrozen: StateBytes | None
+
+    def entries(self, shown: Leaves) -> Iterator[Entry]:
+        """Yields the leaves for the outline, with their counts and the bytes of their state.
+
+        Args:
+          shown: The leaves, with the paths to show.
+        """
+        same = first_of_buffer(shown)
+        unknown: list[int | None] = [None] * len(shown.values)
+        present = self.present.by_leaf if self.present else unknown
+        unfrozen = self.unfrozen.by_leaf if self.unfrozen else unknown
+        for i, (path, leaf) in enumerate(zip(shown.paths, shown.values, strict=True)):
+            size, full_size = present[i], unfrozen[i]
+            saved = None if size is None or full_size is None else full_size - size
+            counts = LeafCounts.of_leaf(leaf, self.flags[i], i in same).with_state(size, saved)
+            kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
+            same_as = shown.paths[same[i]] if i in same else ""
+            yield Entry(path, counts, (counts, kind, same_as), same_as)
 
 
 def resolve_params(params: Any, frozen: Spec, optimizer: Any) -> ResolvedParams:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -13,20 +13,16 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from freeze_optax._report.counts import Counts, LeafCounts, Status
+from freeze_optax._report.counts import Counts, Status
 from freeze_optax._report.html import TableRow, table_as_html
-from freeze_optax._report.outline import Entry, Line, Node, build_outline, shown_lines
+from freeze_optax._report.outline import Line, Node, build_outline, shown_lines
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
-from freeze_optax._report.state_bytes import StateBytes
 from freeze_optax._rows.elements import Elements
-from freeze_optax._rows.flags import Flag
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec
-from freeze_optax._state.shared_buffers import check_ties, first_of_buffer
-from freeze_optax._tree.kinds import is_array
-from freeze_optax._tree.leaves import Leaves
+from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._tree.messages import printable, quoted_list
 from freeze_optax._tree.quantized import quantized_nodes
 
@@ -92,8 +88,6 @@ class Summary(Counts):
       state_bytes: The bytes of the optimizer state; None if not known.
       saved_bytes: How many bytes more that state would have with nothing frozen; None if not known.
       rows: The subtrees, a `Row` for each; a subtree comes before those in it.
-      index_bytes: The bytes of the indices of single elements that train, which a compiled step
-        holds; see `freeze_optax.elements`. The state does not hold them.
     """
 
     rows: list[Row]
@@ -101,7 +95,7 @@ class Summary(Counts):
     _lines: list[Line] = dataclasses.field(compare=False)
     _depth: int | None = dataclasses.field(compare=False)
     _quantized: Sequence[str] = dataclasses.field(default=(), compare=False)
-    index_bytes: int = dataclasses.field(default=0, compare=False)
+    _index_bytes: int = dataclasses.field(default=0, compare=False)
 
     @property
     def headline(self) -> str:
@@ -115,6 +109,21 @@ class Summary(Counts):
         """
         percent = 100 * self.trainable / max(self.total, 1)
         return f"trainable: {self.trainable:,} of {self.total:,} parameters ({percent:.2f}%)"
+
+    @property
+    def index_bytes(self) -> int:
+        """The bytes of the indices of single elements that train; see `freeze_optax.elements`.
+
+        The compiled step holds them, not the state. So `state_bytes` does not count them.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import freeze_optax as fo
+          >>> frozen = ~fo.elements("w", jnp.eye(3, dtype=bool))
+          >>> fo.summary({"w": jnp.ones((3, 3))}, frozen).index_bytes
+          24
+        """
+        return self._index_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the attributes by their names, and the rows as dicts, ready for JSON.
@@ -200,8 +209,8 @@ class Summary(Counts):
             saved = self.saved_bytes or 0
             less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
-        if self.index_bytes:
-            size = decimal(self.index_bytes)
+        if self._index_bytes:
+            size = decimal(self._index_bytes)
             notes.append(f"indices of single elements: {size} in the compiled step")
         if self._quantized:
             count = len(self._quantized)
@@ -343,10 +352,11 @@ def summary(
         transformation, or `depth` is not an integer.
     """
     depth = None if depth is None else _levels(depth)
-    leaves, flags, present, unfrozen = resolve_params(params, frozen, optimizer)
+    resolved = resolve_params(params, frozen, optimizer)
+    leaves, flags, present, unfrozen = resolved
     check_ties(leaves, flags)
     shown_leaves = dotted_leaves(leaves) if isinstance(frozen, Dotted) else leaves
-    root = build_outline(_entries(shown_leaves, flags, present, unfrozen), folded=depth is None)
+    root = build_outline(resolved.entries(shown_leaves), folded=depth is None)
     shown = shown_lines(root, depth)
     counts = root.counts.to_dict()
     counts["state_bytes"] = present.total if present else None
@@ -367,7 +377,7 @@ def summary(
         _lines=shown,
         _depth=depth,
         _quantized=quantized,
-        index_bytes=sum((~flag).index_bytes for flag in flags if isinstance(flag, Elements)),
+        _index_bytes=sum((~flag).index_bytes for flag in flags if isinstance(flag, Elements)),
     )
 
 
@@ -378,20 +388,3 @@ def _levels(depth: Any) -> int:
     if depth < 0:
         raise ValueError(f"depth is a number of levels, 0 or more, not {depth!r}")
     return operator.index(depth)
-
-
-def _entries(
-    leaves: Leaves, flags: Sequence[Flag], present: StateBytes | None, unfrozen: StateBytes | None
-) -> Iterator[Entry]:
-    """Yields the leaves for the outline, with their counts and the bytes of their state."""
-    same = first_of_buffer(leaves)
-    unknown: list[int | None] = [None] * len(leaves.values)
-    present_bytes = present.by_leaf if present else unknown
-    unfrozen_bytes = unfrozen.by_leaf if unfrozen else unknown
-    for i, (path, leaf, flag) in enumerate(zip(leaves.paths, leaves.values, flags, strict=True)):
-        size, full_size = present_bytes[i], unfrozen_bytes[i]
-        saved = None if size is None or full_size is None else full_size - size
-        counts = LeafCounts.of_leaf(leaf, flag, i in same).with_state(size, saved)
-        kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
-        same_as = leaves.paths[same[i]] if i in same else ""
-        yield Entry(path, counts, (counts, kind, same_as), same_as)

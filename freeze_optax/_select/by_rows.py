@@ -147,8 +147,8 @@ def rows(
       axis: The axis along which they are counted; a negative one is counted from the last.
 
     Returns:
-      The selector. In its mask each such leaf has a NumPy array of bools. For the leading axis it is
-      a vector with one for each row, for another axis an array that has the length 1 along all
+      The selector. In its mask each such leaf has a NumPy array of bools. For the leading axis it
+      is a vector with one for each row, for another axis an array that has the length 1 along all
       other axes. If all rows or no rows are selected, it is a plain bool. Applied to a tree, it
       raises ValueError, naming path and shape, if a leaf has no such axis, if rows are out of range
       (the ends of a slice too), if the number of bools is not the number of rows, or if a leaf that

@@ -110,10 +110,10 @@ def top_elements(spec: Spec, share: float, score: Any = abs, *, jointly: bool = 
     """Selects the share of elements of each leaf with the largest scores.
 
     Use it to choose the weights of sparse fine-tuning: `frozen=~fo.top_elements("**/kernel", 0.01)`
-    trains the one per cent of each kernel that is largest; with `score=jax.tree.map(jnp.abs, grads)`,
-    gradients of some batches, those with the largest gradients of either sign. The choice is made
-    when the selector is applied, so `init` fixes it; apply it again (`freeze_optax.set_frozen`) to
-    choose anew.
+    trains the one per cent of each kernel that is largest. With `score=jax.tree.map(jnp.abs,
+    grads)`, the gradients of some batches, it trains those with the largest gradients. The choice
+    is made when the selector is applied, so `init` fixes it; apply it again
+    (`freeze_optax.set_frozen`) to choose anew.
 
     From Sung et al., `Training Neural Networks with Fixed Sparse Masks
     <https://arxiv.org/abs/2111.09839>`_, 2021 (scores are squared gradients, ranked jointly), and
@@ -135,7 +135,8 @@ def top_elements(spec: Spec, share: float, score: Any = abs, *, jointly: bool = 
       share: The share of the elements, from 0 to 1. The number of elements is rounded.
       score: A function that takes a leaf and returns a real number for each element; or a tree of
         such arrays, with the structure of the params or a prefix of it. It is matched by key path;
-        its numbers are taken as they are, so of gradients take the size. Among equal scores the first elements are selected.
+        its numbers are taken as they are, so of gradients take the size. Among equal scores the
+        first elements are selected.
       jointly: Whether the elements of all these leaves are ranked together, so that one leaf has
         more of them than another.
 
