@@ -259,7 +259,7 @@ def test_equal_plans_share_one_trace_whatever_they_were_made_of():
     params = {"w": np.ones((2, 3), np.float32)}
     specs = [fo.rows("w", [0, 2], axis=1), {"w": mask}, fo.elements("w", mask), {"w": mask[:1]}]
     specs.append(fo.rows("w", [0], axis=-1) | fo.rows("w", [2], axis=1))
-    jitted = jax.jit(lambda state: traces.append(state))
+    jitted = jax.jit(traces.append)
     for spec in specs:
         jitted(fo.freezable(optax.sgd(0.1, 0.9), spec).init(params))
     assert len(traces) == 1
