@@ -217,7 +217,9 @@ class _OtherParamsError(ValueError):
     """The export is whole, and of params of other shapes."""
 
 
-def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTable | None:
+def _part_table(
+    parts: list[tuple[int, Any]] | None, leaves: list[Any], paths: Sequence[str]
+) -> PartTable | None:
     """Returns the table of the parts; raises ValueError if they are not parts of these leaves."""
     if parts is None:
         return None

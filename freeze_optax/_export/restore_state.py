@@ -1,6 +1,6 @@
 """`restore_state`: an export put into a state that has its plan already."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from freeze_optax._export.encoded_subset import decoded_subset, described_subset, shape_in
@@ -83,7 +83,7 @@ def _phases(schedule: Sequence[tuple[int, Any]]) -> str:
     return f"phases from steps {[start for start, _ in schedule]}" if schedule else "no phases"
 
 
-def _whole_leaves(count: int) -> Iterable[Part]:
+def _whole_leaves(count: int) -> list[Part]:
     return [(leaf, None) for leaf in range(count)]
 
 
