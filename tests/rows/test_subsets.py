@@ -202,13 +202,20 @@ def test_rows_along_different_axes_need_the_shape_of_the_leaf():
         flag_or(a, b)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 0), (3, 0, 2)])
 def test_a_leaf_without_elements_is_selected_as_a_whole_or_not_at_all(shape):
-    empty = np.zeros(shape, np.float32)
-    two = fo.rows("w", [0], axis=1) | fo.rows("w", [0], axis=2 if shape[2] else 0)
-    assert two({"w": empty})["w"] in (True, False)
-    both = fo.rows("w", [0], axis=1) & fo.rows("w", [0], axis=2 if shape[2] else 0)
-    assert both({"w": empty})["w"] in (True, False)
+    params = {"v": np.ones(2, np.float32), "w": np.zeros(shape, np.float32)}
+    inner = 1 if shape[1] else 2
+    assert fo.rows("w", [0])(params)["w"] is False
+    assert fo.rows("w", [0], axis=inner)(params)["w"] is False
+    assert fo.rows("w", slice(None), axis=inner)(params)["w"] is True
+    for mask in (np.arange(shape[0]) == 0, np.zeros(shape, bool)):
+        assert fo.mask({"v": False, "w": mask}, params)["w"] is False
+    # Edits along both axes leave nothing to part.
+    state = fo.freezable(optax.trace(0.9), fo.rows("w", [0])).init(params)
+    state = fo.freeze(state, params, fo.rows("w", [1], axis=inner))
+    state = fo.thaw(state, params, fo.rows("w", [0]))
+    assert fo.mask(state, params) == {"v": False, "w": False}
 
 
 class _Former:
