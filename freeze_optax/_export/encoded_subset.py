@@ -42,7 +42,12 @@ def is_encoded_subset(x: Any, is_int: Callable[[Any], bool]) -> bool:
 
 
 def decoded_subset(encoded: Any) -> Subset | None:
-    """Returns the subset that `encoded_subset` encoded; raises ValueError if it is damaged."""
+    """Returns the subset that `encoded_subset` encoded; raises ValueError if it is damaged.
+
+    Args:
+      encoded: The value from a file, of the types of an encoded subset. If it has elements, the
+        shape of their leaf is one that the leaf has.
+    """
     if encoded is None:
         return None
     length, text, *axis = encoded
@@ -70,7 +75,7 @@ def _elements(shape: list[int], packed: bytes) -> Elements:
         bits = stream.decompress(packed, (size + 7) // 8 + 1)
     except zlib.error as error:
         raise ValueError(f"its elements can't be unpacked ({error})") from error
-    if len(bits) != (size + 7) // 8 or not stream.eof:
+    if len(bits) != (size + 7) // 8 or not stream.eof or stream.unused_data:
         raise ValueError(f"{size} elements in {len(bits)} bytes")
     mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=size).astype(bool)
     flag = flag_from_mask(mask.reshape(shape))
@@ -79,15 +84,22 @@ def _elements(shape: list[int], packed: bytes) -> Elements:
     return flag
 
 
-def described_subset(encoded: Any) -> str:
-    """Returns the first few of the rows or elements of an encoded subset, as a clause."""
-    subset = decoded_subset(encoded)
+def shape_in(encoded: Any) -> tuple[int, ...] | None:
+    """Returns the shape of the leaf of encoded elements; None for rows and for a whole leaf.
+
+    It is compared with that of the leaf before the elements are decoded, as a few bytes may stand
+    for more elements than the memory holds.
+    """
+    return tuple(encoded[0]) if encoded and type(encoded[0]) is list else None
+
+
+def described_subset(subset: Subset | None) -> str:
+    """Returns the first few of the rows, or the number of the elements, as a clause."""
     if subset is None:
         return ""
     if isinstance(subset, Rows):
         shown = list(map(str, subset.indices[:5]))
-        what = f"in the rows {', '.join(shown)}"
         more = subset.count - len(shown)
         where = f" along axis {subset.axis}" if subset.axis else ""
-        return f" {what}{f' and {more} more' if more > 0 else ''}{where}"
+        return f" in the rows {', '.join(shown)}{f' and {more} more' if more > 0 else ''}{where}"
     return f" in {subset!r}"

@@ -69,10 +69,13 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 def pack_text(about: Mapping[str, Any]) -> np.ndarray:
     """Returns the description of the exported arrays as an array of bytes."""
-    is_former = all(is_former_form(subset) for _, subset in about["parts"] or ())
-    text_of_format = FORMAT if is_former else FORMAT_WITH_ELEMENTS
-    text = json.dumps({"format": text_of_format, "sum": _checksum(about), **about})
+    text = json.dumps({"format": _format_of(about), "sum": _checksum(about), **about})
     return np.frombuffer(text.encode(), np.uint8)
+
+
+def _format_of(about: Mapping[str, Any]) -> str:
+    is_former = all(is_former_form(subset) for _, subset in about["parts"] or ())
+    return FORMAT if is_former else FORMAT_WITH_ELEMENTS
 
 
 def _checksum(about: Mapping[str, Any]) -> int:
@@ -102,6 +105,11 @@ def unpack_text(exported: Any) -> dict[str, Any]:
     for name in _LISTS:
         _check_list(name, about)
     _check_lengths(about)
+    if about["format"] != _format_of(about):
+        raise ValueError(
+            f"the export is damaged: its format is {about['format']!r}, and what it has of leaves "
+            f"is of {_format_of(about)!r}"
+        )
     if about.get("sum") != _checksum(about):
         raise ValueError(
             "the export is damaged: its 'about' was changed after the export; its checksum is "

@@ -12,11 +12,10 @@ from jax.core import Tracer
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, replace_state
-from freeze_optax._export.encoded_subset import decoded_subset
+from freeze_optax._export.encoded_subset import decoded_subset, shape_in
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
 from freeze_optax._export.placement import is_sharded, place_beside
-from freeze_optax._rows.elements import Elements
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.subset import Subset
@@ -218,7 +217,9 @@ class _OtherParamsError(ValueError):
     """The export is whole, and of params of other shapes."""
 
 
-def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTable | None:
+def _part_table(
+    parts: list[tuple[int, Any]] | None, leaves: list[Any], paths: Sequence[str]
+) -> PartTable | None:
     """Returns the table of the parts; raises ValueError if they are not parts of these leaves."""
     if parts is None:
         return None
@@ -227,7 +228,9 @@ def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTabl
         raise ValueError("its parts are whole leaves")
     if numbers != sorted(numbers) or set(numbers) != set(range(len(leaves))):
         raise ValueError(f"its parts are not, in order, those of {len(leaves)} leaves")
-    table = PartTable((leaf, decoded_subset(subset)) for leaf, subset in parts)
+    for leaf, encoded in parts:
+        _check_shape(paths[leaf], leaves[leaf], shape_in(encoded))
+    table = PartTable((leaf, decoded_subset(encoded)) for leaf, encoded in parts)
     for path, leaf, parts_of_leaf in zip(paths, leaves, table.by_leaf, strict=True):
         subsets = [subset for i in parts_of_leaf if (subset := table.parts[i][1])]
         is_whole = len(parts_of_leaf) == 1 and not subsets
@@ -238,27 +241,32 @@ def _part_table(parts: Any, leaves: list[Any], paths: Sequence[str]) -> PartTabl
     return table
 
 
+def _check_shape(path: str, leaf: Any, shape: tuple[int, ...] | None) -> None:
+    """Raises _OtherParamsError if elements are of a leaf of another shape."""
+    if shape is not None and shape != getattr(leaf, "shape", ()):
+        raise _other_shape(path, f"elements of the shape {shape}", leaf)
+
+
+def _other_shape(path: str, has: str, leaf: Any) -> _OtherParamsError:
+    return _OtherParamsError(
+        f"{path!r} has {has} in it, and is {_short_type(leaf)} in the params; pass the params "
+        "of the export, and for these ones make a state with init"
+    )
+
+
 def _check_parts(path: str, leaf: Any, subsets: list[Subset]) -> None:
     """Raises ValueError if subsets of a leaf do not fit each other, or the leaf."""
-    shapes = {one.shape for one in subsets if isinstance(one, Elements)}
-    lengths = {(one.axis, len(one.mask)) for one in subsets if isinstance(one, Rows)}
-    misfit = any(not one.fits(shape) for one in subsets for shape in shapes)
-    if len(shapes) > 1 or len(lengths) > 1 or misfit:
-        raise ValueError(f"its parts of {path!r} are not those of one leaf")
+    rows = [one for one in subsets if isinstance(one, Rows)]
     shape = getattr(leaf, "shape", ())
-    if not subsets[0].fits(shape):
-        has = (
-            f"{len(subsets[0].mask):,} rows"
-            if isinstance(subsets[0], Rows)
-            else f"elements of the shape {next(iter(shapes))}"
-        )
-        raise _OtherParamsError(
-            f"{path!r} has {has} in it, and is {_short_type(leaf)} in the params; pass the params "
-            "of the export, and for these ones make a state with init"
-        )
-    masks = [
-        one.mask if isinstance(one, Rows) and not shapes else one.mask_of(shape) for one in subsets
-    ]
+    # Rows along two axes have elements in common.
+    is_mixed = len({(one.axis, len(one.mask)) for one in rows}) > 1
+    misfit = next((one for one in rows if not one.fits(shape)), None)
+    if is_mixed or (misfit and len(rows) < len(subsets)):
+        raise ValueError(f"its parts of {path!r} are not those of one leaf")
+    if misfit:
+        raise _other_shape(path, f"{len(misfit.mask):,} rows", leaf)
+    all_rows = len(rows) == len(subsets)
+    masks = [one.mask for one in rows] if all_rows else [one.mask_of(shape) for one in subsets]
     if np.sum(masks, axis=0).max() > 1:
         raise ValueError("two of its parts have one row, or element")
 

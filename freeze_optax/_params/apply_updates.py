@@ -74,7 +74,8 @@ def _check_part(update: Any, frozen: Subset, leaves: Leaves, i: int) -> None:
     shape, live = np.shape(update), ~frozen
     fits = frozen.fits(shape) or live.is_compact(shape)
     if isinstance(frozen, Rows):
-        fits = fits and len(shape) == leaves.values[i].ndim
+        leaf_shape = leaves.values[i].shape
+        fits = fits and frozen.with_length(shape, 0) == frozen.with_length(leaf_shape, 0)
     if shape and not fits:
         what = "rows" if isinstance(frozen, Rows) else "elements"
         raise ValueError(

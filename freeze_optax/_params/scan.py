@@ -72,8 +72,10 @@ def scan(
       ValueError: If the spec does not fit `xs`, or the leaves do not have such an axis of the same
         length.
       IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
-      TypeError: If a mask holds anything but bools.
+      TypeError: If a mask holds anything but bools, or `axis` is not an integer.
     """
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise TypeError(f"the axis of the layers is an integer, not {axis!r}")
     leaves = Leaves(xs)
     axes = [axis + np.ndim(x) if axis < 0 else axis for x in leaves.values]
     pairs = zip(leaves.values, axes, strict=True)

@@ -75,11 +75,13 @@ class Elements(Subset):
 
     def mask_of(self, shape: Shape) -> np.ndarray:
         del shape
-        return self._flat().reshape(self.shape)
+        mask = self._flat().reshape(self.shape)
+        mask.setflags(write=False)
+        return mask
 
     def as_mask(self, leaf_rank: int) -> np.ndarray:
         del leaf_rank
-        return self.mask_of(self.shape)
+        return self._flat().reshape(self.shape)
 
     def elements_in(self, size: int) -> int:
         del size

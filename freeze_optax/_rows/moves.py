@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from freeze_optax._rows.elements import Elements
+from freeze_optax._rows.meshes import is_on_mesh
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.subset import Subset
 
@@ -58,7 +59,7 @@ def concatenate(arrays: Sequence[Any], axis: int) -> Any:
 
 def gather(x: Any, subset: Subset) -> Any:
     """Returns the compact array of a subset."""
-    if isinstance(subset, Elements):
+    if isinstance(subset, Elements) and not is_on_mesh(x):
         return _gather_elements(x, subset.indices)
     return x.at[_index(subset)].get(
         indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
@@ -67,7 +68,7 @@ def gather(x: Any, subset: Subset) -> Any:
 
 def scatter(x: Any, subset: Subset, values: Any) -> Any:
     """Returns an array with a subset replaced."""
-    if isinstance(subset, Elements):
+    if isinstance(subset, Elements) and not is_on_mesh(x):
         return _scatter_elements(x, subset.indices, values)
     return x.at[_index(subset)].set(
         values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
@@ -75,12 +76,15 @@ def scatter(x: Any, subset: Subset, values: Any) -> Any:
 
 
 def _index(subset: Subset) -> tuple[Any, ...]:
+    if isinstance(subset, Elements):
+        return tuple(subset.indices.T)
     assert isinstance(subset, Rows)
     return (slice(None),) * subset.axis + (subset.indices,)
 
 
 # The indices are an argument of a jitted function: leaves of one shape, with as many elements each,
-# share its trace.
+# share its trace. Not on a mesh: in eager mode JAX keeps an argument of this kind for the backward
+# pass, as an array on explicit axes, which it then refuses on those of `on_automatic_axes`.
 @functools.partial(jax.jit, inline=False)
 def _gather_elements(x: Any, indices: Any) -> Any:
     axes = tuple(range(x.ndim))

@@ -243,12 +243,13 @@ def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = 
       like: As for `sharding_of_rows`.
     """
     if isinstance(subset, Rows):
-        sharding = sharding_of_rows(len(subset.mask), subset.axis, values, like)
         shape = subset.with_length(values.shape, len(subset.mask))
+        other = sharding_of_rows(len(subset.mask), subset.axis, values, like)
     else:
         shape = tuple(shape_of_elements([subset]))
-        sharding = type_sharding(like) if np.ndim(like) == len(shape) else None
-        sharding = sharding or unsharded(len(shape), values)
+        other = unsharded(len(shape), values)
+    # Rows that were joined from elements are not sharded, but the leaf may be.
+    sharding = (type_sharding(like) if np.shape(like) == shape else None) or other
     # The zero is given as text, because 0.0 and -0.0 are equal: jit would find the function of one
     # for the other.
     static = (subset, str(fill), values.dtype, shape)

@@ -51,7 +51,10 @@ def _as_bools(mask: Any, what: str) -> np.ndarray:
     """Returns a mask as a NumPy array of bools; `what` begins the error if it is none."""
     if isinstance(mask, Tracer):
         raise TypeError(f"{what} is traced, but what is frozen is settled before tracing")
-    array = np.asarray(mask)
+    try:
+        array = np.array(mask)
+    except ValueError:  # lists of several lengths
+        array = np.asarray(None)
     if array.dtype != bool:
         raise TypeError(f"{what} holds bools, not {array.dtype} ({type(mask).__name__})")
     return array

@@ -65,7 +65,9 @@ class _Rows(Selector):
             raise ValueError(f"{self!r}: the leaf {path!r} is of shape {shape}, so {problem}")
         mask = np.zeros(shape[axis], bool)
         mask[self._rows] = True
-        return flag_and(flag, flag_from_vector(mask, axis), shape)
+        # Rows without elements along one axis are also those along another.
+        own = flag_from_vector(mask, axis) if all(shape) else bool(mask.size and mask.all())
+        return flag_and(flag, own, shape)
 
     def __repr__(self) -> str:
         rows = self._rows

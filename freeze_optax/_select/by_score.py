@@ -10,7 +10,7 @@ from freeze_optax._rows.flags import Flag, flag_and, flag_from_mask
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, as_selector, is_function, match_by_path
 from freeze_optax._tree.holes import is_hole
-from freeze_optax._tree.kinds import can_train, is_array
+from freeze_optax._tree.kinds import can_train, number_kind
 from freeze_optax._tree.leaves import Leaves
 
 
@@ -43,14 +43,19 @@ class _TopElements(Selector):
             if selected[i] is False or is_hole(leaf) or not can_train(leaf):
                 continue
             what = f"{self!r}: the score of {path!r}"
-            if of_tree is None and isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-                kind = "traced" if isinstance(leaf, Tracer) else "abstract"
-                raise TypeError(
-                    f"{what} needs the values of the leaf, which is {kind}; what is frozen is "
-                    "settled outside of jit, on the params themselves"
-                )
-            scores[i] = _as_scores(self._score(leaf) if of_tree is None else of_tree[i], leaf, what)
+            score = self._score_of(leaf, what) if of_tree is None else of_tree[i]
+            scores[i] = _as_scores(score, leaf, what)
         return scores
+
+    def _score_of(self, leaf: Any, what: str) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{what} is a function of its values, but the leaf is abstract; give a tree of "
+                "scores, or use a mask that was made with arrays"
+            )
+        if isinstance(leaf, Tracer):
+            raise TypeError(f"{what} is traced, but what is frozen is settled before tracing")
+        return self._score(leaf)
 
     def __repr__(self) -> str:
         score = "tree of scores"
@@ -61,10 +66,10 @@ class _TopElements(Selector):
 
 
 def _as_scores(score: Any, leaf: Any, what: str) -> np.ndarray:
-    """Returns the scores of the elements of a leaf as NumPy floats; `what` begins an error."""
+    """Returns the scores of the elements of a leaf as NumPy numbers; `what` begins an error."""
     if isinstance(score, Tracer):
         raise TypeError(f"{what} is traced, but what is frozen is settled before tracing")
-    if isinstance(score, jax.ShapeDtypeStruct) or not (is_array(score) or np.isscalar(score)):
+    if number_kind(score) == "other" or isinstance(score, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{what} is a {type(score).__name__}; it takes an array with a number for each element"
         )
@@ -76,7 +81,8 @@ def _as_scores(score: Any, leaf: Any, what: str) -> np.ndarray:
         )
     if np.iscomplexobj(array):
         raise TypeError(f"{what} is complex; it takes real numbers, as jnp.abs gives them")
-    wide = array if array.dtype == np.float64 else array.astype(np.float32)
+    # NumPy sorts no format of less than 16 bits. Integers and float64 would be rounded.
+    wide = array if array.dtype.kind in "iu" or array.itemsize > 4 else array.astype(np.float32)
     if np.isnan(wide).any():
         raise ValueError(f"{what} has NaNs, which have no order")
     return wide

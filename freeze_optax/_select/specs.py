@@ -201,20 +201,23 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
 
 def _as_part(value: np.ndarray, leaf_shape: tuple[int, ...], path: str, leaf_path: str) -> Flag:
     """Returns the flag for an array of bools at `path` in a mask."""
-    if value.shape == leaf_shape[:1]:
+    if value.shape == leaf_shape[:1] and all(leaf_shape):
         return flag_from_vector(value)
-    if value.ndim == 1:
+    if value.ndim == 1 and value.shape != leaf_shape[:1]:
         raise ValueError(
             f"the mask at {path!r} has {len(value)} bools, one for each row, but the leaf "
             f"{leaf_path!r} is of shape {leaf_shape}"
         )
     pairs = zip(value.shape, leaf_shape, strict=False)
-    if value.ndim != len(leaf_shape) or any(a not in (1, b) for a, b in pairs):
+    is_vector = value.ndim == 1
+    if not is_vector and (value.ndim != len(leaf_shape) or any(a not in (1, b) for a, b in pairs)):
         raise ValueError(
             f"the mask at {path!r} is of shape {value.shape}, but the leaf {leaf_path!r} is of "
             f"shape {leaf_shape}; give a bool for each element, or arrays of length 1 along the "
             "axes along which all is alike"
         )
+    if not all(leaf_shape):
+        return bool(value.size and value.all())
     varying = [axis for axis, length in enumerate(value.shape) if length > 1]
     if len(varying) == 1:
         return flag_from_vector(value.ravel(), *varying)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from freeze_optax._rows.elements import Elements
+from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.parts import axes_in_front
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.subset import Subset
@@ -27,9 +29,18 @@ def leaf_ranks(plan: Plan, params: Leaves | None) -> Ranks:
     planned = [kind and kind[0] for kind in plan.leaf_kinds]
     if params is None:
         return planned
+    triples = zip(params.values, planned, plan.mask, strict=True)
+    return [_leaf_rank(*triple) for triple in triples]
+
+
+def _leaf_rank(param: Any, planned: int | None, frozen: Flag) -> int | None:
+    if is_hole(param) or param is None:
+        return planned
+    # A vector of elements does not tell the rank of its leaf.
+    if isinstance(frozen, Elements):
+        return len(frozen.shape)
     # The params come first: under `jax.vmap` they may have fewer axes than `init` saw.
-    pairs = zip(params.values, planned, strict=True)
-    return [known if is_hole(x) or x is None else rank(x) for x, known in pairs]
+    return rank(param)
 
 
 def leaf_of_gradient(grad: Any, leaf_rank: int | None, kind: LeafKind | None) -> Any:

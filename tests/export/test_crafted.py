@@ -251,7 +251,7 @@ def test_a_key_does_not_become_one_of_another_kind(impl):
     assert odd_exports(whole, versions, may_be_read=False) == {}
 
 
-VERSIONS = [0, 2, 10, "1.0", "1 ", "one", None]
+VERSIONS = [0, 3, 10, "1.0", "1 ", "one", None]
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=repr)
