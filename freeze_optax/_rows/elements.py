@@ -88,7 +88,15 @@ class Elements(Subset):
         return self.count
 
     def __invert__(self) -> "Elements":
-        return Elements.from_mask(~self.mask_of(self.shape))
+        return self._others
+
+    # Kept, as a step inverts what is frozen in many places: the indices of what trains are then
+    # computed once, and are one constant of the program.
+    @functools.cached_property
+    def _others(self) -> "Elements":
+        others = Elements.from_mask(~self.mask_of(self.shape))
+        others.__dict__["_others"] = self
+        return others
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Elements):
