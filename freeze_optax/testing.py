@@ -8,7 +8,7 @@ import numpy as np
 
 from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.subset import Subset
-from freeze_optax._rows.take_put import put, take
+from freeze_optax._rows.take_put import put_bitwise, take_bitwise
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import is_array
@@ -68,7 +68,7 @@ def _change_of(old: Any, new: Any, frozen: Flag) -> str | None:
         return _change(old, new)
     if (getattr(new, "shape", None), getattr(new, "dtype", None)) != (old.shape, old.dtype):
         return _change(old, new)
-    return _change(old, put(new, ~frozen, take(old, ~frozen)))
+    return _change(old, put_bitwise(new, ~frozen, take_bitwise(old, ~frozen)))
 
 
 def _change(old: Any, new: Any) -> str | None:

@@ -128,7 +128,7 @@ def _take_statistics(
     return rewrap_variable(
         statistics,
         jax.tree.map(
-            lambda array: take_within(array, subset, old_subset, param),
+            lambda array: take_within(array, subset, old_subset, param, exact=True),
             unwrap_variable(statistics),
         ),
     )

@@ -6,7 +6,7 @@ import jax
 
 from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.subset import Subset
-from freeze_optax._rows.take_put import put, take_bitwise
+from freeze_optax._rows.take_put import put_bitwise, take_bitwise
 from freeze_optax._select.specs import Spec, as_selector
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import path_differences
@@ -57,7 +57,7 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
 
 def _hold_leaf(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Subset):
-        return put(new, flag, take_bitwise(old, flag))
+        return put_bitwise(new, flag, take_bitwise(old, flag))
     return old if flag else new
 
 

@@ -24,6 +24,7 @@ class Elements(Subset):
         self.shape, self.bits = tuple(shape), bits
         self.bits.setflags(write=False)
         self._count = int(np.unpackbits(bits, count=math.prod(self.shape)).sum())
+        self._others: Elements | None = None
         self._hash = hash((self.shape, self.bits.tobytes()))
 
     @classmethod
@@ -88,15 +89,12 @@ class Elements(Subset):
         return self.count
 
     def __invert__(self) -> "Elements":
+        # Kept, as a step inverts what is frozen in many places: the indices of what trains are then
+        # computed once, and are one constant of the program.
+        if self._others is None:
+            self._others = Elements.from_mask(~self.mask_of(self.shape))
+            self._others._others = self
         return self._others
-
-    # Kept, as a step inverts what is frozen in many places: the indices of what trains are then
-    # computed once, and are one constant of the program.
-    @functools.cached_property
-    def _others(self) -> "Elements":
-        others = Elements.from_mask(~self.mask_of(self.shape))
-        others.__dict__["_others"] = self
-        return others
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Elements):

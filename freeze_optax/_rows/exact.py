@@ -15,22 +15,22 @@ def _any_isinstance(arrays: Sequence[Any], array_type: type) -> bool:
     return any(isinstance(x, array_type) for x in arrays)
 
 
-def run_move(move: Callable[..., Any], is_scattered: bool, *arrays: Any) -> Any:
-    """Calls a function that moves values; scattered ones on a mesh so that every bit is kept.
+def run_move(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
+    """Calls a function that moves values, on a mesh so that every bit is kept.
 
-    Where an axis is sharded, XLA gathers from it by a sum of the values of one device and the zeros
-    of all others. This sum turns -0.0 into 0.0, and flushes subnormal numbers on a CPU. A sum of
-    bits, as unsigned integers, is exact. Slices are sent as they are, and as bits they would cost
-    more: XLA does not write bits into an array of floats in place.
+    Where an axis is sharded, XLA gathers from it, or concatenates along it, by a sum of the values
+    of one device and the zeros of all others. This sum turns -0.0 into 0.0, and flushes subnormal
+    numbers on a CPU. A sum of bits, as unsigned integers, is exact. One slice is sent, and written
+    in place, as it is. As bits it would cost more: XLA does not write bits into floats in place.
 
     Args:
       move: The function.
-      is_scattered: Whether it gathers or scatters.
+      may_sum: Whether it does more than slice an array, or replace slices of it.
       *arrays: Its arguments.
     """
     if _any_isinstance(arrays, jax.ShapeDtypeStruct):
         return jax.eval_shape(move, *arrays)
-    run = _move_on_mesh if is_scattered else _move_plainly
+    run = _move_on_mesh if may_sum else _move_plainly
     return run_on_device(functools.partial(run, move), *map(jnp.asarray, arrays))
 
 
@@ -45,21 +45,21 @@ def _move_on_mesh(move: Callable[..., Any], *arrays: Any) -> Any:
     return _run_as_bits(move, *arrays) if has_bits else move(*arrays)
 
 
-def run_bitwise(move: Callable[..., Any], is_scattered: bool, *arrays: Any) -> Any:
+def run_bitwise(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
     """Calls a function that moves values, and keeps every bit of them.
 
     The arguments are as for `run_move`.
     """
     if _any_isinstance(arrays, jax.ShapeDtypeStruct):
         return jax.eval_shape(move, *arrays)
-    run = functools.partial(_move_bitwise, move, is_scattered)
+    run = functools.partial(_move_bitwise, move, may_sum)
     return run_on_device(run, *map(jnp.asarray, arrays))
 
 
-def _move_bitwise(move: Callable[..., Any], is_scattered: bool, *arrays: Any) -> Any:
+def _move_bitwise(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
     dtype = arrays[0].dtype
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16
-    if is_scattered and any(map(is_on_mesh, arrays)):
+    if may_sum and any(map(is_on_mesh, arrays)):
         return _move_on_mesh(move, *arrays)
     if not is_narrow or any(x.dtype != dtype for x in arrays):
         return move(*arrays)

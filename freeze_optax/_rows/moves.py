@@ -16,9 +16,9 @@ Runs = list[tuple[int, int]]
 """For each run of rows, its first row and the row after its last."""
 
 
-def is_scattered(subset: Subset) -> bool:
-    """Returns whether a subset is gathered and scattered, as it is no rows in a few runs."""
-    return not isinstance(subset, Rows) or not subset.runs
+def is_slice(subset: Subset) -> bool:
+    """Returns whether a subset is one run of rows."""
+    return isinstance(subset, Rows) and len(subset.runs or ()) == 1
 
 
 def slice_runs(x: Any, runs: Runs, axis: int) -> Any:

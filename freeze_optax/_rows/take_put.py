@@ -14,6 +14,7 @@ from freeze_optax._rows.exact import run_bitwise, run_move
 from freeze_optax._rows.flags import flag_from_mask, flag_within, shape_of_elements
 from freeze_optax._rows.meshes import (
     MeshAxes,
+    is_on_mesh,
     mesh_axes_of,
     on_automatic_axes,
     reshard_like,
@@ -25,7 +26,7 @@ from freeze_optax._rows.moves import (
     concatenate,
     gather,
     in_order,
-    is_scattered,
+    is_slice,
     pieces,
     scatter,
     slice_runs,
@@ -51,7 +52,7 @@ def take(x: Any, subset: Subset, like: Any = None) -> Any:
     compact = remembered_compact(x, subset)
     if compact is not None and type_sharding(compact) == sharding:
         return compact
-    return run_move(_taking(subset, sharding), is_scattered(subset), x)
+    return run_move(_taking(subset, sharding), not is_slice(subset), x)
 
 
 def take_if_whole(x: Any, subset: Subset) -> Any:
@@ -59,12 +60,19 @@ def take_if_whole(x: Any, subset: Subset) -> Any:
     return x if subset.is_compact(x.shape) else take(x, subset)
 
 
-def take_bitwise(x: Any, subset: Subset) -> Any:
-    """Returns the compact array of a subset with every bit kept, as what is frozen needs it."""
+def take_bitwise(x: Any, subset: Subset, like: Any = None) -> Any:
+    """Returns the compact array of a subset with every bit kept, as what is frozen needs it.
+
+    On a mesh it is gathered: XLA sends the rows of a short slice by a sum, even as bits.
+    """
     if isinstance(x, np.ndarray):
         return _take_numpy(x, subset)
-    sharding = _sharding_of_compact(x, subset)
-    return run_bitwise(_taking(subset, sharding), is_scattered(subset), x)
+    sharding = _sharding_of_compact(x, subset, like)
+    return run_bitwise(_taking(subset, sharding, _is_on_mesh(x)), True, x)
+
+
+def _is_on_mesh(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_on_mesh(x)
 
 
 def _take_numpy(x: np.ndarray, subset: Subset) -> np.ndarray:
@@ -80,17 +88,21 @@ def _sharding_of_compact(x: Any, subset: Subset, like: Any = None) -> NamedShard
     return unsharded(1, x)
 
 
-def _taking(subset: Subset, sharding: NamedSharding | None) -> Callable[..., Any]:
-    return functools.partial(on_automatic_axes, _take, (subset,), sharding)
+def _taking(
+    subset: Subset, sharding: NamedSharding | None, as_gather: bool = False
+) -> Callable[..., Any]:
+    return functools.partial(on_automatic_axes, _take, (subset, as_gather), sharding)
 
 
-def _take(subset: Subset, x: Any) -> Any:
-    if isinstance(subset, Rows) and subset.runs:
+def _take(subset: Subset, as_gather: bool, x: Any) -> Any:
+    if isinstance(subset, Rows) and subset.runs and not as_gather:
         return slice_runs(x, subset.runs, subset.axis)
     return gather(x, subset)
 
 
-def take_within(x: Any, inner: Subset, outer: Subset | None, like: Any = None) -> Any:
+def take_within(
+    x: Any, inner: Subset, outer: Subset | None, like: Any = None, exact: bool = False
+) -> Any:
     """Returns the compact array of a subset, out of that of a larger one.
 
     Args:
@@ -98,13 +110,14 @@ def take_within(x: Any, inner: Subset, outer: Subset | None, like: Any = None) -
       inner: What to return.
       outer: The larger subset, which contains the other; None for the whole leaf.
       like: As for `sharding_of_rows`.
+      exact: Whether to keep every bit, as `take_bitwise` does.
     """
     if inner == outer:
         return x
     within = flag_within(inner, outer)
     assert isinstance(within, Subset)
     if outer is None or (isinstance(inner, Rows) and isinstance(outer, Rows)):
-        return take(x, within, like)
+        return (take_bitwise if exact else take)(x, within, like)
     shape = inner.compact_shape(shape_of_elements([inner, outer]))
     if isinstance(x, np.ndarray):
         return _take_numpy(x, within).reshape(shape)
@@ -115,19 +128,28 @@ def take_within(x: Any, inner: Subset, outer: Subset | None, like: Any = None) -
 
 
 def _take_reshaped(subset: Subset, shape: tuple[int, ...], x: Any) -> Any:
-    return _take(subset, x).reshape(shape)
+    return _take(subset, True, x).reshape(shape)
 
 
 def put(x: Any, subset: Subset, values: Any) -> Any:
     """Returns the array of a whole leaf with a subset replaced; a NumPy array stays one.
 
-    XLA writes the subset in place where it can.
+    XLA writes the subset in place where it can. The rest of the leaf keeps every bit.
 
     Args:
       x: The array. It is not changed.
       subset: What to replace.
       values: The compact array of the new values.
     """
+    return _put_either(x, subset, values, False)
+
+
+def put_bitwise(x: Any, subset: Subset, values: Any) -> Any:
+    """Returns what `put` returns, with every bit of the new values too."""
+    return _put_either(x, subset, values, _is_on_mesh(x) or _is_on_mesh(values))
+
+
+def _put_either(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Any:
     if isinstance(x, np.ndarray) and not isinstance(values, Tracer):
         new = x.copy()
         if isinstance(subset, Rows):
@@ -135,20 +157,21 @@ def put(x: Any, subset: Subset, values: Any) -> Any:
         else:
             new[subset.mask_of(x.shape)] = values
         return new
-    return run_bitwise(_putting(x, subset, values), is_scattered(subset), x, values)
+    may_sum = as_scatter or not is_slice(subset)
+    return run_bitwise(_putting(x, subset, values, as_scatter), may_sum, x, values)
 
 
-def _putting(x: Any, subset: Subset, values: Any) -> Callable[..., Any]:
+def _putting(x: Any, subset: Subset, values: Any, as_scatter: bool = False) -> Callable[..., Any]:
     sharding = type_sharding(x)
     if isinstance(subset, Rows):
         sharding = sharding or sharding_of_rows(x.shape[subset.axis], subset.axis, values)
     else:
         sharding = sharding or unsharded(x.ndim, values)
-    return functools.partial(on_automatic_axes, _put, (subset,), sharding)
+    return functools.partial(on_automatic_axes, _put, (subset, as_scatter), sharding)
 
 
-def _put(subset: Subset, x: Any, values: Any) -> Any:
-    if isinstance(subset, Rows) and subset.runs:
+def _put(subset: Subset, as_scatter: bool, x: Any, values: Any) -> Any:
+    if isinstance(subset, Rows) and subset.runs and not as_scatter:
         return update_runs(x, values, subset.runs, subset.axis)
     return scatter(x, subset, values)
 
@@ -188,7 +211,7 @@ def join(
             count, same_axis, sharded, mesh_axes=mesh_axes
         )
     moving = functools.partial(on_automatic_axes, move, (tuple(subsets),), sharding)
-    return run_bitwise(moving, any(map(is_scattered, subsets)), *arrays)
+    return run_bitwise(moving, True, *arrays)
 
 
 def _axis_of_all(subsets: Sequence[Subset]) -> int | None:
@@ -254,7 +277,7 @@ def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = 
     # for the other.
     static = (subset, str(fill), values.dtype, shape)
     moving = functools.partial(on_automatic_axes, _put_among_zeros, static, sharding)
-    whole = run_move(moving, is_scattered(subset), values)
+    whole = run_move(moving, True, values)
     remember_compact(whole, subset, values)
     return whole
 

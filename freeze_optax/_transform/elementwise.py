@@ -101,23 +101,44 @@ def _difference(whole: Any, vector: Any) -> str:
 
 def _difference_of_updates(plan: Plan, inner: Any, shapes: dict[int, Any]) -> str:
     """Says that an update computes along axes; empty if not, or if it needs more arguments."""
-    signatures: list[list[Any]] = []
-    for as_vector in (False, True):
-        tree = _abstract(plan, shapes, as_vector)
-
-        def update(params: Any) -> Any:
-            grads = param_copies(params)[0]
-            return inner.update(grads, inner.init(params), params)
-
-        try:
-            signatures.append(list(_operations(jax.make_jaxpr(update)(tree).jaxpr)))
-        except Exception:  # noqa: BLE001  (a line search wants the loss, for example)
-            return ""
-    if signatures[0] == signatures[1]:
+    # An aggregator of gradients of single examples computes along their axis, which is in front.
+    if any(_is_alike(plan, inner, shapes, examples) for examples in ((), (2,))):
         return ""
     return (
         "its update computes along the axes of a leaf, or has a mask that depends on their number"
     )
+
+
+def _is_alike(plan: Plan, inner: Any, shapes: dict[int, Any], examples: Shape) -> bool:
+    """Returns whether an update does the same with whole leaves as with vectors.
+
+    Args:
+      plan: The plan.
+      inner: The transformation.
+      shapes: The leaves.
+      examples: The axes of examples of the gradients. With some, an update that keeps them is not
+        alike: it takes them for axes of the leaf.
+    """
+    signatures: list[list[Any]] = []
+    for as_vector in (False, True):
+        params = _abstract(plan, shapes, as_vector)
+        grads = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*examples, *x.shape), x.dtype), param_copies(params)[0]
+        )
+
+        def update(grads: Any, params: Any) -> Any:
+            return inner.update(grads, inner.init(params), params)[0]
+
+        try:
+            made = jax.make_jaxpr(update, return_shape=True)(grads, params)
+        except Exception:  # noqa: BLE001  (a line search wants the loss, for example)
+            return not examples
+        jaxpr, updates = made
+        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=False)
+        if examples and any(a.shape != b.shape for a, b in pairs):
+            return False
+        signatures.append(list(_operations(jaxpr.jaxpr, len(examples))))
+    return signatures[0] == signatures[1]
 
 
 _ALONG_AXES = {"axes", "axis", "dimension", "dimensions", "permutation"}
@@ -127,21 +148,32 @@ _ALONG_AXES = {"axes", "axis", "dimension", "dimensions", "permutation"}
 _RESHAPING = {"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "copy", "slice"}
 
 
-def _operations(jaxpr: Any) -> Iterator[tuple[Any, ...]]:
-    """Yields the operations of a jaxpr, each with what it does to all axes at once."""
+def _operations(jaxpr: Any, examples: int = 0) -> Iterator[tuple[Any, ...]]:
+    """Yields the operations of a jaxpr, those along axes with the axes of a leaf that they treat.
+
+    Args:
+      jaxpr: The jaxpr.
+      examples: The number of axes of examples, in front of those of a leaf.
+    """
     for equation in jaxpr.eqns:
         inner = list(_jaxprs(equation.params.values()))
         if inner:
             for one in inner:
-                yield from _operations(one)
+                yield from _operations(one, examples)
             continue
         name, first = equation.primitive.name, equation.invars[0] if equation.invars else None
         # What gives one number reads all of an array, or numbers: the index of each axis, say.
         if name in _RESHAPING or all(x.aval.shape == () for x in equation.outvars):
             continue
         rank = len(getattr(getattr(first, "aval", None), "shape", ()))
-        is_along_axes = name == "dot_general" or not _ALONG_AXES.isdisjoint(equation.params)
-        yield (name, rank) if is_along_axes else (name,)
+        axes: tuple[int, ...] | None = equation.params.get("axes")
+        if examples and axes is not None and set(axes) <= {*range(examples)}:
+            yield name, "examples"
+        elif examples and axes is not None and set(axes) >= {*range(examples, rank)}:
+            yield name, "leaf"
+        else:
+            is_along_axes = name == "dot_general" or not _ALONG_AXES.isdisjoint(equation.params)
+            yield (name, rank) if is_along_axes else (name,)
 
 
 def _jaxprs(params: Iterable[Any]) -> Iterator[Any]:

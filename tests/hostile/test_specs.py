@@ -70,12 +70,12 @@ NO_SPECS: dict[str, tuple[Any, str]] = {
     "params": (PARAMS, r"the mask at 'encoder/bias' is ArrayImpl\(2,\), not a bool"),
     "rows of bools": (
         {"encoder": True, "head": np.ones((2, 3), bool)},
-        r"the mask at 'head' is ndarray\(2, 3\), not a bool",
+        r"the mask at 'head' is of shape \(2, 3\), but the leaf",
     ),
     "numbers": ({"encoder": 0, "head": 1}, "the mask at 'encoder' is int, not a bool"),
     "words": ({"encoder": "yes", "head": True}, r"'encoder' is str.*write fo\.labelled\("),
     "labels": (fo.labels("head", PARAMS), r"'encoder/bias' is str.*write fo\.labelled\("),
-    "square": ({"encoder": True, "head": np.ones((2, 2), bool)}, r"'head' is ndarray\(2, 2\)"),
+    "square": ({"encoder": True, "head": np.ones((2, 2), bool)}, r"'head' is of shape \(2, 2\)"),
     "objects": ({"encoder": True, "head": np.array([True, None])}, r"'head' is ndarray\(2,\)"),
     "hole": ({"encoder": True, "head": optax.MaskedNode()}, "'head' is MaskedNode, not a bool"),
     "abstract": (
