@@ -14,6 +14,7 @@ import pytest
 import freeze_optax as fo
 from freeze_optax._export.restore_state import restore_state
 from tests.support.broken_exports import OURS, about_of, telling
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -70,8 +71,18 @@ def _through_orbax(exported, folder):
 THROUGH = {"npz": _through_npz, "msgpack": _through_msgpack, "orbax": _through_orbax}
 
 
-@pytest.mark.parametrize("through", THROUGH.values(), ids=THROUGH)
-@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+_RUNS = {
+    f"{name}, {way}": (frozen, through)
+    for name, frozen in FROZEN.items()
+    for way, through in THROUGH.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "through"),
+    # Each set through one way of storing, and the first set through all of them.
+    cases(_RUNS, [*list(_RUNS)[: len(THROUGH)], *list(_RUNS)[:: len(THROUGH) + 1]]),
+)
 def test_a_run_goes_on_bitwise_from_a_file(frozen, through, tmp_path):
     tx, state = _life(frozen)
     exported = jax.tree.map(np.asarray, fo.export_state(state))

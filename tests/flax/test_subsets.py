@@ -11,6 +11,7 @@ from flax.training.train_state import TrainState
 
 import freeze_optax as fo
 from freeze_optax import nnx as fnnx
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -30,6 +31,17 @@ FROZEN = {
     "elements": (lambda path: fo.elements(path, ELEMENTS), ELEMENTS),
 }
 ANY = pytest.mark.parametrize(("spec", "mask"), FROZEN.values(), ids=FROZEN)
+LIVES = pytest.mark.parametrize(
+    ("spec", "mask", "keep_state"),
+    cases(
+        {
+            f"{name}, {what}": (*pair, keep_state)
+            for name, pair in FROZEN.items()
+            for what, keep_state in (("dropped", False), ("kept", True))
+        },
+        ["columns, dropped", "elements, kept"],
+    ),
+)
 X = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
 
 
@@ -80,8 +92,7 @@ def _nnx_loss(model):
     return (model(X) ** 2).mean()
 
 
-@pytest.mark.parametrize("keep_state", [False, True], ids=["dropped", "kept"])
-@ANY
+@LIVES
 def test_an_nnx_optimizer_follows_adam_for_each_element_through_edits(spec, mask, keep_state):
 
     model = Net()
@@ -115,8 +126,7 @@ def test_an_nnx_optimizer_follows_adam_for_each_element_through_edits(spec, mask
     steps(2)
 
 
-@pytest.mark.parametrize("keep_state", [False, True], ids=["dropped", "kept"])
-@ANY
+@LIVES
 def test_a_linen_train_state_does_too(spec, mask, keep_state):
     module = nn.Dense(SHAPE[1])
     params = module.init(jax.random.key(0), X)["params"]

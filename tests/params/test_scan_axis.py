@@ -7,6 +7,7 @@ import pytest
 
 import freeze_optax as fo
 from tests.params.test_scan import dots
+from tests.support.sampling import cases
 
 DEPTH, WIDTH, BATCH = 6, 4, 3
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -64,8 +65,17 @@ def specs(axis, layers):
     yield "elements", fo.elements("**", mask), flags, mask
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@ANY_AXIS
+@pytest.mark.parametrize(
+    ("axis", "jit"),
+    cases(
+        {
+            f"{name}, {how}": (axis, jit)
+            for name, axis in AXES.items()
+            for how, jit in (("eager", False), ("jit", True))
+        },
+        ["axis 1, jit", "the last, jit"],
+    ),
+)
 def test_outputs_and_gradients_are_those_of_one_scan_over_moved_axes(axis, jit):
     layers = move(LEADING, axis)
     expected = jax.jit(reference, static_argnums=1)(layers, axis)
