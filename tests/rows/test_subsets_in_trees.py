@@ -35,7 +35,9 @@ FROZEN = {
         (12,),
     ),
 }
-ANY = pytest.mark.parametrize(("spec", "mask", "shape"), FROZEN.values(), ids=FROZEN)
+ANY = pytest.mark.parametrize(
+    ("spec", "mask", "shape"), cases(FROZEN, ("columns", "elements", "rows and columns"))
+)
 FEW = pytest.mark.parametrize(("spec", "mask", "shape"), cases(FROZEN, ("columns", "elements")))
 
 
