@@ -55,7 +55,7 @@ def whole_step(tx: optax.GradientTransformation, params: Any, x: Any) -> Program
 
 
 def _frozen(state: Any) -> Any:
-    return fo.nothing if isinstance(state, tuple) and not hasattr(state, "plan") else state
+    return state if isinstance(state, fo.FreezeState) else fo.nothing
 
 
 def programs(width: int) -> dict[str, dict[str, Program]]:
@@ -94,24 +94,17 @@ def measured(of_case: dict[str, Program], repeats: int = 30) -> dict[str, dict[s
     found: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         analysis, memory = run.cost_analysis(), run.memory_analysis()
-        state = of_case[name][1][1]
+        params, state, *_ = of_case[name][1]
         ratios = [a / b for a, b in zip(seconds[name][3:], seconds[WHOLE][3:], strict=True)]
         found[name] = {
             "ratio": statistics.median(ratios),
             "milliseconds": 1e3 * statistics.median(seconds[name][3:]),
             "state bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-            "index bytes": _index_bytes(state),
+            "index bytes": fo.summary(params, _frozen(state)).index_bytes,
             "bytes accessed": analysis["bytes accessed"],
             "temporary bytes": memory.temp_size_in_bytes,
         }
     return found
-
-
-def _index_bytes(state: Any) -> int:
-    """The bytes of the indices that the compiled step holds: four for each element and axis."""
-    if _frozen(state) is fo.nothing:
-        return 0
-    return sum(8 * leaf.size for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state, "mu")))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from freeze_optax._rows.exact import run_bitwise, run_move
-from freeze_optax._rows.flags import flag_from_mask, flag_within, shape_of_elements
+from freeze_optax._rows.flags import flag_union, flag_within, shape_of_elements
 from freeze_optax._rows.meshes import (
     MeshAxes,
     is_on_mesh,
@@ -124,7 +124,7 @@ def take_within(
     moving = functools.partial(
         on_automatic_axes, _take_reshaped, (within, shape), unsharded(len(shape), x)
     )
-    return run_move(moving, True, x)
+    return (run_bitwise if exact else run_move)(moving, True, x)
 
 
 def _take_reshaped(subset: Subset, shape: tuple[int, ...], x: Any) -> Any:
@@ -235,15 +235,10 @@ def _join_rows(subsets: Sequence[Subset], *arrays: Any) -> Any:
     return in_order([pair for one, x in pairs for pair in pieces(x, one.runs or [], axis)], axis)
 
 
-def _union_mask(subsets: Sequence[Subset]) -> np.ndarray:
-    shape = shape_of_elements(subsets)
-    return functools.reduce(np.logical_or, (one.mask_of(shape) for one in subsets))
-
-
 def _union_shape(subsets: Sequence[Subset]) -> tuple[int, ...]:
     """Returns the shape of what `join` gives for elements."""
-    union = flag_from_mask(_union_mask(subsets))
     shape = tuple(shape_of_elements(subsets))
+    union = flag_union(subsets, shape)
     return union.compact_shape(shape) if isinstance(union, Subset) else shape
 
 

@@ -43,9 +43,9 @@ def nbytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def step_of(tx, holes=False):
-    def step(params, state, ids):
-        grads = fo.grad(loss, frozen=state, holes=holes)(params, ids)
+def step_of(tx, holes=False, loss=loss):
+    def step(params, state, batch):
+        grads = fo.grad(loss, frozen=state, holes=holes)(params, batch)
         updates, state = tx.update(grads, state, params)
         return fo.apply_updates(params, updates, frozen=state), state
 

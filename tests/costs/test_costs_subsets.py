@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import freeze_optax as fo
-from tests.costs.test_costs_rows import costs, layer, nbytes
+from tests.costs.test_costs_rows import costs, layer, nbytes, step_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -27,15 +27,6 @@ def loss(params, x):
 
 def loss_of_transposed(params, x):
     return loss({**params, "head": params["head"].T}, x)
-
-
-def step_of(tx, loss=loss, holes=False):
-    def step(params, state, x):
-        grads = fo.grad(loss, frozen=state, holes=holes)(params, x)
-        updates, state = tx.update(grads, state, params)
-        return fo.apply_updates(params, updates, frozen=state), state
-
-    return step
 
 
 def by_hand(params, state, x):
@@ -66,7 +57,7 @@ def test_columns_of_a_head_cost_what_a_head_split_by_hand_costs(axis_type, spec,
         state, state_by_hand = tx.init(params), INNER.init(new)
         assert nbytes(state) == nbytes(state_by_hand)
         expected = costs(by_hand, (params["body"], old, new), state_by_hand, x)
-        got = costs(step_of(tx, holes=holes), params, state, x)
+        got = costs(step_of(tx, holes, loss), params, state, x)
     for name, value in got.items():
         assert value <= 1.02 * expected[name], name
 
@@ -77,7 +68,7 @@ def test_columns_cost_what_rows_of_the_transposed_leaf_cost(frozen_body):
         params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in head.items()}
         tx = fo.freezable(INNER, (*frozen_body, fo.rows("head", slice(0, -NEW), axis=axis)))
         x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
-        return costs(step_of(tx, loss), params, jax.eval_shape(tx.init, params), x)
+        return costs(step_of(tx, loss=loss), params, jax.eval_shape(tx.init, params), x)
 
     body = {"body": (WIDTH, WIDTH)}
     rows = costs_of({**body, "head": HEAD[::-1]}, 0, loss_of_transposed)
@@ -141,15 +132,6 @@ def sparse_loss(params, x):
     return (jnp.tanh(x @ params["w"]) ** 2).mean()
 
 
-def sparse_step(tx, holes=False):
-    def step(params, state, x):
-        grads = fo.grad(sparse_loss, frozen=state, holes=holes)(params, x)
-        updates, state = tx.update(grads, state, params)
-        return fo.apply_updates(params, updates, frozen=state), state
-
-    return step
-
-
 def full_step(params, state, x):
     updates, state = INNER.update(jax.grad(sparse_loss)(params, x), state, params)
     return optax.apply_updates(params, updates), state
@@ -164,7 +146,7 @@ def test_the_state_of_elements_is_two_moments_of_those_elements():
 def test_a_step_of_elements_costs_no_more_than_one_of_the_whole_leaf(holes):
     tx = fo.freezable(INNER, ~fo.elements("w", CHOSEN))
     whole = costs(full_step, SPARSE, jax.eval_shape(INNER.init, SPARSE), X)
-    got = costs(sparse_step(tx, holes), SPARSE, jax.eval_shape(tx.init, SPARSE), X)
+    got = costs(step_of(tx, holes, sparse_loss), SPARSE, jax.eval_shape(tx.init, SPARSE), X)
     # The gradient of the whole leaf is made in both. The indices are read twice.
     assert got["bytes"] <= 0.7 * whole["bytes"]
     assert got["flops"] <= 0.85 * whole["flops"]
@@ -211,7 +193,7 @@ def test_leaves_of_one_shape_share_the_trace_of_their_elements():
 def test_a_program_holds_the_indices_of_its_elements_once():
     tx = fo.freezable(INNER, ~fo.elements("w", CHOSEN))
     args = SPARSE, jax.eval_shape(tx.init, SPARSE), X
-    lines = jax.jit(sparse_step(tx)).lower(*args).as_text().splitlines()
+    lines = jax.jit(step_of(tx, loss=sparse_loss)).lower(*args).as_text().splitlines()
     type_of_indices = f"tensor<{CHOSEN.sum()}x2xi32>"
     constants = [line for line in lines if "constant dense" in line and type_of_indices in line]
     assert len(constants) <= 1  # newer versions of JAX pass them as arguments

@@ -105,14 +105,8 @@ def loss(params):
     return (params["part"] ** 2).sum() + (params["all"] ** 2).sum()
 
 
-def steps(params, where):
-    """A life of params and state, with everything that it makes."""
-    made = []
-    mine = fo.rows("part", where)
-    tx = fo.freezable(INNER, [mine, "all"])
-    state = tx.init(params)
-    frozen = np.arange(COUNT)[where]
-    live = np.setdiff1d(np.arange(COUNT), frozen)
+def recorded_steps(tx, made):
+    """A step and one in partition style, which add what they make to a list."""
 
     def step(params, state):
         grads = fo.grad(loss, frozen=state)(params)
@@ -126,6 +120,20 @@ def steps(params, where):
         updates, state = tx.update(grads, state, trainable)
         trainable = fo.apply_updates(trainable, updates, frozen=state)
         made.append((trainable, rest, updates, fo.merge(trainable, rest)))
+
+    return step, partitioned_step
+
+
+def steps(params, where):
+    """A life of params and state, with everything that it makes."""
+    made = []
+    mine = fo.rows("part", where)
+    tx = fo.freezable(INNER, [mine, "all"])
+    state = tx.init(params)
+    frozen = np.arange(COUNT)[where]
+    live = np.setdiff1d(np.arange(COUNT), frozen)
+
+    step, partitioned_step = recorded_steps(tx, made)
 
     made.append((state, tx.update(params, state)[0]))
     made.append(fo.hold(jax.tree.map(jnp.negative, params), params, mine))

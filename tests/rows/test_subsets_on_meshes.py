@@ -12,7 +12,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import freeze_optax as fo
-from tests.rows.test_meshes import AUTO, EXPLICIT, INNER, context, make_mesh, on
+from tests.rows.test_meshes import (
+    AUTO,
+    EXPLICIT,
+    INNER,
+    context,
+    loss,
+    make_mesh,
+    on,
+    recorded_steps,
+)
 from tests.support.sampling import cases
 
 SHAPE = (4, 20)
@@ -39,28 +48,13 @@ def make_params():
     return {name: np.float32(random.integers(-8, 8, SHAPE) / 8) for name in ("part", "all")}
 
 
-def loss(params):
-    return (params["part"] ** 2).sum() + (params["all"] ** 2).sum()
-
-
 def life(params, spec):
     """A life of params and state, with everything that it makes."""
     made = []
     tx = fo.freezable(INNER, [spec, "all"])
     state = tx.init(params)
 
-    def step(params, state):
-        grads = fo.grad(loss, frozen=state)(params)
-        updates, new_state = tx.update(grads, state, params)
-        made.append((grads, updates, new_state))
-        return fo.apply_updates(params, updates, frozen=new_state), new_state
-
-    def partitioned_step(params, state):
-        trainable, rest = fo.partition(params, state)
-        grads = jax.grad(lambda trainable: loss(fo.merge(trainable, rest)))(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        trainable = fo.apply_updates(trainable, updates, frozen=state)
-        made.append((trainable, rest, updates, fo.merge(trainable, rest)))
+    step, partitioned_step = recorded_steps(tx, made)
 
     made.append(fo.hold(jax.tree.map(jnp.negative, params), params, spec))
     params, state = step(params, state)
