@@ -2,6 +2,7 @@
 
 from freeze_optax import _former_names
 from freeze_optax import testing as testing
+from freeze_optax._edit.adjust import adjust as adjust
 from freeze_optax._edit.adopt_release import adopt as adopt
 from freeze_optax._edit.adopt_release import release as release
 from freeze_optax._edit.freeze_thaw import freeze as freeze
@@ -33,6 +34,7 @@ from freeze_optax._select.by_path import regex as regex
 from freeze_optax._select.by_rows import rows as rows
 from freeze_optax._select.by_score import top_elements as top_elements
 from freeze_optax._select.dotted import dotted as dotted
+from freeze_optax._select.groups import groups as groups
 from freeze_optax._select.mask import labels as labels
 from freeze_optax._select.mask import mask as mask
 from freeze_optax._select.selector import Selector as Selector
@@ -41,6 +43,9 @@ from freeze_optax._select.selector import nothing as nothing
 from freeze_optax._state.freeze_state import FreezeState as FreezeState
 from freeze_optax._state.shared_buffers import tied_paths as tied_paths
 from freeze_optax._transform.freezable import freezable as freezable
+from freeze_optax._transform.layerwise import layerwise as layerwise
+from freeze_optax._transform.rates import rates as rates
+from freeze_optax._transform.since_thaw import since_thaw as since_thaw
 from freeze_optax._transform.tie import tie as tie
 
 __version__ = "0.1.0"

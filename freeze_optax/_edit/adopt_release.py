@@ -20,7 +20,7 @@ from freeze_optax._transform.freezable import ignoring_specs
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._transform.settled_structure import settled_state
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
-from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.memory import put_tree_in_memory
@@ -128,6 +128,11 @@ def release(state: Any, params: Any) -> Any:
             is_parked = parts[0] in plan.parked
             return put_tree_in_memory(first, memories[prefix, leaf]) if is_parked else first
         value = unwrap_variable(fresh[place])
+        if prefix in plan.layout.factors:
+            # A plain optimizer has one factor for a leaf, so that of the first part counts.
+            kept = (unwrap_variable(statistics.get((prefix, part), HOLE)) for part in parts)
+            value = next((x for x in kept if not is_hole(x)), value)
+            parts = []
         for part in parts:
             subset = table.parts[part][1]
             if subset and plan.cohorts[part] != DROPPED:

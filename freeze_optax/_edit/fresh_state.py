@@ -9,6 +9,7 @@ import jax
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._state.whole_params import making_state_for
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.kinds import is_numpy_only, number_kind, rank
 from freeze_optax._tree.leaves import Leaves
@@ -29,7 +30,8 @@ def init_leaves(plan: Plan, params: Any, wanted: Sequence[bool]) -> Any:
         leaves.values = plan.in_plan_order(param_values, param_values.values)
         live = plan.drop_parts(leaves, [not flag for flag in wanted])
         rebuilt.append(put_tree_in_memory(live, None))
-    return plan.context.init(rewrap_copies(plan.context.skeleton, rebuilt))
+    with making_state_for(params):
+        return plan.context.init(rewrap_copies(plan.context.skeleton, rebuilt))
 
 
 def check_batch_axis(state: FreezeState, params: Any) -> None:
@@ -46,8 +48,12 @@ def check_batch_axis(state: FreezeState, params: Any) -> None:
     layout, places = plan.layout, plan.layout.places(state.inner)
     # The statistics of most transformations are like their parameter, so a check of the number of
     # axes is enough. It saves a trace of `init`.
-    pairs = zip(layout.owners, places, strict=True)
-    if all(_has_ndim(x, ndims[owner]) for owner, x in pairs if owner >= 0):
+    triples = zip(layout.prefixes, layout.owners, places, strict=True)
+    if all(
+        _has_ndim(x, 0 if prefix in layout.factors else ndims[owner])
+        for prefix, owner, x in triples
+        if owner >= 0
+    ):
         return
     wanted = [cohort != DROPPED for cohort in plan.cohorts]
     fresh = abstract_init(lambda params: init_leaves(plan, params, wanted), params)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._rows.flags import Flag, flag_and, flag_minus, flag_not, flag_or
@@ -15,6 +16,7 @@ from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.layout import Place, array_shapes
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.memory import run_on_device
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 
@@ -70,6 +72,7 @@ def repartition_state(
     )
     statistics, shared = plan.layout.split(state.inner)
     has_state = [cohort != DROPPED for cohort in new_plan.cohorts]
+    firsts = {source: part for part, source in reversed(list(enumerate(sources)))}
     expected, _ = new_plan.layout.split(inner_shapes(new_plan, has_state))
 
     def statistic(place: Place, path: str) -> Any:
@@ -81,6 +84,9 @@ def repartition_state(
         if source is None:
             return rewrap_variable(old_statistics, HOLE)
         old_subset = old_table.parts[source][1]
+        if prefix in plan.layout.factors:
+            # A copy, as no array can be donated twice.
+            return old_statistics if firsts[source] == part else _copied(old_statistics)
         if subset is None or old_subset == subset:
             return old_statistics
         shapes = array_shapes(expected[place])
@@ -105,6 +111,14 @@ def _parts_of(
             parts.append((flag_and(subset, frozen, shape), part))
     parts.append((flag_minus(flag_not(frozen), with_state, shape), None))
     return [(subset, part) for subset, part in parts if subset is not False] or [(True, None)]
+
+
+def _copied(statistics: Any) -> Any:
+    copied = jax.tree.map(
+        lambda x: run_on_device(jnp.copy, x) if isinstance(x, jax.Array) else x,
+        unwrap_variable(statistics),
+    )
+    return rewrap_variable(statistics, copied)
 
 
 def _take_statistics(

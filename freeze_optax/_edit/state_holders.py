@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from freeze_optax._state.freeze_state import FreezeState, states_in
+from freeze_optax._tree.node_types import replace_node
 
 
 def only_state(verb: str, tree: Any) -> FreezeState:
@@ -48,8 +48,4 @@ def editable_state(verb: str, tree: Any) -> FreezeState:
 
 def replace_state(tree: Any, state: Any) -> Any:
     """Returns the tree with `state` in the place of its `FreezeState`."""
-
-    def is_state(x: Any) -> bool:
-        return isinstance(x, FreezeState)
-
-    return jax.tree.map(lambda x: state if is_state(x) else x, tree, is_leaf=is_state)
+    return replace_node(FreezeState, tree, state)

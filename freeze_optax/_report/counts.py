@@ -85,10 +85,12 @@ class LeafCounts(Counts):
     Attributes:
       trainable_with_aliases: As `trainable`, but each of the leaves that share a buffer counts.
       frozen_with_aliases: As `frozen`, but each of the leaves that share a buffer counts.
+      factors: The different factors of those that train, see `freeze_optax.rates`, in order.
     """
 
     trainable_with_aliases: int = 0
     frozen_with_aliases: int = 0
+    factors: tuple[float, ...] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         former = {"live": "trainable_with_aliases", "still": "frozen_with_aliases"}
@@ -122,21 +124,30 @@ class LeafCounts(Counts):
             frozen_with_aliases=frozen,
         )
 
-    def with_state(self, state_bytes: int | None, saved_bytes: int | None) -> "LeafCounts":
-        """Returns the same counts with these bytes of optimizer state."""
-        return dataclasses.replace(self, state_bytes=state_bytes, saved_bytes=saved_bytes)
+    def with_state(
+        self, state_bytes: int | None, saved_bytes: int | None, factors: tuple[float, ...] = ()
+    ) -> "LeafCounts":
+        """Returns the same counts with these bytes of optimizer state, and factors if it trains."""
+        return dataclasses.replace(
+            self,
+            state_bytes=state_bytes,
+            saved_bytes=saved_bytes,
+            factors=factors if self.trainable_with_aliases else (),
+        )
 
     @classmethod
     def sum(cls, counts: Iterable["LeafCounts"]) -> "LeafCounts":
         """Returns the sum of counts; None in one of them makes None in the sum."""
-        columns = zip(*map(_values, [cls(), *counts]), strict=True)
+        counts = [cls(), *counts]
+        columns = zip(*map(_values, counts), strict=True)
         values: list[Any] = [None if None in column else sum(column) for column in columns]
-        return cls(*values)
+        factors = {factor for one in counts for factor in one.factors}
+        return cls(*values, factors=tuple(sorted(factors)))
 
     def times(self, count: int) -> "LeafCounts":
         """Returns the counts of `count` such groups of leaves."""
         values: list[Any] = [None if x is None else count * x for x in _values(self)]
-        return LeafCounts(*values)
+        return LeafCounts(*values, factors=self.factors)
 
     @property
     def status(self) -> Status:
@@ -152,4 +163,4 @@ class LeafCounts(Counts):
 
 def _values(counts: LeafCounts) -> tuple[Any, ...]:
     # Not dataclasses.astuple, which copies deeply: that is slow for trees of many thousand leaves.
-    return tuple(vars(counts).values())
+    return tuple(value for name, value in vars(counts).items() if name != "factors")

@@ -210,8 +210,8 @@ def shown_lines(root: Node, depth: int | None) -> list[Line]:
     Args:
       root: The root of an outline.
       depth: How many levels to show. If None, only nodes with params are shown. Then what is below
-        a node is shown if only a part of it trains, or if neither it nor a node above it has
-        siblings.
+        a node is shown if only a part of it trains, if it has several factors, or if neither it nor
+        a node above it has siblings.
     """
     if depth is not None:
         return [line for line in walk_lines(root) if line.level < depth]
@@ -223,6 +223,7 @@ def shown_lines(root: Node, depth: int | None) -> list[Line]:
         has_params = line.counts.trainable_with_aliases or line.counts.frozen_with_aliases
         if has_params:
             shown.append(line)
-        is_open = line.counts.status == "partial" or line.is_only
+        is_mixed = line.counts.status == "partial" or len(line.counts.factors) > 1
+        is_open = is_mixed or line.is_only
         closed = None if has_params and is_open else line.level
     return shown

@@ -1,14 +1,16 @@
 """The params of a summary, with what is frozen of each leaf and the bytes of its state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from freeze_optax._report.counts import LeafCounts
+from freeze_optax._report.factors import Factors, factors_by_path
 from freeze_optax._report.outline import Entry
 from freeze_optax._report.state_bytes import StateBytes, state_bytes
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.specs import Spec, resolve, state_in_spec
 from freeze_optax._state.shared_buffers import first_of_buffer
+from freeze_optax._transform.rates import collect_factors
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
@@ -23,12 +25,14 @@ class ResolvedParams(NamedTuple):
       flags: What is frozen of each.
       present: The bytes of the optimizer state, or None if not known.
       unfrozen: The bytes that it would have with nothing frozen, or None if not known.
+      factors: The factors of the leaves that have some, by path.
     """
 
     leaves: Leaves
     flags: Sequence[Flag]
     present: StateBytes | None
     unfrozen: StateBytes | None
+    factors: Mapping[str, Factors]
 
     def entries(self, shown: Leaves) -> Iterator[Entry]:
         """Yields the leaves for the outline, with their counts and the bytes of their state.
@@ -43,7 +47,9 @@ class ResolvedParams(NamedTuple):
         for i, (path, leaf) in enumerate(zip(shown.paths, shown.values, strict=True)):
             size, full_size = present[i], unfrozen[i]
             saved = None if size is None or full_size is None else full_size - size
-            counts = LeafCounts.of_leaf(leaf, self.flags[i], i in same).with_state(size, saved)
+            factors = self.factors.get(self.leaves.paths[i], ())
+            counts = LeafCounts.of_leaf(leaf, self.flags[i], i in same)
+            counts = counts.with_state(size, saved, factors)
             kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
             same_as = shown.paths[same[i]] if i in same else ""
             yield Entry(path, counts, (counts, kind, same_as), same_as)
@@ -65,11 +71,14 @@ def resolve_params(params: Any, frozen: Spec, optimizer: Any) -> ResolvedParams:
     own = _own_leaves(leaves, frozen)
     if own is None:
         flags = resolve(frozen, leaves)
-        return ResolvedParams(leaves, flags, *state_bytes(params, frozen, flags, optimizer))
+        with collect_factors() as reported:
+            sizes = state_bytes(params, frozen, flags, optimizer)
+        return ResolvedParams(leaves, flags, *sizes, factors_by_path(frozen, reported))
     part = {leaves.paths[i]: leaves.values[i] for i in own}
     part_leaves = Leaves(part)
     part_flags = resolve(frozen, part_leaves)
-    sizes = state_bytes(part, frozen, part_flags, optimizer)
+    with collect_factors() as reported:
+        sizes = state_bytes(part, frozen, part_flags, optimizer)
     places = {path: place for place, path in enumerate(part_leaves.paths)}
     # A shared Variable has one path in the state. Its other paths are frozen or not as that one is.
     same = first_of_buffer(leaves)
@@ -79,7 +88,9 @@ def resolve_params(params: Any, frozen: Spec, optimizer: Any) -> ResolvedParams:
         for i in range(len(leaves.values))
     ]
     first_places = [None if i in same else group_places.get(i) for i in range(len(leaves.values))]
-    return ResolvedParams(leaves, flags, *(size and size.spread(first_places) for size in sizes))
+    present, unfrozen = (size and size.spread(first_places) for size in sizes)
+    factors = factors_by_path(frozen, reported)
+    return ResolvedParams(leaves, flags, present, unfrozen, factors)
 
 
 def _own_leaves(leaves: Leaves, frozen: Spec) -> list[int] | None:

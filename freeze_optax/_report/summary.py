@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from freeze_optax._report.counts import Counts, Status
+from freeze_optax._report.factors import Factors, factor_text, shows_factors
 from freeze_optax._report.html import TableRow, table_as_html
 from freeze_optax._report.outline import Line, Node, build_outline, shown_lines
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
+from freeze_optax._report.row_names import ROOT, name_in_markdown, name_in_table
 from freeze_optax._rows.elements import Elements
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
@@ -28,8 +29,7 @@ from freeze_optax._tree.quantized import quantized_nodes
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
 
-_LEAST_NAME, _LONGEST, _PADDING = 20, 40, 3
-_ROOT = "(the params)"
+_LEAST_NAME, _PADDING = 20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class Row(Counts):
         all.
       status: `"trainable"`, `"frozen"` or `"partial"`.
       same_as: The path of the leaf that this one shares its buffer with. That leaf counts for both.
+      factors: The different factors of what trains in it, in order, see `freeze_optax.rates`. Empty
+        if they are not known, or if there are none.
       total, trainable, frozen: As for `Summary`.
       trainable_bytes, frozen_bytes, state_bytes, saved_bytes: As for `Summary`.
     """
@@ -57,6 +59,7 @@ class Row(Counts):
     path: str
     status: Status
     same_as: str = ""
+    factors: Factors = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -165,7 +168,7 @@ class Summary(Counts):
           The table, and below it the same lines that end the printed table.
         """
         header = ["", *self._columns]
-        cells = [[_named(row), *self._cells(row)] for row in self.rows]
+        cells = [[name_in_markdown(row.path, row.same_as), *self._cells(row)] for row in self.rows]
         rule = ["---", "---", *["---:"] * (len(header) - 2)]
         table = ["| " + " | ".join(row) + " |" for row in [header, rule, *cells]]
         return "\n\n".join(["\n".join(table), *self._notes(), self.headline])
@@ -194,12 +197,18 @@ class Summary(Counts):
     @functools.cached_property
     def _columns(self) -> list[str]:
         state = [] if all(row.state_bytes is None for row in self.rows) else ["optimizer state"]
-        return ["", "parameters", "bytes", *state]
+        factor = ["factor"] if shows_factors(row.factors for row in self.rows) else []
+        return ["", "parameters", "bytes", *state, *factor]
 
     def _cells(self, row: Row) -> list[str]:
-        size = decimal(row.trainable_bytes + row.frozen_bytes)
-        state = "" if row.state_bytes is None else decimal(row.state_bytes)
-        return [row.status, f"{row.total:,}", size, state][: len(self._columns)]
+        cells = {
+            "": row.status,
+            "parameters": f"{row.total:,}",
+            "bytes": decimal(row.trainable_bytes + row.frozen_bytes),
+            "optimizer state": "" if row.state_bytes is None else decimal(row.state_bytes),
+            "factor": factor_text(row.factors),
+        }
+        return [cells[column] for column in self._columns]
 
     def _notes(self) -> list[str]:
         parts = [decimal(self.trainable_bytes + self.frozen_bytes), decimal(self.trainable_bytes)]
@@ -225,7 +234,7 @@ class Summary(Counts):
         for i, name in enumerate(self._columns):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for row, line in zip(self.rows, self._lines, strict=True):
-            name = Text("  " * max(line.level, 0) + _name(line))
+            name = Text("  " * max(line.level, 0) + name_in_table(line))
             name.append(f" = {printable(row.same_as)}" if row.same_as else "", "dim")
             status, *rest = self._cells(row)
             table.add_row(name, Text(status, _STYLES[row.status]), *rest)
@@ -268,32 +277,9 @@ class Summary(Counts):
         rows: list[TableRow] = []
         for row, line in zip(self.rows, self._lines, strict=True):
             _, *numbers = self._cells(row)
-            texts = (_name(line), printable(row.path), printable(row.same_as))
+            texts = (name_in_table(line), printable(row.path), printable(row.same_as))
             rows.append(TableRow(line.level, *texts, row.status, numbers))
         return table_as_html(self._columns, rows, self._notes(), self.headline)
-
-
-def _named(row: Row) -> str:
-    """Returns the path of a row in Markdown, and the path that it shares a buffer with."""
-    return _code(row.path) + (f" = {_code(row.same_as)}" if row.same_as else "")
-
-
-def _code(path: str) -> str:
-    """Returns a path as code in Markdown, between more backticks than it contains."""
-    path = printable(path) or _ROOT
-    fence = "`" * (1 + max(map(len, re.findall("`+", path)), default=0))
-    space = " " if path.startswith("`") or path.endswith("`") else ""
-    return f"{fence}{space}{path}{space}{fence}".replace("|", "\\|")
-
-
-def _name(line: Line) -> str:
-    """Returns the name of a line for the table, shortened if it is a long glob."""
-    if line.level < 0:
-        return _ROOT
-    name = printable(line.node.name) or '""'
-    # A glob may list hundreds of numbers, of every other layer say. `Row.path` has all of them.
-    is_long = line.node.count > 1 and len(name) > _LONGEST
-    return f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 4 :]}" if is_long else name
 
 
 def summary(
@@ -336,9 +322,11 @@ def summary(
         the step of `freeze_optax.scheduled`. State around the `freezable` (an accumulator, say)
         counts only if `optimizer` is passed.
       optimizer: The optimizer whose state is counted: a plain one, or one that contains a
-        `freezable`, whose own spec has no effect here. Not needed if `frozen` is a state.
+        `freezable`, whose own spec has no effect here. Not needed if `frozen` is a state. Where a
+        factor of its `freeze_optax.rates` is not 1, the table has a column of them.
       depth: How many levels of the tree to show, with a row for every node. If None, repeated
-        layers are folded, and a subtree is opened only if a part of it trains.
+        layers are folded, and a subtree is opened only if a part of it trains, or if what trains
+        in it has several factors.
 
     Returns:
       The summary. It prints as a table; see its attributes, `to_dict`, `to_markdown` and `plot`.
@@ -353,7 +341,7 @@ def summary(
     """
     depth = None if depth is None else _levels(depth)
     resolved = resolve_params(params, frozen, optimizer)
-    leaves, flags, present, unfrozen = resolved
+    leaves, flags, present, unfrozen, _ = resolved
     check_ties(leaves, flags)
     shown_leaves = dotted_leaves(leaves) if isinstance(frozen, Dotted) else leaves
     root = build_outline(resolved.entries(shown_leaves), folded=depth is None)
@@ -362,11 +350,17 @@ def summary(
     counts["state_bytes"] = present.total if present else None
     counts["saved_bytes"] = unfrozen.total - present.total if present and unfrozen else None
     rows = [
-        Row(**x.counts.to_dict(), path=x.path, status=x.counts.status, same_as=x.node.same_as)
+        Row(
+            **x.counts.to_dict(),
+            path=x.path,
+            status=x.counts.status,
+            same_as=x.node.same_as,
+            factors=x.counts.factors,
+        )
         for x in shown
     ]
     quantized = [
-        printable(node.path(leaves)) or _ROOT
+        printable(node.path(leaves)) or ROOT
         for node in quantized_nodes(leaves)
         if all(flags[i] is True for i in (node.stored, *node.companions))
     ]

@@ -142,6 +142,10 @@ class Layers(Selector):
     __iter__ = None
 
     def flags(self, leaves: Leaves) -> list[bool]:
+        return leaves.flags_below(set(self.nodes(leaves)))
+
+    def nodes(self, leaves: Leaves) -> list[str]:
+        """Returns the paths of the nodes that are selected, in natural order."""
         # An activation function among the layers is a leaf, but not a param. The integers of a
         # quantised layer are params.
         is_param = [is_hole(x) or number_kind(x) != "other" for x in leaves.values]
@@ -154,17 +158,16 @@ class Layers(Selector):
             raise ValueError(f"layers({self._pattern!r}) names no node; {hint}")
         if self._index is not None:
             self._check_no_tensors(matched)
-        chosen = matched
         if isinstance(self._index, slice):
-            chosen = matched[self._index]
-        elif self._index is not None:
-            if not -len(matched) <= self._index < len(matched):
-                raise IndexError(
-                    f"{self!r} is out of range: {self._pattern!r} names {len(matched)} nodes, "
-                    f"{quoted_list(matched)}"
-                )
-            chosen = [matched[self._index]]
-        return leaves.flags_below(set(chosen))
+            return matched[self._index]
+        if self._index is None:
+            return matched
+        if not -len(matched) <= self._index < len(matched):
+            raise IndexError(
+                f"{self!r} is out of range: {self._pattern!r} names {len(matched)} nodes, "
+                f"{quoted_list(matched)}"
+            )
+        return [matched[self._index]]
 
     def _check_no_tensors(self, matched: list[str]) -> None:
         """Raises if the nodes are tensors of layers in a flat dict with dotted names.

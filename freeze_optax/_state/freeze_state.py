@@ -4,9 +4,8 @@ A `FreezeState` carries its plan as static metadata.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ import numpy as np
 import optax
 
 from freeze_optax._rows.flags import Flag
+from freeze_optax._state.mapped_state import mapped_state
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
-
-_T = TypeVar("_T")
+from freeze_optax._tree.node_types import nodes_of_type
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -149,17 +148,12 @@ class _AnyAges:
 def ages_of_mapped_state() -> Any:
     """Returns leaves in the place of the ages of the state that `optax.tree_map_params` maps.
 
-    The number of ages depends on the cohorts, which only that state holds. What `tree_map_params`
-    passes to `init` is a placeholder for the params, which holds nothing. So the state is read from
-    the frame of `tree_map_params`. One leaf for all ages would do without it, but then
-    `transform_non_params` would be called on a tuple of arrays, or on an empty one. Always the same
-    number of arrays, without rows if there is one cohort, would do too, but Orbax refuses to store
-    arrays without rows.
+    The number of ages depends on the cohorts, which only that state holds. One leaf for all ages
+    would do without it, but then `transform_non_params` would be called on a tuple of arrays, or on
+    an empty one. Always the same number of arrays, without rows if there is one cohort, would do
+    too, but Orbax refuses to store arrays without rows.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "tree_map_params":
-        frame = frame.f_back
-    states = [] if frame is None else states_in(frame.f_locals.get("state"))
+    states = states_in(mapped_state())
     counts = {len(state.ages) if isinstance(state.ages, tuple) else None for state in states}
     count = counts.pop() if len(counts) == 1 else None
     # With several states of different numbers, it is not known which of them this is for.
@@ -178,14 +172,9 @@ def _mapped_ages(ages: Any, plan: Plan) -> Any:
 
 def states_in(tree: Any) -> list[FreezeState]:
     """Returns all `FreezeState`s in a tree."""
-    return _nodes_of_type(FreezeState, tree)
+    return nodes_of_type(FreezeState, tree)
 
 
 def schedules_in(tree: Any) -> list[ScheduledState]:
     """Returns all `ScheduledState`s in a tree."""
-    return _nodes_of_type(ScheduledState, tree)
-
-
-def _nodes_of_type(node_type: type[_T], tree: Any) -> list[_T]:
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, node_type))
-    return [x for x in nodes if isinstance(x, node_type)]
+    return nodes_of_type(ScheduledState, tree)

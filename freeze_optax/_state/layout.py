@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from freeze_optax._state.rates_state import RatesState
 from freeze_optax._state.shared_buffers import collect_ties
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.holes import HOLE, is_hole
@@ -22,6 +23,8 @@ CLOCK = -2
 
 ABSENT = -3
 """The owner of a hole for a node of the params that the transformation leaves out as a whole."""
+
+_FACTORS = jax.tree_util.GetAttrKey("factors")
 
 Keys = tuple[Any, ...]
 Place = tuple[Keys, int]
@@ -53,6 +56,8 @@ class Layout:
       prefixes: For each place, the keys of the node like the params that the place is in; `()`
         for a place outside of such nodes.
       ties: The groups of all `tie`s in the transformation.
+      factors: The prefixes of the trees of factors (`freeze_optax.rates`). A factor is one number
+        for all of a leaf, so each part of the leaf has the same.
     """
 
     def __init__(self, init: Callable[[Any], Any], skeleton: Any):
@@ -79,6 +84,11 @@ class Layout:
             for place, owner in zip(keys, self.owners, strict=True)
         ]
         self.counters = tuple(i for i, owner in enumerate(self.owners) if owner == COUNTER)
+        self.factors = frozenset(
+            (*keys, _FACTORS)
+            for keys, node in jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_rates)[0]
+            if _is_rates(node)
+        )
 
     def places(self, inner_state: Any) -> list[Any]:
         """Returns what each place of a state holds: an array, a hole, or a node for one leaf.
@@ -178,6 +188,10 @@ class Layout:
             return next(remaining) if owner < 0 else statistic((prefix, owner), path)
 
         return self.rebuild(list(map(value, self.prefixes, self.owners, self.paths)))
+
+
+def _is_rates(x: Any) -> bool:
+    return isinstance(x, RatesState)
 
 
 def _failing_transformation(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from jax.core import Tracer
 
 from freeze_optax._state.layout import Keys
 from freeze_optax._state.plan import DROPPED, Plan
+from freeze_optax._state.whole_params import making_state_for
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
 from freeze_optax._tree.memory import memory_of, put_in_memory, put_tree_in_memory
@@ -27,9 +28,10 @@ def init_in_memory(plan: Plan, live_params: Any, params: Any) -> Any:
       params: The params.
     """
     init = plan.context.init
-    if not any(map(memory_of, jax.tree.leaves(live_params))):
-        return init(live_params)
-    state = init(put_tree_in_memory(live_params, None))
+    with making_state_for(params):
+        if not any(map(memory_of, jax.tree.leaves(live_params))):
+            return init(live_params)
+        state = init(put_tree_in_memory(live_params, None))
     try:
         places = plan.layout.places(state)
     except ValueError:  # It mixes the leaves in one array, so no parameter tells its memory.

@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from freeze_optax._edit import freeze_thaw as _edit
+from freeze_optax._edit.adjust import adjust as adjust_state
 from freeze_optax._select.specs import Spec
+from freeze_optax._tree.variables import is_variable, unwrap_variable
 from freeze_optax.nnx._flax import AS_GRAPH, nnx
 from freeze_optax.nnx._specs import OnModel
 from freeze_optax.nnx._step_counts import check_current, renew_step_count
@@ -94,20 +98,61 @@ def set_frozen(
     _edit_in_place(_edit.set_frozen, optimizer, model, frozen, keep_state=keep_state)
 
 
+def adjust(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, factor: Any) -> None:
+    """Sets the factors of these variables, in place, as `freeze_optax.adjust` does for a state.
+
+    What stored the optimizer before, `nnx.cached_partial` say, follows too, as no plan changes.
+
+    Examples:
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> from flax import nnx
+      >>> from freeze_optax import nnx as fnnx
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> tx = fo.freezable(optax.chain(optax.adam(1e-3), fo.rates({"kernel": 0.1})))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> fnnx.adjust(optimizer, model, "kernel", 0.5)
+
+    Args:
+      optimizer: An optimizer with one `freeze_optax.rates` in its transformation.
+      model: The model that the optimizer updates.
+      where: The variables: any spec, as for `freeze`.
+      factor: A finite number, 0 or more, as for `freeze_optax.adjust`.
+
+    Raises:
+      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no state of `rates`, if `model`
+        is not an NNX module, or if `factor` is no number.
+      ValueError, IndexError: As `freeze_optax.adjust`. ValueError also if the optimizer is a stored
+        copy, and another edit has changed the original. After an error the optimizer is unchanged.
+    """
+    check_optimizer("adjust", optimizer)
+    state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt, **AS_GRAPH)
+    edited = adjust_state(state, params, OnModel(where, model), factor)
+    pairs = zip(*(jax.tree.leaves(x, is_leaf=is_variable) for x in (state, edited)), strict=True)
+    for old, new in pairs:
+        value = unwrap_variable(new)
+        if is_variable(old) and value is not unwrap_variable(old):
+            old[...] = value
+
+
 def _edit_in_place(
     edit: Callable[..., Any], optimizer: Any, model: nnx.Module, where: Spec, **options: bool
 ) -> None:
     """Puts the edited state into the optimizer; an edit that raises leaves it unchanged."""
-    if not isinstance(optimizer, nnx.Optimizer):
-        name = edit.__name__
-        raise TypeError(
-            f"nnx.{name} takes an nnx.Optimizer first, not a {type(optimizer).__name__}: "
-            f"{name}(optimizer, model, ...)"
-        )
-    check_current(optimizer)
+    check_optimizer(edit.__name__, optimizer)
     selector = OnModel(where, model)
     state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt, **AS_GRAPH)
     edited = edit(state, params, selector, **options)
     if edited is not state:
         optimizer.opt_state = nnx.data(edited)
         renew_step_count(optimizer)
+
+
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raises unless `optimizer` is an `nnx.Optimizer`, and no stale copy of one."""
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            f"nnx.{name} takes an nnx.Optimizer first, not a {type(optimizer).__name__}: "
+            f"{name}(optimizer, model, ...)"
+        )
+    check_current(optimizer)

@@ -1,0 +1,227 @@
+"""`rates`: a factor for each leaf, by rules, on the updates of an optimizer."""
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from freeze_optax._select.first_match import FirstMatch
+from freeze_optax._select.specs import Spec
+from freeze_optax._state.mapped_state import mapped_state
+from freeze_optax._state.rates_state import RatesState, rates_in
+from freeze_optax._state.whole_params import whole_leaves
+from freeze_optax._transform.layerwise import LayerFactors
+from freeze_optax._transform.scaling import factor_dtype, scale_update
+from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
+from freeze_optax._tree.kinds import can_train
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.lookahead import map_copies, param_copies
+from freeze_optax._tree.variables import is_variable_or_box
+
+
+def rates(
+    rules: Mapping[Any, Any] | Sequence[tuple[Spec, Any]], default: float | None = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the update of each leaf by the factor that the first matching rule gives.
+
+    It goes to the end of the inner chain, so that a factor scales the whole step of a leaf, decay
+    included: `fo.freezable(optax.chain(optax.adamw(1e-3), fo.rates(rules)), frozen)`. Factors are
+    numbers in the state, so `freeze_optax.adjust` changes them during training and nothing is
+    compiled again. `optax.tree_utils.tree_get(opt_state, "factors")` is the tree of them.
+
+    A leaf whose factor is 0 keeps its bits, as a frozen one does, but its moments move on. It saves
+    nothing: to save the backward pass and the state of a leaf, freeze it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import freeze_optax as fo
+      >>> params = {"embed": jnp.ones(1), "body": jnp.ones(1), "head": jnp.ones(1)}
+      >>> inner = optax.chain(optax.sgd(1.0), fo.rates({"body": 0.1, "head": 0.5}))
+      >>> tx = fo.freezable(inner, frozen="embed")
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["body"], updates["head"]
+      (Array([-0.1], dtype=float32), Array([-0.5], dtype=float32))
+
+    Args:
+      rules: A mapping from spec to factor, or a list of pairs. The first rule that selects a leaf
+        gives its factor, a finite number, 0 or more. A spec is any that `freeze_optax.mask` takes;
+        it selects whole leaves. `freeze_optax.layerwise` makes rules.
+      default: The factor of leaves that no rule selects. If None, such a leaf is an error.
+
+    Returns:
+      A transformation. Its state has one float scalar for each leaf that trains: float64 for leaves
+      of double precision, float32 for others. The update keeps its dtype. A leaf that is frozen in
+      part has one factor for what trains of it.
+
+      `init` raises ValueError if a rule wins no leaf, because it selects none or because earlier
+      rules select all of them; if a rule selects a part of a leaf; or if a leaf has no factor. What
+      is frozen counts here too, so rules do not depend on what is frozen at first.
+
+    Raises:
+      TypeError: If `rules` are neither a mapping nor pairs, or a factor is no number.
+      ValueError: If a factor is negative or not finite.
+    """
+    table = FirstMatch("rates", "factor", rules)
+    for selector, factor in zip(table.selectors, table.values, strict=True):
+        if not isinstance(factor, LayerFactors):
+            check_factor(factor, f"fo.rates for {selector!r}")
+    if default is not None:
+        check_factor(default, "fo.rates by default")
+
+    def init_fn(params: optax.Params) -> Any:
+        if is_placeholder(params):
+            return RatesState(_mapped_factors())
+        copy = param_copies(params)[0]
+        leaves = Leaves(copy)
+        factors = _factors(table, default, leaves)
+        _report(table, leaves, factors)
+        return RatesState(_tree_of_scalars(copy, leaves, factors))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra
+        factors, treedef = jax.tree.flatten(state.factors, is_leaf=is_hole)
+
+        def scale(copy: Any) -> Any:
+            pairs = zip(treedef.flatten_up_to(copy), factors, strict=True)
+            # A leaf of the factors may stand for an NNX Variable or a box, with one array in it.
+            scaled = [x if is_hole(f) else jax.tree.map(_times(f), x) for x, f in pairs]
+            return jax.tree.unflatten(treedef, scaled)
+
+        return map_copies(scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _times(factor: Any) -> Any:
+    return lambda update: scale_update(update, factor)
+
+
+def check_factor(factor: Any, whose: str) -> None:
+    """Raises unless a factor is a finite number, 0 or more; a traced one can't be checked.
+
+    Args:
+      factor: The factor.
+      whose: What it is a factor of, for the error.
+
+    Raises:
+      TypeError: If it is no number.
+      ValueError: If it is negative or not finite.
+    """
+    if isinstance(factor, Tracer):
+        return
+    numbers = (int, float, np.number, np.ndarray, jax.Array)
+    if isinstance(factor, bool) or not isinstance(factor, numbers):
+        hint = "; a schedule goes to fo.since_thaw, or to optax.scale_by_schedule"
+        raise TypeError(
+            f"the factor of {whose} is {factor!r}, not a number{hint if callable(factor) else ''}"
+        )
+    values = np.asarray(factor)
+    if not (np.isrealobj(values) and np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(
+            f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more; to "
+            "climb rather than descend, negate the loss"
+        )
+
+
+def _factors(table: FirstMatch, default: Any, leaves: Leaves) -> list[Any]:
+    """Returns the factor of each leaf; None for holes, and for leaves that can't be trained."""
+    whole = whole_leaves(leaves)
+    winners = table.winners(whole)
+    of_rules = [
+        value.of_leaves(whole) if isinstance(value, LayerFactors) else None
+        for value in table.values
+    ]
+
+    def factor(i: int, rule: int | None) -> Any:
+        if rule is None:
+            return default
+        by_leaf = of_rules[rule]
+        return table.values[rule] if by_leaf is None else by_leaf[i]
+
+    found: list[tuple[Any, int | None]] = [
+        (factor(i, rule), rule) for i, rule in enumerate(winners)
+    ]
+    if leaves.paths != whole.paths:  # parts of one leaf, say, or the leaves of one group
+        by_path = dict(zip(whole.paths, found, strict=True))
+        found = [by_path[path] for path in leaves.paths]
+    trained = [HOLE if not can_train(leaf) else leaf for leaf in leaves.values]
+    if default is None:
+        live = leaves.with_holes(map(is_hole, trained))
+        table.check_all_have_one([rule for _, rule in found], Leaves(live))
+    pairs = zip(found, trained, strict=True)
+    return [None if is_hole(leaf) else value for (value, _), leaf in pairs]
+
+
+def _is_slot(x: Any) -> bool:
+    return is_hole(x) or (is_variable_or_box(x) and len(Leaves(x).values) == 1)
+
+
+def _tree_of_scalars(tree: Any, leaves: Leaves, factors: Sequence[Any]) -> Any:
+    """Returns a tree like the params, without boxes and Variables, with an array for each factor.
+
+    The sharding of a box or a Variable has a name for each axis of its leaf, and these have none.
+    """
+    treedef = jax.tree.structure(tree, is_leaf=_is_slot)
+    pairs = zip(leaves.values, factors, strict=True)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            HOLE if factor is None else jnp.full((), factor, factor_dtype(leaf))
+            for leaf, factor in pairs
+        ],
+    )
+
+
+class _Factor:
+    """A leaf in the place of a factor, for `optax.tree_map_params`: no part of the params.
+
+    A factor has neither the shape nor the sharding of its leaf.
+    """
+
+
+def _mapped_factors() -> Any:
+    """Returns leaves in the place of the factors of the state that `tree_map_params` maps."""
+    trees = [state.factors for state in rates_in(mapped_state())]
+    structures = {jax.tree.structure(tree) for tree in trees}
+    # With several of different structures, it is not known which of them this `init` is for.
+    if len(structures) != 1:
+        return _Factor()
+    return jax.tree.map(lambda _: _Factor(), trees[0], is_leaf=is_variable_or_box)
+
+
+Reported = dict[FirstMatch, dict[str, Any]]
+"""The factors of each `rates`, by the path of the leaf."""
+
+_collected: ContextVar[Reported | None] = ContextVar("_collected", default=None)
+
+
+def _report(table: FirstMatch, leaves: Leaves, factors: Sequence[Any]) -> None:
+    """Adds factors to those of the enclosing `collect_factors`, if there is one."""
+    collected = _collected.get()
+    if collected is not None:
+        pairs = zip(leaves.paths, factors, strict=True)
+        by_path = {path: factor for path, factor in pairs if factor is not None}
+        collected.setdefault(table, {}).update(by_path)
+
+
+@contextlib.contextmanager
+def collect_factors() -> Generator[Reported, None, None]:
+    """Collects the factors of each `rates` that is initialised inside the `with` block.
+
+    In a state that is made as shapes the factors have no values. This is how a summary has them.
+    """
+    factors: Reported = {}
+    token = _collected.set(factors)
+    try:
+        yield factors
+    finally:
+        _collected.reset(token)

@@ -1,0 +1,37 @@
+"""Multiply an update by a factor, where a factor of zero means no update at all."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from freeze_optax._tree.kinds import can_train
+
+_DOUBLE = ("float64", "complex128")
+
+
+def factor_dtype(x: Any) -> Any:
+    """Returns the dtype of a factor for a leaf or an update: float64 for doubles, else float32."""
+    return jnp.float64 if str(jnp.result_type(x)) in _DOUBLE else jnp.float32
+
+
+def scale_update(update: Any, factor: jax.Array) -> Any:
+    """Returns the update times the factor, in the dtype of the update, rounded once.
+
+    If the factor is zero, all of the result is -0.0, whatever the update is: a product would keep
+    NaN, and a zero of either sign, and p + 0.0 is not -0.0 where p is.
+
+    Args:
+      update: An array of floats or complex numbers. Integers, say, are returned themselves.
+      factor: A real scalar.
+    """
+    if not can_train(update):
+        return update
+    update = jnp.asarray(update)
+    if jnp.issubdtype(update.dtype, jnp.complexfloating):
+        # Not the product of complex numbers: inf * (2 + 0j) has NaN in it.
+        return jax.lax.complex(scale_update(update.real, factor), scale_update(update.imag, factor))
+    # A factor of bfloat16 would be off by up to 0.2 percent, and float8 has no products at all.
+    wide = update.astype(factor_dtype(update))
+    scaled = (wide * factor.astype(wide.dtype)).astype(update.dtype)
+    return jnp.where(factor == 0, jnp.full((), -0.0, update.dtype), scaled)
