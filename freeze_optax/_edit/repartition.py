@@ -69,6 +69,7 @@ def repartition_state(
         tuple(DROPPED if source is None else plan.cohorts[source] for source in sources),
         plan.context,
         part_table=table if any(subset for _, subset in table.parts) else None,
+        rotation=plan.rotation,
     )
     statistics, shared = plan.layout.split(state.inner)
     has_state = [cohort != DROPPED for cohort in new_plan.cohorts]

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._rows.flags import Flag
+from freeze_optax._rows.remembered import remembered_parts
 from freeze_optax._rows.rows import Rows
+from freeze_optax._rows.rows_by_value import RowsByValue
 from freeze_optax._rows.subset import Subset
 from freeze_optax._rows.take_put import put, take_if_whole
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
+from freeze_optax._select.specs import Spec, resolve, rotations_in_spec, schedules_in_spec
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.memory import run_on_device
@@ -55,19 +57,30 @@ def apply_updates(params: Any, updates: Any, frozen: Spec = nothing) -> Any:
     leaves = Leaves(params)
     flags = resolve(frozen, leaves, partitioned=True)
     steps = _align(leaves, updates)
-    add_on_device = _add_unless_zero if schedules_in_spec(frozen) else _add
-    add = functools.partial(run_on_device, add_on_device)
+    is_in_turn = _leaves_in_turn(frozen, leaves)
     triples = zip(leaves.values, steps, flags, strict=True)
 
     def applied(i: int, param: Any, update: Any, frozen: Flag) -> Any:
+        add = functools.partial(run_on_device, _add_unless_zero if is_in_turn[i] else _add)
         if frozen is True or update is None or is_hole(update) or is_hole(param):
             return param
+        rows, compact = remembered_parts(update)
+        if isinstance(rows, RowsByValue):
+            new = run_on_device(_add, rows.take(param), compact)
+            return rows.put(param, new)
         if not isinstance(frozen, Subset):
             return add(param, update)
         _check_part(update, frozen, leaves, i)
         return _add_part(param, update, ~frozen, add)
 
     return leaves.rebuild(applied(i, *triple) for i, triple in enumerate(triples))
+
+
+def _leaves_in_turn(frozen: Spec, leaves: Leaves) -> Sequence[bool]:
+    """Returns for each leaf whether only its update shows what of it is frozen at this step."""
+    for state in rotations_in_spec(frozen):
+        return [rows is not None for rows in state.rows_in_order(leaves)]
+    return [bool(schedules_in_spec(frozen))] * len(leaves.values)
 
 
 def _check_part(update: Any, frozen: Subset, leaves: Leaves, i: int) -> None:

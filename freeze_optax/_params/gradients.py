@@ -7,15 +7,25 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from freeze_optax._params.layer_stack import LayerStack, collect_scanned
 from freeze_optax._params.live_lookups import value_and_grad_of_rows, whole_tables
 from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.flags import Flag, flag_or
 from freeze_optax._rows.subset import Subset
 from freeze_optax._rows.take_put import put, put_among_zeros, take, with_live_subset
-from freeze_optax._select.specs import Spec, as_selector, resolve, schedules_in_spec
+from freeze_optax._select.specs import (
+    Spec,
+    as_selector,
+    resolve,
+    rotations_in_spec,
+    schedules_in_spec,
+)
+from freeze_optax._state.rotation import RotatingState
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.overwritten import overwritten
 
 
@@ -68,6 +78,11 @@ def value_and_grad(
         raise ValueError(
             f"a gradient follows the phases of one state of fo.scheduled, not of {len(schedules)}"
         )
+    rotations = rotations_in_spec(frozen)
+    if len(rotations) + len(schedules) > 1:
+        raise ValueError(
+            "a gradient follows one state of fo.rotating, not several, nor one of fo.scheduled too"
+        )
     if schedules and holes:
         raise ValueError(
             "with the state of fo.scheduled, what is frozen changes while the program runs, but "
@@ -85,6 +100,10 @@ def value_and_grad(
             return _value_and_grad(of_params, leaves, flags, has_aux, holes)
 
         always_frozen = resolve(selector, leaves)
+        if rotations:
+            return value_and_grad_of_turn(
+                of_params, rotations[0], params, always_frozen, has_aux, holes
+            )
         if not schedules:
             return differentiate(always_frozen)
         (state,) = schedules
@@ -96,6 +115,87 @@ def value_and_grad(
         return jax.lax.switch(index, phases)
 
     return value_and_grad_fn
+
+
+def value_and_grad_of_turn(
+    fun: Callable[[Any], Any],
+    state: RotatingState,
+    params: Any,
+    flags: Sequence[Flag],
+    has_aux: bool,
+    holes: bool,
+) -> tuple[Any, Any]:
+    """Differentiates `fun` with respect to the layers that train now, and all else that trains."""
+    leaves = Leaves(params)
+    pairs = zip(state.rows_in_order(leaves), flags, strict=True)
+    rows = [None if flag is True else own for own, flag in pairs]
+    pairs = zip(leaves.values, rows, strict=True)
+    live = Leaves(leaves.rebuild(own.take(x) if own else x for x, own in pairs))
+
+    def of_live(tree: Any) -> Any:
+        columns = zip(Leaves(tree).values, leaves.values, leaves.paths, rows, strict=True)
+        return fun(
+            leaves.rebuild(
+                LayerStack(whole, x, own.indices, path, own.axis) if own else x
+                for x, whole, path, own in columns
+            )
+        )
+
+    with collect_scanned() as scanned:
+        value, gradients = _value_and_grad(of_live, live, flags, has_aux, holes)
+    check_scanned(of_live, live, [own is not None for own in rows], scanned, has_aux)
+    if holes:
+        return value, gradients
+    gradient_leaves = Leaves(gradients)
+    columns = zip(gradient_leaves.values, leaves.values, rows, strict=True)
+    return value, gradient_leaves.rebuild(
+        own.put_among_zeros(x, 0.0, whole) if own else x for x, whole, own in columns
+    )
+
+
+def check_scanned(
+    fun: Callable[[Any], Any],
+    live: Leaves,
+    in_stack: Sequence[bool],
+    scanned: set[str],
+    has_aux: bool,
+) -> None:
+    """Raises ValueError if the value does not depend on a leaf whose layers take turns.
+
+    Its gradient would be zero, and nothing would say so.
+
+    Args:
+      fun: The function of the params, with the layers that train now in place of the stack.
+      live: The leaves of these params.
+      in_stack: Which of them are layers that take turns.
+      scanned: The paths of those that `freeze_optax.scan` got.
+      has_aux: Whether `fun` returns a pair.
+    """
+    # A function that jit has traced before does not call `scan` again. So what is missing in
+    # `scanned` is looked for in the equations too.
+    missing = [
+        i
+        for i, (path, own) in enumerate(zip(live.paths, in_stack, strict=True))
+        if own and path not in scanned
+    ]
+    if not missing:
+        return
+
+    def of_missing(arrays: list[Any]) -> Any:
+        values = dict(zip(missing, arrays, strict=True))
+        tree = live.rebuild(values.get(i, x) for i, x in enumerate(live.values))
+        return fun(tree)[0] if has_aux else fun(tree)
+
+    arrays = [live.values[i] for i in missing]
+    jaxpr = jax.make_jaxpr(of_missing)(arrays).jaxpr
+    _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    unused = [live.paths[i] for i, used in zip(missing, is_used, strict=True) if not used]
+    if unused:
+        raise ValueError(
+            f"the loss does not hand {quoted_list(unused)} to fo.scan, so the layers that train now "
+            "would get no gradient; write fo.scan(f, carry, layers) with these leaves of the params "
+            "that the loss gets"
+        )
 
 
 def _value_and_grad(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from freeze_optax._params.layer_loop import scan_rotating
+from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
 from freeze_optax._rows.flags import flag_along
 from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
+from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 
@@ -21,7 +25,7 @@ def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
     xs: Any,
-    frozen: Spec,
+    frozen: Spec = nothing,
     unroll: int | bool = 1,
     axis: int = 0,
 ) -> tuple[Any, Any]:
@@ -59,6 +63,7 @@ def scan(
         layer.
       frozen: Which layers, the rows of `xs`, are frozen: any spec for `xs`, see
         `freeze_optax.mask`. A layer counts as frozen if all its leaves that can train are frozen.
+        Where layers take turns (`freeze_optax.rotating`), `xs` itself tells which of them train.
       unroll: As for `jax.lax.scan`.
       axis: The axis of the layers in each array of `xs`; a negative one is counted from the last.
         MaxText and `nn.scan(variable_axes={"params": 1})` stack layers along axis 1. The layers
@@ -76,7 +81,9 @@ def scan(
     """
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"the axis of the layers is an integer, not {axis!r}")
-    leaves = Leaves(xs)
+    leaves = Leaves(xs, stop=_is_leaf)
+    if any(map(is_layer_stack, leaves.values)):
+        return _scan_rotating(f, init, leaves, frozen, unroll, axis)
     axes = [axis + np.ndim(x) if axis < 0 else axis for x in leaves.values]
     pairs = zip(leaves.values, axes, strict=True)
     lengths = {np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs}
@@ -115,6 +122,52 @@ def scan(
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
+
+
+def _is_leaf(x: Any) -> bool:
+    return is_hole(x) or is_layer_stack(x)
+
+
+def _scan_rotating(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    leaves: Leaves,
+    frozen: Spec,
+    unroll: int | bool,
+    axis: int,
+) -> tuple[Any, Any]:
+    """Scans where the layers that train are known as values, see `freeze_optax.rotating`."""
+    whole = [x.whole if is_layer_stack(x) else x for x in leaves.values]
+    axes = [axis + np.ndim(x) if axis < 0 else axis for x in whole]
+    flags = resolve(frozen, Leaves(leaves.rebuild(whole)))
+    stacks = [x for x in leaves.values if is_layer_stack(x)]
+    for stack, a in zip(leaves.values, axes, strict=True):
+        if is_layer_stack(stack) and stack.axis != a:
+            raise ValueError(
+                f"the layers of {stack.path!r} take turns along axis {stack.axis}, but fo.scan was "
+                f"given axis {axis}"
+            )
+    lengths = {np.shape(x)[a] if a < np.ndim(x) else None for x, a in zip(whole, axes, strict=True)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            "fo.scan needs leaves with the same number of layers, but they have the shapes "
+            f"{sorted({np.shape(x) for x in whole})}"
+        )
+    for stack in stacks:
+        report_scanned(stack)
+
+    def read(arrays: Sequence[Any], i: Any) -> Any:
+        layers = [_layer(x, i, a) for x, a in zip(arrays, axes, strict=True)]
+        return leaves.rebuild(layers)
+
+    triples = zip(leaves.values, whole, flags, strict=True)
+    arrays = [jax.lax.stop_gradient(w) if is_layer_stack(x) or flag is True else w for x, w, flag in triples]
+    live = [
+        _in_front(x.live, a) if is_layer_stack(x) and flag is not True else None
+        for x, a, flag in zip(leaves.values, axes, flags, strict=True)
+    ]
+    (length,) = lengths
+    return scan_rotating(f, init, arrays, live, stacks[0].rows, length, read, unroll)
 
 
 def _in_front(x: jax.Array, axis: int) -> jax.Array:

@@ -11,20 +11,19 @@ from typing import Any
 
 import jax
 
-from freeze_optax._rows.subset import Subset
 from freeze_optax._tree.memory import memory_of
 
 # By identity, as a function of the whole array (a clipped gradient) has other values. The
 # references to whole arrays are weak, as they may be tracers.
-_made: dict[int, tuple[weakref.ref[Any], Subset, Any]] = {}
+_made: dict[int, tuple[weakref.ref[Any], Any, Any]] = {}
 
 
-def remember_compact(whole: Any, subset: Subset, compact: Any) -> None:
+def remember_compact(whole: Any, subset: Any, compact: Any) -> None:
     """Remembers, while it exists, what an array was made of.
 
     Args:
       whole: The array, which has zeros outside of the subset.
-      subset: The subset.
+      subset: The subset: a `Subset`, or a `RowsByValue`.
       compact: Its compact array.
     """
     # What is taken out of an array in host memory is there too.
@@ -38,8 +37,17 @@ def remember_compact(whole: Any, subset: Subset, compact: Any) -> None:
     _made[key] = reference, subset, compact
 
 
-def remembered_compact(whole: Any, subset: Subset) -> Any:
+def remembered_compact(whole: Any, subset: Any) -> Any:
     """Returns the compact array of a subset if the array was made of it; None if not."""
-    reference, known, compact = _made.get(id(whole), (None, None, None))
-    is_same = reference is not None and reference() is whole and known == subset
-    return compact if is_same else None
+    known, compact = remembered_parts(whole)
+    return compact if known is not None and known == subset else None
+
+
+def remembered_parts(whole: Any) -> tuple[Any, Any]:
+    """Returns the subset that an array was made of, and its compact array; None for both if none.
+
+    Args:
+      whole: Any array.
+    """
+    reference, subset, compact = _made.get(id(whole), (None, None, None))
+    return (subset, compact) if reference is not None and reference() is whole else (None, None)

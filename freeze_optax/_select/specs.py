@@ -21,10 +21,12 @@ from freeze_optax._select.selector import (
 )
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
 from freeze_optax._state.plan import Plan
+from freeze_optax._state.rotation import RotatingState
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import ancestors, check_unique, nodes_of
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
+from freeze_optax._tree.node_types import nodes_of_type
 from freeze_optax._tree.quantized import quantized_nodes
 
 Spec: TypeAlias = Any
@@ -300,6 +302,11 @@ def _holds_bools(tree: Any) -> bool:
 def schedules_in_spec(spec: Spec) -> list[ScheduledState]:
     """Returns the states of `scheduled` in a spec; a selector or a string holds none."""
     return [] if isinstance(spec, Selector | str) else schedules_in(spec)
+
+
+def rotations_in_spec(spec: Spec) -> list[RotatingState]:
+    """Returns the states of `rotating` in a spec; a selector or a string holds none."""
+    return [] if isinstance(spec, Selector | str) else nodes_of_type(RotatingState, spec)
 
 
 def as_mask(spec: Any) -> Selector:

@@ -13,6 +13,7 @@ from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.subset import Subset
 from freeze_optax._state.context import LeafKind, PlanContext
 from freeze_optax._state.layout import Layout
+from freeze_optax._state.rotation import Rotation
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import check_unique
 from freeze_optax._tree.kinds import rank
@@ -50,8 +51,11 @@ class Plan:
         frozen part that has a cohort is parked: its state is kept unchanged.
       schedule: Under `scheduled`, pairs of a first step and the frozen flags from that step on.
       part_table: The parts, if a leaf is frozen in part; else None.
+      rotation: Under `rotating`, how the layers of the stack take turns; else None.
       context: What the plan shares with other plans of the state.
     """
+
+    rotation: Rotation | None = None  # so that former pickles have it
 
     def __init__(
         self,
@@ -61,9 +65,10 @@ class Plan:
         context: PlanContext | None,
         schedule: tuple[tuple[int, tuple[bool, ...]], ...] = (),
         part_table: PartTable | None = None,
+        rotation: Rotation | None = None,
     ):
         self.paths, self.frozen, self.cohorts, self.schedule = paths, frozen, cohorts, schedule
-        self.part_table, self._context = part_table, context
+        self.part_table, self.rotation, self._context = part_table, rotation, context
         self._hash: int | None = None
         # True in a tree structure that `optax.tree_map_params` has made.
         self.is_mapped = context is None
@@ -91,13 +96,13 @@ class Plan:
 
     def unmapped(self) -> "Plan":
         """Returns the same plan, no longer marked as made by `optax.tree_map_params`."""
-        return Plan(
-            self.paths, self.frozen, self.cohorts, self.context, self.schedule, self.part_table
-        )
+        frozen, cohorts, *others, paths = self._key()
+        return Plan(paths, frozen, cohorts, self.context, *others)
 
     def with_frozen(self, frozen: tuple[bool, ...], cohorts: tuple[int, ...]) -> "Plan":
         """Returns a plan with these flags and cohorts, for the same parts and transformation."""
-        return Plan(self.paths, frozen, cohorts, self.context, part_table=self.part_table)
+        table, rotation = self.part_table, self.rotation
+        return Plan(self.paths, frozen, cohorts, self.context, (), table, rotation)
 
     @property
     def layout(self) -> Layout:
@@ -141,16 +146,14 @@ class Plan:
 
     def _copy_from(self, other: "Plan") -> None:
         self.paths, self.frozen, self.cohorts = other.paths, other.frozen, other.cohorts
-        self.schedule, self.part_table, self._context = (
-            other.schedule,
-            other.part_table,
-            other._context,
-        )
+        self.schedule, self.part_table = other.schedule, other.part_table
+        self.rotation, self._context = other.rotation, other._context
         for cached in ("live", "parked", "mask"):
             self.__dict__.pop(cached, None)
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.frozen, self.cohorts, self.schedule, self.part_table, self.paths)
+        parts = (self.schedule, self.part_table, self.rotation)
+        return (self.frozen, self.cohorts, *parts, self.paths)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
