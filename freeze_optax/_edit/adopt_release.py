@@ -102,6 +102,11 @@ def release(state: Any, params: Any) -> Any:
     """
     freeze_state = editable_state("release", state)
     plan = freeze_state.plan
+    if plan.rotation:
+        raise ValueError(
+            "release was given the state of fo.rotating, which has the moments of the layers that "
+            "train now alone; a plain optimizer needs those of all: make its state with init"
+        )
     leaves = param_leaves(params)
     plan.flags(leaves, "params")
     check_batch_axis(freeze_state, params)

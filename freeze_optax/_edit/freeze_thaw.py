@@ -8,7 +8,7 @@ from typing import Any
 
 from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init_leaves
 from freeze_optax._edit.repartition import repartition_state
-from freeze_optax._edit.state_holders import editable_state, replace_state
+from freeze_optax._edit.state_holders import editable_state, params_of_state, replace_state
 from freeze_optax._edit.transition import apply_transition
 from freeze_optax._rows.flags import Flag, combine_flags, flag_minus, flag_or
 from freeze_optax._select.selector import can_thaw
@@ -18,6 +18,7 @@ from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_t
 from freeze_optax._transform.elementwise import check_takes_elements
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.messages import quoted_list
 
 
 def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> Any:
@@ -159,11 +160,13 @@ def _edit(
 ) -> Any:
     """Edits the one state in a tree; `target` gives the frozen flags of its leaves afterwards."""
     state = editable_state(verb, tree)
+    params = params_of_state(tree, params)
     leaves = param_leaves(params)
     state.plan.flags(leaves, "params")
     mask = tuple(target(state.plan, leaves))
     if mask == state.plan.mask:
         return tree
+    _check_rotation(verb, state.plan, mask)
     check_mask(state.plan, leaves, mask, state.plan.layout.ties)
     check_batch_axis(state, params)
 
@@ -175,6 +178,18 @@ def _edit(
     if repartitioned is not state:
         check_takes_elements(repartitioned.plan, params)
     return replace_state(tree, apply_transition(repartitioned, params, frozen, keep_state))
+
+
+def _check_rotation(verb: str, plan: Plan, mask: Sequence[Flag]) -> None:
+    """Raises ValueError if an edit changes what of a stack trains whose layers take turns."""
+    stack = plan.rotation.leaves if plan.rotation else ()
+    changed = [plan.paths[i] for i in stack if mask[i] is not False]
+    if changed:
+        raise ValueError(
+            f"{verb} would freeze {quoted_list(changed)}, but the layers of that stack take turns "
+            "(fo.rotating); name what is frozen of it in fo.rotating(…, frozen=…), and leave it "
+            "out here"
+        )
 
 
 def check_mask(plan: Plan, leaves: Leaves, mask: Sequence[Flag], groups: Iterable[Group]) -> None:

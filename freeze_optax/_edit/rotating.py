@@ -1,6 +1,6 @@
 """`rotating`: a transformation that trains some layers of a stack at a time, in turns."""
 
-import operator
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +10,22 @@ import numpy as np
 import optax
 
 from freeze_optax._edit.fresh_state import init_leaves
+from freeze_optax._edit.rotation_arguments import (
+    at_least_one,
+    checked_order,
+    fitting_order,
+    rotation_of,
+)
 from freeze_optax._params.apply_updates import apply_updates
-from freeze_optax._rows.rows_by_value import RowsByValue
 from freeze_optax._rows.remembered import remembered_compact
-from freeze_optax._rows.subset import Subset
+from freeze_optax._rows.rows_by_value import RowsByValue
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.memories import init_in_memory
 from freeze_optax._state.plan import Plan
-from freeze_optax._state.rotation import Blocks, RotatingState, Rotation
+from freeze_optax._state.rotation import RotatingState, Rotation
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._transform.elementwise import check_takes_elements
@@ -29,16 +34,14 @@ from freeze_optax._transform.freezable import freezable
 from freeze_optax._transform.inner_transformation import as_transformation
 from freeze_optax._transform.settled_structure import with_settled_structure
 from freeze_optax._tree.holes import is_hole, is_placeholder
-from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import map_copies, param_leaves
-from freeze_optax._tree.messages import few_clauses, quoted_list
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 Order = str | Sequence[Sequence[int]]
 
 
-def rotating(
+def rotating(  # noqa: PLR0913
     inner: optax.GradientTransformation,
     stack: Spec,
     count: int,
@@ -88,7 +91,7 @@ def rotating(
       every: How many steps they train. A step is one call of `update`.
       order: `"random"`: layers drawn by the key, none that trained just before where there are
         enough others (LISA). `"ascending"` and `"descending"`: one block after the other, and from
-        the start again (BAdam). Or the blocks themselves, a sequence of sequences of `count` layers.
+        the start again (BAdam). Or the blocks, a sequence of sequences of `count` layers.
       key: A PRNG key, for a random order alone.
       frozen: What never trains: any spec, see `freeze_optax.mask`.
       axis: The axis of the layers in the leaves of the stack.
@@ -112,20 +115,21 @@ def rotating(
     Source: LISA (arXiv 2403.17919), BAdam (arXiv 2404.02827).
     """
     inner = with_settled_structure(as_transformation("rotating", inner))
-    count, every = _at_least_one("count", count), _at_least_one("every", every)
-    checked_order = _checked_order(order, count, key)
+    count, every = at_least_one("count", count), at_least_one("every", every)
+    stored_order = checked_order(order, count, key)
     stack_selector, selector = as_selector(stack), as_selector(frozen)
     tx: Any = freezable(inner)
 
     def init_fn(params: optax.Params) -> Any:
         step = jnp.zeros((), jnp.int32)
-        stored_key = key if checked_order == "random" else ()
+        stored_key = key if stored_order == "random" else ()
         if is_placeholder(params):
             return RotatingState(step, step, stored_key, tx.init(params))
         leaves = param_leaves(params)
         flags = resolve(selector, leaves)
-        rotation = _rotation(leaves, flags, stack_selector.flags(leaves), axis, count, every)
-        rotation = rotation._replace(order=_fitting_order(checked_order, rotation.length))
+        rotation = rotation_of(leaves, flags, stack_selector.flags(leaves), axis, count, every)
+        order = fitting_order(stored_order, rotation.length)
+        rotation = dataclasses.replace(rotation, order=order)
         check_ties(leaves, flags)
         rows = rotation.block(step, None, stored_key)
         own = [
@@ -140,7 +144,9 @@ def rotating(
         check_takes_elements(plan, live)
         plan = _with_cohorts(plan, rotation)
         inner_state = init_in_memory(plan, plan.drop_frozen_params(live, live_leaves), live)
-        (first,) = cohort_counters(FreezeState(inner_state, (), plan), _counters_of(plan, inner_state))
+        (first,) = cohort_counters(
+            FreezeState(inner_state, (), plan), _counters_of(plan, inner_state)
+        )
         ages = stack_ages([first] * max(plan.cohorts, default=0))
         return RotatingState(step, rows, stored_key, FreezeState(inner_state, ages, plan))
 
@@ -177,96 +183,6 @@ def rotating(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"the {name} of fo.rotating is an integer, not {value!r}")
-    if value < 1:
-        what = "the number of layers that train at a time" if name == "count" else "a number of steps"
-        raise ValueError(f"the {name} of fo.rotating is {what}, 1 or more, not {value}")
-    return operator.index(value)
-
-
-def _checked_order(order: Any, count: int, key: Any) -> str | Blocks:
-    if isinstance(order, str):
-        if order not in ("random", "ascending", "descending"):
-            raise ValueError(
-                "the order of fo.rotating is 'random', 'ascending', 'descending' or a list of "
-                f"blocks, not {order!r}"
-            )
-        if order == "random" and key is None:
-            raise TypeError(
-                "fo.rotating draws its layers by a key: give key=jax.random.key(0), or "
-                "order='ascending'"
-            )
-        return order
-    blocks = tuple(tuple(map(operator.index, block)) for block in order)
-    wrong = [block for block in blocks if len(set(block)) != count or len(block) != count]
-    if wrong or not blocks:
-        raise ValueError(
-            f"each block of fo.rotating has {count} different layers, as count={count}, but "
-            + (f"one is {list(wrong[0])}" if wrong else "there is no block")
-        )
-    return blocks
-
-
-def _fitting_order(order: str | Blocks, length: int) -> str | Blocks:
-    """Returns the order with negative layers counted from the last, or raises if one is absent."""
-    if isinstance(order, str):
-        return order
-    for block in order:
-        for layer in block:
-            if not -length <= layer < length:
-                raise ValueError(
-                    f"fo.rotating has the layer {layer} in the block {list(block)}, but the stack "
-                    f"has {length} layers"
-                )
-    return tuple(tuple(layer % length for layer in block) for block in order)
-
-
-def _rotation(
-    leaves: Leaves, frozen: Any, selected: Any, axis: int, count: int, every: int
-) -> Rotation:
-    """Returns how the layers of the stack take turns, without an order; raises if it can't be."""
-    for path, flag in zip(leaves.paths, selected, strict=True):
-        if isinstance(flag, Subset):
-            raise ValueError(
-                f"the stack of fo.rotating has a part of {path!r} ({flag!r}); a stack is of whole "
-                "leaves, and `order` says which layers train"
-            )
-    stack = [i for i, flag in enumerate(selected) if flag and can_train(leaves.values[i])]
-    in_part = [leaves.paths[i] for i in stack if isinstance(frozen[i], Subset)]
-    if in_part:
-        raise ValueError(
-            f"{quoted_list(in_part)} is in the stack of fo.rotating and frozen in part; freeze the "
-            "leaf, or leave its layers out of `order`"
-        )
-    trained = tuple(i for i in stack if frozen[i] is False)
-    if not trained:
-        raise ValueError("nothing of the stack of fo.rotating trains; see `stack` and `frozen`")
-    axes = tuple(axis + np.ndim(leaves.values[i]) if axis < 0 else axis for i in trained)
-    lengths = {
-        leaves.paths[i]: np.shape(leaves.values[i])[a]
-        if 0 <= a < np.ndim(leaves.values[i])
-        else None
-        for i, a in zip(trained, axes, strict=True)
-    }
-    if len(set(lengths.values())) != 1 or None in lengths.values():
-        clauses = [
-            f"{path!r} has {'no such axis' if n is None else n}" for path, n in lengths.items()
-        ]
-        raise ValueError(
-            f"the leaves of a stack have the same number of layers along axis {axis}, but "
-            + few_clauses(clauses)
-        )
-    length = next(n for n in lengths.values() if n is not None)
-    if count > length:
-        raise ValueError(
-            f"fo.rotating trains {count} layers at a time, but the stack has {length}: "
-            f"{quoted_list(lengths)}"
-        )
-    return Rotation(trained, axes, length, count, every, "ascending")
-
-
 def _taken(leaves: Leaves, rows: Sequence[RowsByValue | None]) -> Any:
     pairs = zip(leaves.values, rows, strict=True)
     return leaves.rebuild(x if own is None else own.take(x) for x, own in pairs)
@@ -275,7 +191,9 @@ def _taken(leaves: Leaves, rows: Sequence[RowsByValue | None]) -> Any:
 def _with_cohorts(plan: Plan, rotation: Rotation) -> Plan:
     """Returns the plan with a cohort of their own for the layers, as their counters restart."""
     stack = set(rotation.leaves)
-    owners = [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.paths))
+    owners = (
+        [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.paths))
+    )
     has_others = any(
         not frozen and owner not in stack for frozen, owner in zip(plan.frozen, owners, strict=True)
     )
@@ -304,8 +222,9 @@ def _stack_parts(plan: Plan) -> list[bool]:
 def _with_fresh_statistics(old: FreezeState, live_params: Any, begins: jax.Array) -> FreezeState:
     """Returns the inner state, with fresh statistics of the layers if a turn begins.
 
-    They are made at the end of the turn before, not at the first step: there the choice would be in
-    the middle of the arithmetic of an update, which LLVM then contracts otherwise (other last bits).
+    They are made at the end of the turn before, not at the first step. There the choice would be in
+    the middle of the arithmetic of an update, which LLVM then contracts in another way: the last
+    bits would differ from those of layers that are frozen by hand.
 
     Args:
       old: The inner state.
@@ -330,11 +249,15 @@ def _with_fresh_statistics(old: FreezeState, live_params: Any, begins: jax.Array
         # A factor of `freeze_optax.adjust` is for the leaf, whichever layers train.
         if owner >= 0 and in_stack[owner] and prefix not in layout.factors:
             values[i] = settled(places[i], fresh[i])
-    own = {c for c, mine, f in zip(plan.cohorts, in_stack, plan.frozen, strict=True) if mine and not f}
+    own = {
+        c for c, mine, f in zip(plan.cohorts, in_stack, plan.frozen, strict=True) if mine and not f
+    }
     counters = cohort_counters(old, places)
     for cohort in own if layout.counters else ():
         new = [fresh[i] for i in layout.counters]
-        counters[cohort] = [settled(unwrap_variable(a), b) for a, b in zip(counters[cohort], new, strict=True)]
+        counters[cohort] = [
+            settled(unwrap_variable(a), b) for a, b in zip(counters[cohort], new, strict=True)
+        ]
     for i, counter in zip(layout.counters, counters[0], strict=True):
         values[i] = rewrap_variable(places[i], unwrap_variable(counter))
     ages = stack_ages(counters[1:])
@@ -365,7 +288,9 @@ def _whole(state: RotatingState, live_updates: Any, params: Any) -> Any:
         leaves = plan.align(copy, "update")
         values = plan.in_plan_order(like, like.values)
         return leaves.rebuild(
-            x if (rows := state.rows_of(i)) is None or is_hole(x) else rows.put_among_zeros(x, -0.0, values[i])
+            x
+            if (rows := state.rows_of(i)) is None or is_hole(x)
+            else rows.put_among_zeros(x, -0.0, values[i])
             for i, x in enumerate(leaves.values)
         )
 

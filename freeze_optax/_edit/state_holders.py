@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from freeze_optax._state.freeze_state import FreezeState, states_in
-from freeze_optax._tree.node_types import replace_node
+from freeze_optax._state.rotation import RotatingState
+from freeze_optax._tree.node_types import nodes_of_type, replace_node
 
 
 def only_state(verb: str, tree: Any) -> FreezeState:
@@ -44,6 +47,21 @@ def editable_state(verb: str, tree: Any) -> FreezeState:
             f"the state of fo.scheduled follows its phases; it can't be edited by {verb}"
         )
     return state
+
+
+def params_of_state(tree: Any, params: Any) -> Any:
+    """Returns the params as the state in a tree has them.
+
+    Where layers take turns (`freeze_optax.rotating`), these are the layers that train now in place
+    of the stack.
+    """
+    states = nodes_of_type(RotatingState, tree)
+    if not states:
+        return params
+    state, rows = states[0], states[0].rows
+    if isinstance(rows, jax.ShapeDtypeStruct):  # then only the shapes and the devices count
+        rows = np.arange(state.rotation.count, dtype=np.int32)
+    return state._replace(rows=rows).take(params)
 
 
 def replace_state(tree: Any, state: Any) -> Any:

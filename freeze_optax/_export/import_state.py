@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
-from freeze_optax._edit.state_holders import only_state, replace_state
+from freeze_optax._edit.state_holders import only_state, params_of_state, replace_state
 from freeze_optax._export.encoded_subset import decoded_subset, shape_in
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
@@ -83,6 +83,7 @@ def import_state(
     if about["paths"] != list(param_leaves(params).paths):
         params = optimized_params(params)
     like, groups = _tree_like(tx, params)
+    params = params_of_state(like, params)
     plan = _plan(about, only_state("import_state", like).plan, params)
     template = Leaves(replace_state(like, _abstract_state(plan, params)))
     values = iter(decoded_leaves(about["leaves"], exported.get("leaves"), template))
@@ -288,7 +289,8 @@ def _plan(about: dict[str, Any], initial_plan: Plan, params: Any) -> Plan:
         raise ValueError(f"the export is of other params: {error}") from None
     except ValueError as error:
         raise ValueError(f"the export is damaged: {error}") from error
-    plan = Plan(initial_plan.paths, frozen, cohorts, initial_plan.context, schedule, table)
+    context, rotation = initial_plan.context, initial_plan.rotation
+    plan = Plan(initial_plan.paths, frozen, cohorts, context, schedule, table, rotation)
     if schedule != initial_plan.schedule or (schedule and plan != initial_plan):
         raise ValueError("the export is of other phases than those of the transformation")
     if schedule:

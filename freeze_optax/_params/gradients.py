@@ -192,9 +192,9 @@ def check_scanned(
     unused = [live.paths[i] for i, used in zip(missing, is_used, strict=True) if not used]
     if unused:
         raise ValueError(
-            f"the loss does not hand {quoted_list(unused)} to fo.scan, so the layers that train now "
-            "would get no gradient; write fo.scan(f, carry, layers) with these leaves of the params "
-            "that the loss gets"
+            f"the loss does not hand {quoted_list(unused)} to fo.scan, so the layers that train "
+            "now would get no gradient; write fo.scan(f, carry, layers) with these leaves of the "
+            "params that the loss gets"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 ReadLayer = Callable[[Sequence[Any], Any], Any]
 """Returns layer `i` of the arrays of a stack, as the tree that the user's function takes."""
@@ -42,15 +43,27 @@ class _Static:
         self.value = value
 
 
+class Layers(NamedTuple):
+    """The layers of a stack.
+
+    Attributes:
+      arrays: The stacked arrays.
+      live: For each of them the layers that train, with these in front, or None. The result of the
+        loop has their gradient, and its value does not depend on them.
+      rows: The indices of these layers, in ascending order.
+      length: The number of layers.
+      read: Reads one layer.
+    """
+
+    arrays: list[Any]
+    live: list[Any]
+    rows: Any
+    length: int
+    read: ReadLayer
+
+
 def scan_rotating(
-    f: Callable[[Any, Any], tuple[Any, Any]],
-    init: Any,
-    arrays: Sequence[Any],
-    live: Sequence[Any],
-    rows: jax.Array,
-    length: int,
-    read: ReadLayer,
-    unroll: int | bool,
+    f: Callable[[Any, Any], tuple[Any, Any]], init: Any, layers: Layers, unroll: int | bool
 ) -> tuple[Any, Any]:
     """Scans over layers as `jax.lax.scan`, differentiating those that train now.
 
@@ -60,21 +73,17 @@ def scan_rotating(
     Args:
       f: The function of carry and layer.
       init: The first carry.
-      arrays: The stacked arrays of the layers.
-      live: For each of them the layers that train, with these in front, or None: the result has
-        their gradient, and its value does not depend on them.
-      rows: The indices of these layers, in ascending order.
-      length: The number of layers.
-      read: Reads one layer.
+      layers: The layers.
       unroll: As for `jax.lax.scan`, of the forward pass.
     """
     init = jax.tree.map(jnp.asarray, init)
-    body, constants = jax.closure_convert(f, init, read(arrays, 0))
-    indices = jnp.arange(length, dtype=jnp.int32)
+    read, length = layers.read, layers.length
+    body, constants = _with_constants(f, init, read(layers.arrays, 0))
 
     @jax.custom_vjp
     def loop(constants: Any, init: Any, arrays: Any, live: Any, rows: Any) -> Any:
         del live, rows
+        indices = jnp.arange(length, dtype=jnp.int32)
 
         def step(carry: Any, i: Any) -> Any:
             return body(carry, read(arrays, i), *constants)
@@ -87,6 +96,7 @@ def scan_rotating(
             lambda x: x.value, primals, is_leaf=_is_primal
         )
         kept: list[_Kept] = []
+        indices = jnp.arange(length, dtype=jnp.int32)
 
         def step(carry: Any, i: Any) -> Any:
             def of_arguments(constants: Any, carry: Any, layer: Any) -> Any:
@@ -107,12 +117,12 @@ def scan_rotating(
         carry, (ys, residuals) = jax.lax.scan(step, init, indices, unroll=unroll)
         return (carry, ys), (constants, arrays, rows, residuals, _Static(kept[0]))
 
-    has_live = [x is not None for x in live]
+    has_live = [x is not None for x in layers.live]
 
     def backward(saved: Any, cotangents: Any) -> Any:
         constants, arrays, rows, residuals, static = saved
         carry, ys = jax.tree.map(_without_symbol, cotangents, is_leaf=_is_symbolic_zero)
-        backwards = _Backwards(static.value, constants, arrays, residuals, ys, read, carry)
+        backwards = _Backwards(static.value, read, (constants, arrays, residuals), (carry, ys))
         start = backwards.start(length)
 
         def next_live(state: _State, row: Any) -> Any:
@@ -128,7 +138,24 @@ def scan_rotating(
         return list(state.sums), to_carry, list(state.stacked), of_live, None
 
     loop.defvjp(forward, backward, symbolic_zeros=True)
-    return loop(constants, init, list(arrays), list(live), rows)
+    return loop(constants, init, layers.arrays, layers.live, layers.rows)
+
+
+def _with_constants(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns a function that takes all arrays that `f` closes over as arguments, and these.
+
+    `jax.closure_convert` returns those alone that may be differentiated. But the passes of a
+    `custom_vjp` are traced after a jit around it, so they can't close over any value of its trace.
+    """
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    constants = list(jaxpr.consts)
+    structure = jax.tree.structure(shapes)
+
+    def function(carry: Any, layer: Any, *constants: Any) -> Any:
+        call = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, constants))
+        return structure.unflatten(call(*jax.tree.leaves((carry, layer))))
+
+    return function, constants
 
 
 class _State(NamedTuple):
@@ -150,18 +177,10 @@ class _State(NamedTuple):
 class _Backwards:
     """The backward pass through one layer, and through several that do not train."""
 
-    def __init__(
-        self,
-        kept: _Kept,
-        constants: Any,
-        arrays: Any,
-        residuals: Any,
-        ys: Any,
-        read: ReadLayer,
-        carry: Any,
-    ):
-        self._kept, self._constants, self._arrays, self._residuals = kept, constants, arrays, residuals
-        self._ys, self._read, self._carry = ys, read, carry
+    def __init__(self, kept: _Kept, read: ReadLayer, saved: Any, cotangents: Any):
+        self._kept, self._read = kept, read
+        self._constants, self._arrays, self._residuals = saved
+        self._carry, self._ys = cotangents
 
     def start(self, length: int) -> _State:
         """Returns the state above the last layer."""
@@ -169,8 +188,8 @@ class _Backwards:
         return _State(
             jnp.asarray(length, jnp.int32),
             [_strong(x) for x in jax.tree.leaves(self._carry) if not _is_float0(x)],
-            [jnp.zeros_like(x) if flag else None for x, flag in zip(self._constants, of_constants, strict=True)],
-            [jnp.zeros_like(x) if flag else None for x, flag in zip(self._arrays, of_arrays, strict=True)],
+            _zeros_where(of_constants, self._constants),
+            _zeros_where(of_arrays, self._arrays),
         )
 
     def whole_carry(self, real: Sequence[Any]) -> Any:
@@ -206,6 +225,10 @@ class _Backwards:
         carry = [_strong(x) for x in jax.tree.leaves(to_carry) if not _is_float0(x)]
         pairs = zip(gradients, has_live, strict=False)
         return _State(i, carry, sums, stacked), [g for g, flag in pairs if flag]
+
+
+def _zeros_where(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
+    return [jnp.zeros_like(x) if flag else None for x, flag in zip(arrays, flags, strict=True)]
 
 
 def _at(x: Any, i: Any) -> Any:

@@ -35,7 +35,8 @@ class LayerStack(Transparent):
 
     @classmethod
     def tree_unflatten(cls, static: tuple[str, int], children: Any) -> "LayerStack":
-        return cls(*children, *static)
+        whole, live, rows = children
+        return cls(whole, live, rows, *static)
 
     @property
     def shape(self) -> Any:
@@ -61,7 +62,8 @@ class LayerStack(Transparent):
 
     __getitem__ = __iter__ = __len__ = __array__ = __jax_array__ = _raise
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _raise
-    __truediv__ = __rtruediv__ = __pow__ = __neg__ = __float__ = astype = reshape = sum = mean = _raise
+    __truediv__ = __rtruediv__ = __pow__ = __neg__ = __float__ = _raise
+    astype = reshape = sum = mean = _raise
 
 
 def is_layer_stack(x: Any) -> bool:

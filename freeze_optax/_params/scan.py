@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from freeze_optax._params.layer_loop import scan_rotating
+from freeze_optax._params.layer_loop import Layers, scan_rotating
 from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
 from freeze_optax._rows.flags import flag_along
 from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
@@ -160,14 +160,18 @@ def _scan_rotating(
         layers = [_layer(x, i, a) for x, a in zip(arrays, axes, strict=True)]
         return leaves.rebuild(layers)
 
-    triples = zip(leaves.values, whole, flags, strict=True)
-    arrays = [jax.lax.stop_gradient(w) if is_layer_stack(x) or flag is True else w for x, w, flag in triples]
-    live = [
-        _in_front(x.live, a) if is_layer_stack(x) and flag is not True else None
-        for x, a, flag in zip(leaves.values, axes, flags, strict=True)
+    differentiated = [
+        is_layer_stack(x) and flag is not True for x, flag in zip(leaves.values, flags, strict=True)
     ]
-    (length,) = lengths
-    return scan_rotating(f, init, arrays, live, stacks[0].rows, length, read, unroll)
+    triples = zip(leaves.values, whole, flags, strict=True)
+    arrays = [
+        jax.lax.stop_gradient(array) if is_layer_stack(x) or flag is True else array
+        for x, array, flag in triples
+    ]
+    triples = zip(leaves.values, axes, differentiated, strict=True)
+    live = [_in_front(x.live, a) if own else None for x, a, own in triples]
+    layers = Layers(arrays, live, stacks[0].rows, stacks[0].shape[stacks[0].axis], read)
+    return scan_rotating(f, init, layers, unroll)
 
 
 def _in_front(x: jax.Array, axis: int) -> jax.Array:

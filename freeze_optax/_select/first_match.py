@@ -47,7 +47,10 @@ class FirstMatch:
         is_complete = not any(map(is_hole, leaves.values))
         winners: list[int | None] = [None] * len(leaves.values)
         for rule, selector in enumerate(self.selectors):
-            flags = selector.flags(leaves)
+            try:
+                flags = selector.flags(leaves)
+            except ValueError as error:
+                raise ValueError(f"{self._rule(rule)} does not fit: {error}") from error
             for i, flag in enumerate(flags):
                 if isinstance(flag, Subset):
                     raise ValueError(

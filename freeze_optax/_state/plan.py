@@ -57,7 +57,7 @@ class Plan:
 
     rotation: Rotation | None = None  # so that former pickles have it
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917
         self,
         paths: tuple[str, ...],
         frozen: tuple[bool, ...],

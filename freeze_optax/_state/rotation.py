@@ -1,5 +1,6 @@
-"""`Rotation`, how the layers of a stack take turns, and `RotatingState`, the state of `rotating`."""
+"""How the layers of a stack take turns, and `RotatingState`, the state of `rotating`."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from freeze_optax._tree.lookahead import map_copies
 Blocks = tuple[tuple[int, ...], ...]
 
 
-class Rotation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rotation:
     """How the layers of a stack take turns. It is static, a part of the plan.
 
     Attributes:
@@ -44,7 +46,7 @@ class Rotation(NamedTuple):
         """
         offsets = jnp.arange(self.count, dtype=jnp.int32)
         if self.order == "random":
-            # The layers of the turn before come last, so they come only where others do not suffice.
+            # The layers of the turn before come last, so only where others do not suffice.
             ranks = jax.random.uniform(jax.random.fold_in(key, turn), (self.length,))
             if before is not None:
                 ranks = ranks.at[before].add(1.0)
