@@ -29,6 +29,7 @@ _SETTINGS: dict[str, tuple[Any, Any]] = {
     "xla_backend_optimization_level": (0, 3),
     "xla_llvm_disable_expensive_passes": (True, False),
     "xla_cpu_use_fusion_emitters": (False, True),
+    "xla_cpu_parallel_codegen_split_count": (1, 32),
 }
 _KNOWN = {name: settings for name, settings in _SETTINGS.items() if _is_flag(name)}
 QUICK_FLAGS = " ".join(f"--{name}={str(x).lower()}" for name, (x, _) in _KNOWN.items())
