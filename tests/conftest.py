@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.support.compiling import QUICK_FLAGS
+from tests.support.compiling import QUICK_FLAGS, SharedContext
 
 # Before jax starts. Sharding is tested on any machine.
 os.environ["XLA_FLAGS"] = (
@@ -32,6 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+_context = SharedContext()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,6 +70,7 @@ def pytest_runtest_teardown():
     global _most_pages  # noqa: PLW0603 (of the process, as the memory is)
     if _resident_pages() > _most_pages:
         jax.clear_caches()
+        _context.renew()
         gc.collect()
         if _TRIM:
             _TRIM(0)
