@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu lane-oldest lane-newest wheel wheel-file mutants clean
+.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -19,6 +19,11 @@ test: $(VENV)/.test
 # What `make test` leaves out: more cases of what it tests already, and all that it drew a sample of.
 test-rest: $(VENV)/.test
 	FREEZE_OPTAX_TEST_ALL=1 $(PYTEST) -m "exhaustive or sampled"
+
+# One in six of these, others at each commit. FREEZE_OPTAX_SEED says whose: to repeat what CI ran.
+test-rest-drawn:
+	FREEZE_OPTAX_SHARE=6 FREEZE_OPTAX_SEED="$${FREEZE_OPTAX_SEED:-$$(git rev-parse HEAD)}" \
+		PYTEST_ADDOPTS="-p tests.support.few_cases" $(MAKE) test-rest
 
 test-all: test test-rest
 
@@ -69,9 +74,10 @@ bench-gpu:
 mutants: $(VENV)/.mutants
 	$(BIN)/python -m tests.mutation $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
 
-# What other versions run of each test. CASES=1000000 make lane-newest runs all of it.
-CASES ?= 4
-FEW := FREEZE_OPTAX_CASES=$(CASES) PYTEST_ADDOPTS="-p tests.support.few_cases"
+# What other versions run of each test. CASES=1000000 make lane-newest runs all of it. The pages are
+# built with one version.
+CASES ?= 2
+FEW := FREEZE_OPTAX_CASES=$(CASES) PYTEST_ADDOPTS="-p tests.support.few_cases --ignore=tests/docs"
 
 # The oldest versions that pyproject.toml claims, on the oldest Python.
 lane-oldest:
@@ -82,17 +88,24 @@ lane-newest:
 	$(MAKE) .venv-newest/.newest VENV=.venv-newest
 	$(FEW) $(MAKE) test-fast VENV=.venv-newest
 
-# The wheel as users install it, without an extra and with each. The tests are copied away from the
-# checkout, so that nothing can be imported from it.
-wheel: wheel-none wheel-flax wheel-cli wheel-plot
+# The wheel as users install it, without an extra, then with one more each time. The order is that
+# of tests/support/installed.py, which checks that no extra brings what a later one is to bring. The
+# tests are copied away from the checkout, so that nothing can be imported from it.
+wheel: wheel-flax
+wheel-flax: wheel-cli
+wheel-cli: wheel-plot
+wheel-plot: wheel-none
+wheel-none: wheel-venv
 
 wheel-file: $(VENV)/bin/python
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	cp -r tests pyproject.toml build/wheel
 
-wheel-%: wheel-file
+wheel-venv: wheel-file
 	$(PYTHON) -m venv --clear .venv-wheel
+
+wheel-%:
 	.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet pytest pytest-xdist \
 		hypothesis "$$(ls build/wheel/*.whl)$(if $(filter none,$*),,[$*])"
 	cd build/wheel && FREEZE_OPTAX_EXTRA=$(filter-out none,$*) \

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.support.compiling import QUICK_FLAGS
+from tests.support.compiling import QUICK_FLAGS, SharedContext
 
 # Before jax starts. Sharding is tested on any machine.
 os.environ["XLA_FLAGS"] = (
@@ -32,6 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+_context = SharedContext()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,22 +50,32 @@ def compiled_programs():
     shutil.rmtree(folder)
 
 
+def pytest_collection_finish(session):
+    # Modules and cases stay until the end. The collector goes through them thousands of times.
+    if not session.config.option.collectonly:
+        gc.collect()
+        gc.freeze()
+
+
 # What XLA frees stays with glibc, in pieces, until it is asked for them.
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
-_MOST_PAGES = 1_000_000_000 // os.sysconf("SC_PAGE_SIZE")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_most_pages = 1_000_000_000 // _PAGE
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item, nextitem):
-    # jax keeps each program for ever: without this a worker grows to gigabytes.
-    is_last = nextitem is None or nextitem.path != item.path
-    if is_last and getattr(item.config, "keeps_programs", False):  # where mutants are tried
-        return
-    if is_last or _resident_pages() > _MOST_PAGES:
+def pytest_runtest_teardown():
+    # jax keeps each program for ever: without this a worker grows to gigabytes. To let go of all
+    # of them takes a second, and the next file would compile half of them again.
+    global _most_pages  # noqa: PLW0603 (of the process, as the memory is)
+    if _resident_pages() > _most_pages:
         jax.clear_caches()
+        _context.renew()
         gc.collect()
         if _TRIM:
             _TRIM(0)
+        # What does not go must not be asked for after each test.
+        _most_pages = max(_most_pages, _resident_pages() + 200_000_000 // _PAGE)
 
 
 def _resident_pages():

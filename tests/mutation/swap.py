@@ -25,6 +25,7 @@ class Package:
 
     def __init__(self, name: str, folder: Path):
         self._name, self._folder = name, str(folder)
+        gc.unfreeze()  # what tests/conftest.py froze is not listed
         self._functions, self._caches = self._found()
         gc.collect()
         gc.freeze()

@@ -102,7 +102,6 @@ class Worker:
         self._items = {item.nodeid: item for item in items}
         # What runs next decides what is torn down: here all but what is made once for a session.
         self._first, self._last = items[0], items[-1]
-        session.config.keeps_programs = True
         self._package = Package(PACKAGE, Path(PACKAGE).resolve())
         self._is_fresh = True
         done = {json.loads(line)["n"] for line in self._results.open()}

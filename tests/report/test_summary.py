@@ -1,6 +1,7 @@
 """`summary`: its last line, its table in every form, and the params that it takes."""
 
 import dataclasses
+import functools
 import html.parser
 import io
 import json
@@ -79,11 +80,12 @@ SPECS = {
 }
 
 
+PLAIN = {f"{name} {bool(tx)}": (TREES[name], SPECS[name], tx) for name in TREES for tx in (0, 1)}
+
+
+@functools.cache  # and not on import: all workers import this
 def summaries() -> dict[str, fo.Summary]:
-    plain = {
-        f"{name} {bool(tx)}": (TREES[name], SPECS[name], tx) for name in TREES for tx in (0, 1)
-    }
-    made = {k: fo.summary(t, s, optax.adam(0.1) if tx else None) for k, (t, s, tx) in plain.items()}
+    made = {k: fo.summary(t, s, optax.adam(0.1) if tx else None) for k, (t, s, tx) in PLAIN.items()}
     table = jnp.ones((4, 2))
     tied = {"embed": table, "head": {"bias": jnp.ones(2), "kernel": table}}
     made["tied"] = fo.summary(tied, "head/bias", depth=2)
@@ -93,8 +95,19 @@ def summaries() -> dict[str, fo.Summary]:
     return made
 
 
-ALL = summaries()
-EVERY = pytest.mark.parametrize("summary", ALL.values(), ids=ALL)
+EVERY = pytest.mark.parametrize(
+    "summary", [*PLAIN, "tied", "lora", "nothing", "one array"], indirect=True
+)
+
+
+@pytest.fixture
+def summary(request: pytest.FixtureRequest) -> fo.Summary:
+    return summaries()[request.param]
+
+
+def test_every_summary_is_tested():
+    assert EVERY.mark.args[1] == list(summaries())
+
 
 # The last line.
 
@@ -233,7 +246,7 @@ def test_the_whole_table(monkeypatch):
 
 
 def test_tied_leaves_say_with_whom():
-    lines = str(ALL["tied"]).splitlines()
+    lines = str(summaries()["tied"]).splitlines()
     assert [line.split() for line in lines if "kernel" in line] == [
         ["kernel", "=", "embed", "trainable", "0", "0", "bytes"]
     ]

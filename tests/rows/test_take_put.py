@@ -353,17 +353,16 @@ def test_whole_is_the_very_array():
 def test_whole_has_the_derivatives_of_put(mask, wrap):
     ours, reference, part = _pair(mask)
     direction = V[np.flatnonzero(mask)]
-    _assert_close(wrap(jax.value_and_grad(ours))(part), jax.value_and_grad(reference)(part))
-    _assert_close(
-        wrap(lambda p, v: jax.jvp(ours, (p,), (v,)))(part, direction),
-        jax.jvp(reference, (part,), (direction,)),
-    )
+    expected = jax.jit(jax.value_and_grad(reference))(part)
+    _assert_close(wrap(jax.value_and_grad(ours))(part), expected)
+    expected = jax.jit(lambda p, v: jax.jvp(reference, (p,), (v,)))(part, direction)
+    _assert_close(wrap(lambda p, v: jax.jvp(ours, (p,), (v,)))(part, direction), expected)
 
 
 @FEW_ROWS
 def test_whole_has_the_second_derivatives_of_put(name):
     ours, reference, part = _pair(MASKS[name])
-    expected = jax.hessian(reference)(part)
+    expected = jax.jit(jax.hessian(reference))(part)
     _assert_close(jax.jit(jax.hessian(ours))(part), expected)
     _assert_close(jax.jit(jax.jacrev(jax.jacrev(ours)))(part), expected)
     _assert_close(jax.jit(jax.jacfwd(jax.jacfwd(ours)))(part), expected)

@@ -1,9 +1,12 @@
-"""A plugin for pytest that runs a few cases of each test: `-p tests.support.few_cases`.
+"""A plugin for pytest that runs a part of the cases: `-p tests.support.few_cases`.
 
-FREEZE_OPTAX_CASES says how many. They are drawn by a hash of their names: the same ones in each
-run, and others in each test, so that every optimizer, dtype and wrapper is among those of some
-test. For `make wheel`, where a missing file or import shows in any case, and for the other
-versions.
+FREEZE_OPTAX_CASES says how many of each test, or of each file if FREEZE_OPTAX_CASES_OF is "file".
+FREEZE_OPTAX_SHARE says one in how many of all cases instead.
+
+They are drawn by a hash of their names: the same ones in each run, and others in each test, so that
+every optimizer, dtype and wrapper is among those of some test. Another FREEZE_OPTAX_SEED draws
+others. For `make wheel`, where a missing file or import shows in any case, for the other versions,
+and for what CI runs of the exhaustive cases.
 """
 
 import collections
@@ -15,14 +18,20 @@ import pytest
 
 @pytest.hookimpl(trylast=True)  # after the marks have had their say
 def pytest_collection_modifyitems(config, items):
-    tests = collections.defaultdict(list)
-    for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
-    count = int(os.environ["FREEZE_OPTAX_CASES"])
-    drawn = [
-        sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[:count]
-        for cases in tests.values()
-    ]
-    kept = {id(item) for cases in drawn for item in cases}
+    share = os.environ.get("FREEZE_OPTAX_SHARE")
+    if share:
+        drawn = [item for item in items if _number(item) % int(share) == 0]
+    else:
+        mark = "::" if os.environ.get("FREEZE_OPTAX_CASES_OF") == "file" else "["
+        count = int(os.environ["FREEZE_OPTAX_CASES"])
+        groups = collections.defaultdict(list)
+        for item in items:
+            groups[item.nodeid.partition(mark)[0]].append(item)
+        drawn = [item for group in groups.values() for item in sorted(group, key=_number)[:count]]
+    kept = set(map(id, drawn))
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
+
+
+def _number(item):
+    return zlib.crc32((os.environ.get("FREEZE_OPTAX_SEED", "") + item.nodeid).encode())

@@ -1,7 +1,7 @@
 """The wheel as users get it, with one extra or none: what the extra brings, what its absence says.
 
-`make wheel` runs this, and one case of each test whose imports are at hand, away from the
-checkout.
+`make wheel` runs this, and two cases of each test file whose imports are at hand, away from the
+checkout: a file or a dependency that is missing shows where it is imported.
 """
 
 import ast
@@ -20,7 +20,8 @@ import pytest
 import freeze_optax as fo
 
 TESTS = Path(__file__).parents[1]
-BRINGS = {"flax": ["flax"], "cli": ["safetensors", "orbax.checkpoint"], "plot": ["matplotlib"]}
+# In the order in which `make wheel` installs them into one venv.
+BRINGS = {"plot": ["matplotlib"], "cli": ["safetensors", "orbax.checkpoint"], "flax": ["flax"]}
 EXTRA = os.environ.get("FREEZE_OPTAX_EXTRA", "")
 PARAMS = {"encoder": np.ones((3, 4), np.float32), "head": np.ones((4, 1), np.float32)}
 LAST_LINE = "trainable: 4 of 16 parameters (25.00%)"
@@ -80,11 +81,11 @@ def test_the_package_is_the_one_that_was_built():
     assert top == {"freeze_optax", f"freeze_optax-{fo.__version__}.dist-info"}
 
 
-def test_an_extra_brings_its_packages_and_none_brings_none():
-    if EXTRA:
-        assert [name for name in BRINGS[EXTRA] if not has(name)] == []
-    else:
-        assert [name for names in BRINGS.values() for name in names if has(name)] == []
+def test_an_extra_brings_its_packages_and_none_of_a_later_one():
+    extras = ["", *BRINGS]
+    installed = extras[: extras.index(EXTRA) + 1]
+    here = {extra: [name for name in names if has(name)] for extra, names in BRINGS.items()}
+    assert here == {extra: names if extra in installed else [] for extra, names in BRINGS.items()}
 
 
 @pytest.mark.parametrize("module", ["linen", "nnx"])
@@ -139,8 +140,10 @@ def test_the_command_reads_orbax(tmp_path):
 
 
 if __name__ == "__main__":
-    options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
-    options += ["-p", "tests.support.few_cases"]
-    os.environ["FREEZE_OPTAX_CASES"] = "1"
-    chosen = ["-m", "not slow and not exhaustive"]
-    sys.exit(pytest.main([*options, *chosen, __file__, *fitting()]))
+    options = ["-p", "no:cacheprovider"]
+    status = pytest.main([*options, __file__])
+    options += ["-n", "2", "--dist", "worksteal", "-p", "tests.support.few_cases"]
+    options += ["-m", "not slow and not exhaustive"]
+    os.environ |= {"FREEZE_OPTAX_CASES": "2", "FREEZE_OPTAX_CASES_OF": "file"}
+    # With this file again, as an extra may bring no further test.
+    sys.exit(status or pytest.main([*options, __file__, *fitting()]))
