@@ -1,8 +1,9 @@
 """The optimizer config of big_vision, against its rules written in plain Python and NumPy.
 
 google-research/big_vision at 0127fb6b: big_vision/optax.py (`make`), big_vision/utils.py
-(`make_mask_trees`, `check_and_compile_patterns`). A table is a list of pairs of a regular expression
-and a value. For a param the first pattern that matches its whole name, with slashes, counts.
+(`make_mask_trees`, `check_and_compile_patterns`). A table is a list of pairs of a regular
+expression and a value. For a param the first pattern that matches its whole name, with slashes,
+counts.
 `schedule` must have a match for each param, and None there freezes; `lr_mults` and `wd_mults` need
 none, and are 1 and 0 without. The step of a param is
 
@@ -154,10 +155,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive if "lit" in name else ())
-        for name in CONFIGS
-    ],
+    [pytest.param(name, marks=pytest.mark.exhaustive if "lit" in name else ()) for name in CONFIGS],
 )
 def test_a_config_of_big_vision_trains_as_it_does_there(name):
     config, values = CONFIGS[name], draw(NAMES, seed=0)
@@ -201,7 +199,7 @@ def test_a_param_that_no_rule_matches_is_an_error_that_names_it():
     config = Config([("img/.*", None), ("txt/.*", CONSTANT)])
     with pytest.raises(AssertionError, match=r"\['t'\]"):
         check(config)
-    with pytest.raises(ValueError, match="no rule of fo.groups selects 't'"):
+    with pytest.raises(ValueError, match=r"no rule of fo\.groups selects 't'"):
         ours(config).init(as_params(draw(NAMES, seed=0)))
 
 
@@ -213,7 +211,7 @@ def test_rules_that_do_nothing_are_silent_there_and_errors_here():
         check(config)
     with pytest.raises(ValueError, match="Transfromer"):
         ours(misspelt).init(params)
-    with pytest.raises(ValueError, match="wins no leaf.*img/pos_embedding.*narrower rule first"):
+    with pytest.raises(ValueError, match=r"wins no leaf.*img/pos_embedding.*narrower rule first"):
         ours(shadowed).init(params)
     # A leading slash, and freezing by a multiplier, are errors there. Here the first matches
     # nothing, and the second is allowed: the moments move on, and the decay stays.

@@ -209,6 +209,6 @@ def test_a_leaf_whose_state_was_dropped_has_no_rate_to_adjust():
     expected = {**dict.fromkeys(FIRST, 0.3), **dict.fromkeys(LAST, ETA)}
     assert_close(factors(thawed), expected)
     dropped = fo.freeze(tx.init(params), params, "layers/0")
-    with pytest.raises(ValueError, match="layers/0/bias.* has no factor"):
+    with pytest.raises(ValueError, match=r"layers/0/bias.* has no factor"):
         fo.adjust(dropped, params, "layers/0", 0.3)
     assert_close(factors(fo.thaw(dropped, params, "layers/0")), dict.fromkeys(NAMES, ETA))

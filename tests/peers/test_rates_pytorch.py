@@ -101,9 +101,7 @@ def test_groups_whose_rates_change_mid_run_train_as_the_groups_of_pytorch(kind):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("SGD", marks=pytest.mark.exhaustive), "AdamW"]
-)
+@pytest.mark.parametrize("kind", [pytest.param("SGD", marks=pytest.mark.exhaustive), "AdamW"])
 def test_a_group_that_is_added_later_has_its_own_rate_and_step_counts(kind):
     # add_param_group for what was frozen, and requires_grad = False for what trains; at the end
     # every lr is multiplied, as by a scheduler.

@@ -12,8 +12,10 @@ Flat = dict[str, np.ndarray]
 def flat(tree: Any) -> Flat:
     """The leaves by name, joined by slashes, in double precision; holes left out."""
     entries = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return {name(path): np.asarray(leaf, np.float64) for path, leaf in entries}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
+        for path, leaf in entries
+    }
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
