@@ -56,8 +56,8 @@ def adjust(state: Any, params: Any, where: Spec, factor: Any) -> Any:
       TypeError: If `state` holds no state of `rates`, or if `factor` is no number.
       ValueError: If `state` holds several; if it is the state of other params; if no leaf is
         selected; if a selected leaf has no factor, as it is frozen and its state was dropped; if a
-        part of a leaf is selected that shares its factor with the rest; or if `factor` is negative
-        or not finite. After an error nothing has changed.
+        part of a leaf is selected that shares its factor with the rest; or if `factor` is negative,
+        not finite, or of another shape. After an error nothing has changed.
 
     Source: `adjust!` of Optimisers.jl; the `lr` of the parameter groups of PyTorch.
     """
@@ -167,7 +167,14 @@ def _with_factor(
                 f"fo.adjust was given {flag!r} of {leaves.paths[i]!r}, but all of {of_leaf} has "
                 "one factor; select all of that"
             )
-        values[part] = rewrap_variable(value, _like(unwrap_variable(value), factor))
+        old = unwrap_variable(value)
+        if np.shape(factor) not in ((), old.shape):
+            raise ValueError(
+                f"fo.adjust was given factors of shape {np.shape(factor)}, but the state has "
+                f"factors of shape {old.shape} for {leaves.paths[i]!r}; give one number, or an "
+                "array with one for each model of a state that jax.vmap(tx.init) made"
+            )
+        values[part] = rewrap_variable(value, _like(old, factor))
         is_set = True
     return (Parts(values, slot.subsets) if isinstance(slot, Parts) else values[0]), is_set
 

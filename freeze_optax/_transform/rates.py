@@ -36,7 +36,8 @@ def rates(
     compiled again. `optax.tree_utils.tree_get(opt_state, "factors")` is the tree of them.
 
     A leaf whose factor is 0 keeps its bits, as a frozen one does, but its moments move on. It saves
-    nothing: to save the backward pass and the state of a leaf, freeze it.
+    nothing: to save the backward pass and the state of a leaf, freeze it. One thing differs: its
+    update of -0.0 is added to it, which outside of a jitted step flushes subnormal numbers on a CPU.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,14 +67,14 @@ def rates(
 
     Raises:
       TypeError: If `rules` are neither a mapping nor pairs, or a factor is no number.
-      ValueError: If a factor is negative or not finite.
+      ValueError: If a factor is negative, not finite, or no scalar.
     """
     table = FirstMatch("rates", "factor", rules)
     for selector, factor in zip(table.selectors, table.values, strict=True):
         if not isinstance(factor, LayerFactors):
-            check_factor(factor, f"fo.rates for {selector!r}")
+            _check_scalar(factor, f"fo.rates for {selector!r}")
     if default is not None:
-        check_factor(default, "fo.rates by default")
+        _check_scalar(default, "fo.rates by default")
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
@@ -118,17 +119,37 @@ def check_factor(factor: Any, whose: str) -> None:
     """
     if isinstance(factor, Tracer):
         return
-    numbers = (int, float, np.number, np.ndarray, jax.Array)
-    if isinstance(factor, bool) or not isinstance(factor, numbers):
+    if not _is_real(factor):
         hint = "; a schedule goes to fo.since_thaw, or to optax.scale_by_schedule"
         raise TypeError(
             f"the factor of {whose} is {factor!r}, not a number{hint if callable(factor) else ''}"
         )
     values = np.asarray(factor)
-    if not (np.isrealobj(values) and np.isfinite(values).all() and (values >= 0).all()):
+    # Factors of most leaves are float32, in which a larger number would be infinite.
+    if not ((values >= 0) & (values <= _LARGEST)).all():
         raise ValueError(
-            f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more; to "
-            "climb rather than descend, negate the loss"
+            f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more, of "
+            f"at most {_LARGEST:.3g}; to climb rather than descend, negate the loss"
+        )
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _is_real(x: Any) -> bool:
+    if isinstance(x, int | float):
+        return not isinstance(x, bool)
+    if not isinstance(x, np.generic | np.ndarray | jax.Array):
+        return False
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _check_scalar(factor: Any, whose: str) -> None:
+    check_factor(factor, whose)
+    if np.shape(factor):
+        raise ValueError(
+            f"the factor of {whose} is an array of shape {np.shape(factor)}, but a factor is one "
+            "number for all of a leaf"
         )
 
 

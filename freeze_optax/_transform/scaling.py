@@ -16,7 +16,10 @@ def factor_dtype(x: Any) -> Any:
 
 
 def scale_update(update: Any, factor: jax.Array) -> Any:
-    """Returns the update times the factor, in the dtype of the update, rounded once.
+    """Returns the update times the factor, in the dtype of the update.
+
+    The product is one of float32, or of float64 for doubles. For a narrower dtype it is rounded
+    again.
 
     If the factor is zero, all of the result is -0.0, whatever the update is: a product would keep
     NaN, and a zero of either sign, and p + 0.0 is not -0.0 where p is.
