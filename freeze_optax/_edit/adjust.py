@@ -184,9 +184,10 @@ def _like(old: Any, factor: Any) -> Any:
     if isinstance(old, Tracer) or isinstance(factor, Tracer):
         value = jnp.broadcast_to(jnp.asarray(factor, old.dtype), old.shape)
         return put_in_memory(value, memory_of(old))
+    # Made anew for each leaf, because no array can be donated twice: `device_put` shares the buffer
+    # of a NumPy array, which may be the caller's.
+    value = np.full(old.shape, factor, old.dtype)
     if not isinstance(old, jax.Array):
-        return np.full(old.shape, factor, old.dtype) if isinstance(old, np.ndarray) else old
-    # Committed as the old one: where only the sharding differs, jit would compile again. And made
-    # anew for each leaf, because no array can be donated twice.
-    value = np.broadcast_to(np.asarray(factor, old.dtype), old.shape)
+        return value if isinstance(old, np.ndarray) else old
+    # Committed as the old one: where only the sharding differs, jit would compile again.
     return jax.device_put(value, old.sharding) if old.committed else jnp.array(value)
