@@ -17,7 +17,7 @@ from freeze_optax._state.mapped_state import mapped_state
 from freeze_optax._state.rates_state import RatesState, rates_in
 from freeze_optax._state.whole_params import whole_leaves
 from freeze_optax._transform.layerwise import LayerFactors
-from freeze_optax._transform.scaling import factor_dtype, scale_update
+from freeze_optax._transform.scaling import LARGEST, factor_dtype, is_real, scale_update
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
@@ -36,8 +36,8 @@ def rates(
     compiled again. `optax.tree_utils.tree_get(opt_state, "factors")` is the tree of them.
 
     A leaf whose factor is 0 keeps its bits, as a frozen one does, but its moments move on. It saves
-    nothing: to save the backward pass and the state of a leaf, freeze it. One thing differs: its
-    update of -0.0 is added to it, which outside of a jitted step flushes subnormal numbers on a CPU.
+    nothing: to save the backward pass and the state of a leaf, freeze it. One thing differs: the
+    update of -0.0 is added, which flushes subnormal numbers outside of a jitted step on a CPU.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -119,29 +119,18 @@ def check_factor(factor: Any, whose: str) -> None:
     """
     if isinstance(factor, Tracer):
         return
-    if not _is_real(factor):
+    if not is_real(factor):
         hint = "; a schedule goes to fo.since_thaw, or to optax.scale_by_schedule"
         raise TypeError(
             f"the factor of {whose} is {factor!r}, not a number{hint if callable(factor) else ''}"
         )
     values = np.asarray(factor)
     # Factors of most leaves are float32, in which a larger number would be infinite.
-    if not ((values >= 0) & (values <= _LARGEST)).all():
+    if not ((values >= 0) & (values <= LARGEST)).all():
         raise ValueError(
             f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more, of "
-            f"at most {_LARGEST:.3g}; to climb rather than descend, negate the loss"
+            f"at most {LARGEST:.3g}; to climb rather than descend, negate the loss"
         )
-
-
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-def _is_real(x: Any) -> bool:
-    if isinstance(x, int | float):
-        return not isinstance(x, bool)
-    if not isinstance(x, np.generic | np.ndarray | jax.Array):
-        return False
-    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _check_scalar(factor: Any, whose: str) -> None:

@@ -175,7 +175,6 @@ def test_a_group_can_be_thawed_and_frozen_by_its_name():
     assert fo.mask(state, PARAMS) == fo.mask("embed", PARAMS)
     with pytest.raises(ValueError, match="'fine'"):
         fo.thaw(state, PARAMS, fo.labelled(groups, "fine"))
-    assert_frozen(fo.partition(PARAMS, fo.labelled(groups, "decayed"))[1]["steps"], jnp.arange(3), True)
 
 
 def test_the_labels_of_holes_fit_what_optax_masks():

@@ -154,13 +154,13 @@ def test_rules_that_do_not_fit_the_params_are_an_error_whatever_is_frozen(name, 
 
 
 def test_a_leaf_without_a_rule_is_an_error_if_there_is_no_default_and_if_it_trains():
-    rules = {"layer_*": 0.1, "head": 1.0}
+    rules, no_rule = {"layer_*": 0.1, "head": 1.0}, r"no rule of fo\.rates selects 'embed', and"
     for tx in (fo.rates(rules, default=None), fo.freezable(fo.rates(rules, default=None))):
-        with pytest.raises(ValueError, match="no rule of fo.rates selects 'embed', and the default"):
+        with pytest.raises(ValueError, match=no_rule):
             tx.init(PARAMS)
     tx = fo.freezable(fo.rates(rules, default=None), "embed")
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="no rule of fo.rates selects 'embed', and the default"):
+    with pytest.raises(ValueError, match=no_rule):
         fo.thaw(state, PARAMS, "embed")
     assert as_numbers(state)["embed"] == HOLE
     with_integers = {**PARAMS, "steps": jnp.arange(2)}
@@ -216,10 +216,10 @@ def test_a_factor_that_is_none_is_an_error_at_once(name):
 
 def test_what_are_no_rules_is_an_error_at_once():
     for rules in ("embed", ["embed"], [("embed", 0.1, 2)], None, 0.5):
-        with pytest.raises(TypeError, match="fo.rates takes rules, a mapping from spec to factor"):
+        with pytest.raises(TypeError, match=r"fo\.rates takes rules, a mapping from spec to fac"):
             fo.rates(rules)
     for factor in (jnp.ones(2), np.ones(1), None):
-        with pytest.raises((ValueError, TypeError), match="is an array of shape|not a number"):
+        with pytest.raises((ValueError, TypeError), match=r"is an array of shape|not a number"):
             fo.rates({"embed": factor})
 
 
