@@ -235,7 +235,7 @@ def test_misuse_is_an_error_that_changes_nothing():
     graph, state = nnx.split((model, optimizer))
     fnnx.freeze(optimizer, model, "head", keep_state=True)
     old_model, old_optimizer = nnx.merge(graph, state)
-    with pytest.raises(ValueError, match="freeze, thaw or set_frozen|edit"):
+    with pytest.raises(ValueError, match=r"freeze, thaw or set_frozen|edit"):
         fnnx.adjust(old_optimizer, old_model, "backbone", 0.5)
 
 
