@@ -1,4 +1,4 @@
-"""What factors cost: one multiplication for each element that trains, and nothing else.
+"""What factors cost: a multiplication and a selection for each element that trains, no more.
 
 The figures are those of XLA's own analysis of the optimised step, without and with the factors.
 """
@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 SIZE, LEAVES = 1000, [f"layer_{i}" for i in range(4)]
 OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": optax.adamw(0.1, weight_decay=0.1)}
 RULES = {"layer_*": 0.5}
-# A conversion counts as an operation: a bfloat16 is made a float32, and the product a bfloat16.
-FLOPS = {"float32": 1, "bfloat16": 3}
+# The multiplication, and the selection, which counts since JAX 0.12; before, conversions of bfloat16
+# to float32 and back count.
+FLOPS = {"float32": 2, "bfloat16": 3}
 # A scalar is compared with zero; its bytes are read for that and for the product, and written.
 SMALL = 16
 
@@ -57,7 +58,7 @@ def costs(tx: Any, dtype: str, state: Any = None) -> Costs:
 @pytest.mark.parametrize(
     "frozen", [pytest.param(fo.nothing, id="all train"), pytest.param("layer_{1..3}", id="one")]
 )
-def test_a_factor_costs_one_multiplication_for_each_element_that_trains(name, dtype, frozen):
+def test_a_factor_costs_a_product_and_a_selection_for_each_element_that_trains(name, dtype, frozen):
     inner = OPTIMIZERS[name]
     bare = costs(fo.freezable(inner, frozen), dtype)
     ours = costs(fo.freezable(optax.chain(inner, fo.rates(RULES)), frozen), dtype)
@@ -87,7 +88,7 @@ def test_the_cost_does_not_depend_on_the_factors():
     assert len(found) == 1
 
 
-def test_since_thaw_costs_one_multiplication_for_each_element_whatever_the_cohorts():
+def test_since_thaw_costs_as_much_whatever_the_cohorts():
     inner, schedule = OPTIMIZERS["sgd"], optax.linear_schedule(0.0, 1.0, 100)
     params = {name: jnp.ones(SIZE) for name in LEAVES}
     chain = optax.chain(inner, fo.since_thaw(schedule))
@@ -99,6 +100,6 @@ def test_since_thaw_costs_one_multiplication_for_each_element_whatever_the_cohor
     four = costs(tx, "float32", state)
     for ours, cohorts in ((one, 1), (four, 4)):
         # The schedule itself has some dozen operations for each cohort.
-        assert ours.flops - bare.flops <= SIZE * len(LEAVES) + 64 * cohorts
+        assert ours.flops - bare.flops <= FLOPS["float32"] * SIZE * len(LEAVES) + 64 * cohorts
         assert ours.bytes - bare.bytes <= 512 * cohorts
         assert ours.temporary - bare.temporary <= 256 * cohorts
