@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 SIZE, LEAVES = 1000, [f"layer_{i}" for i in range(4)]
 OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": optax.adamw(0.1, weight_decay=0.1)}
 RULES = {"layer_*": 0.5}
-# The multiplication, and the selection, which counts since JAX 0.12; before, conversions of bfloat16
-# to float32 and back count.
+# The multiplication, and the selection, which JAX 0.12 counts. Before, the conversions of a
+# bfloat16 to float32 and back count.
 FLOPS = {"float32": 2, "bfloat16": 3}
 # A scalar is compared with zero; its bytes are read for that and for the product, and written.
 SMALL = 16
