@@ -70,7 +70,8 @@ def adjust(state: Any, params: Any, where: Spec, factor: Any) -> Any:
         plan.flags(leaves, "params")
     slots = Leaves(rates_state.factors, stop=is_hole_or_parts)
     index = _places(slots, leaves)
-    flags = _selected(as_selector(where).flags(leaves), leaves)
+    has_factor = [not is_hole(unwrap_variable(slots.values[slot])) for slot in index]
+    flags = _selected(as_selector(where).flags(leaves), leaves, has_factor)
     if all(flag is False for flag in flags):
         raise ValueError(
             f"fo.adjust was given {where!r}, which selects no leaf that can be trained"
@@ -128,10 +129,13 @@ def _places(slots: Leaves, leaves: Leaves) -> list[int]:
     return [place[path] for path in leaves.paths]
 
 
-def _selected(flags: Any, leaves: Leaves) -> list[Flag]:
-    """Returns the flags without the leaves that can't be trained."""
-    pairs = zip(flags, untrainable(leaves), strict=True)
-    return [False if never is True else flag for flag, never in pairs]
+def _selected(flags: Any, leaves: Leaves, has_factor: list[bool]) -> list[Flag]:
+    """Returns the flags without the leaves that can't be trained.
+
+    The scale of a quantized node is one of these, unless the state trains it.
+    """
+    triples = zip(flags, untrainable(leaves), has_factor, strict=True)
+    return [False if never is True and not has else flag for flag, never, has in triples]
 
 
 def _tied_to(plan: Plan | None) -> dict[str, str]:

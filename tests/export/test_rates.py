@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 
 import freeze_optax as fo
-import freeze_optax.linen  # noqa: F401 - registers states with flax.serialization
+import freeze_optax.linen
 from tests.support.memories import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
