@@ -143,6 +143,25 @@ def test_on_a_mesh_it_compiles_nothing_again_and_each_factor_lies_where_it_lay(k
     assert (len(traces), step._cache_size()) == count
 
 
+def test_the_factor_of_a_thawed_leaf_lies_with_the_others_so_the_step_compiles_once():
+    split = NamedSharding(jax.make_mesh((8,), ("x",), (AxisType.Auto,)), PartitionSpec("x"))
+    params = {name: jax.device_put(np.asarray(x), split) for name, x in PARAMS.items()}
+    tx = fo.freezable(INNER, ["c", "d"])
+    state, (step, _) = tx.init(params), counted_step(tx, donated=False)
+    params, state = step(params, state, params)
+    params, state = step(params, state, params)
+    state = fo.thaw(state, params, "d")
+    others = factors(state)["a"]
+    for new in (factors(state)["d"], factors(fo.adjust(state, params, "d", 2.0))["d"]):
+        assert (new.sharding, new.committed) == (others.sharding, others.committed)
+        assert len(new.sharding.device_set) == 8
+    count = step._cache_size()
+    for _ in range(3):
+        params, state = step(params, state, params)
+        state = fo.adjust(state, params, "d", 0.5)
+    assert step._cache_size() == count + 1
+
+
 def pointers(tree: Any) -> list[int]:
     return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
 
