@@ -53,7 +53,8 @@ def rates(
     Args:
       rules: A mapping from spec to factor, or a list of pairs. The first rule that selects a leaf
         gives its factor, a finite number, 0 or more. A spec is any that `freeze_optax.mask` takes;
-        it selects whole leaves. `freeze_optax.layerwise` makes rules.
+        it selects whole leaves. `freeze_optax.layerwise` makes rules. Factors are read by `init`
+        alone, so one that `optax.inject_hyperparams` changes has no effect: use `adjust`.
       default: The factor of leaves that no rule selects. If None, such a leaf is an error.
 
     Returns:

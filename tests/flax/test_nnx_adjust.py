@@ -155,6 +155,7 @@ def test_a_step_that_stores_the_optimizer_follows(store):
     assert factors(optimizer) == after[-1]
 
 
+@pytest.mark.exhaustive  # the code for it is not that of NNX
 def test_factor_0_keeps_a_layer_as_freezing_does():
     model, optimizer = make(inner=optax.chain(optax.adamw(0.1), fo.rates({"backbone": 0.0})))
     twin, frozen = make("backbone", optax.adamw(0.1))
