@@ -56,8 +56,8 @@ def adjust(state: Any, params: Any, where: Spec, factor: Any) -> Any:
       TypeError: If `state` holds no state of `rates`, or if `factor` is no number.
       ValueError: If `state` holds several; if it is the state of other params; if no leaf is
         selected; if a selected leaf has no factor, as it is frozen and its state was dropped; if a
-        part of a leaf is selected that shares its factor with the rest; or if `factor` is negative
-        or not finite. After an error nothing has changed.
+        part of a leaf is selected that shares its factor with the rest; or if `factor` is negative,
+        not finite, or of another shape. After an error nothing has changed.
 
     Source: `adjust!` of Optimisers.jl; the `lr` of the parameter groups of PyTorch.
     """
@@ -70,7 +70,8 @@ def adjust(state: Any, params: Any, where: Spec, factor: Any) -> Any:
         plan.flags(leaves, "params")
     slots = Leaves(rates_state.factors, stop=is_hole_or_parts)
     index = _places(slots, leaves)
-    flags = _selected(as_selector(where).flags(leaves), leaves)
+    has_factor = [not is_hole(unwrap_variable(slots.values[slot])) for slot in index]
+    flags = _selected(as_selector(where).flags(leaves), leaves, has_factor)
     if all(flag is False for flag in flags):
         raise ValueError(
             f"fo.adjust was given {where!r}, which selects no leaf that can be trained"
@@ -128,10 +129,13 @@ def _places(slots: Leaves, leaves: Leaves) -> list[int]:
     return [place[path] for path in leaves.paths]
 
 
-def _selected(flags: Any, leaves: Leaves) -> list[Flag]:
-    """Returns the flags without the leaves that can't be trained."""
-    pairs = zip(flags, untrainable(leaves), strict=True)
-    return [False if never is True else flag for flag, never in pairs]
+def _selected(flags: Any, leaves: Leaves, has_factor: list[bool]) -> list[Flag]:
+    """Returns the flags without the leaves that can't be trained.
+
+    The scale of a quantized node is one of these, unless the state trains it.
+    """
+    triples = zip(flags, untrainable(leaves), has_factor, strict=True)
+    return [False if never is True and not has else flag for flag, never, has in triples]
 
 
 def _tied_to(plan: Plan | None) -> dict[str, str]:
@@ -167,7 +171,14 @@ def _with_factor(
                 f"fo.adjust was given {flag!r} of {leaves.paths[i]!r}, but all of {of_leaf} has "
                 "one factor; select all of that"
             )
-        values[part] = rewrap_variable(value, _like(unwrap_variable(value), factor))
+        old = unwrap_variable(value)
+        if np.shape(factor) not in ((), old.shape):
+            raise ValueError(
+                f"fo.adjust was given factors of shape {np.shape(factor)}, but the state has "
+                f"factors of shape {old.shape} for {leaves.paths[i]!r}; give one number, or an "
+                "array with one for each model of a state that jax.vmap(tx.init) made"
+            )
+        values[part] = rewrap_variable(value, _like(old, factor))
         is_set = True
     return (Parts(values, slot.subsets) if isinstance(slot, Parts) else values[0]), is_set
 
@@ -177,9 +188,10 @@ def _like(old: Any, factor: Any) -> Any:
     if isinstance(old, Tracer) or isinstance(factor, Tracer):
         value = jnp.broadcast_to(jnp.asarray(factor, old.dtype), old.shape)
         return put_in_memory(value, memory_of(old))
+    # Made anew for each leaf, because no array can be donated twice: `device_put` shares the buffer
+    # of a NumPy array, which may be the caller's.
+    value = np.full(old.shape, factor, old.dtype)
     if not isinstance(old, jax.Array):
-        return np.full(old.shape, factor, old.dtype) if isinstance(old, np.ndarray) else old
-    # Committed as the old one: where only the sharding differs, jit would compile again. And made
-    # anew for each leaf, because no array can be donated twice.
-    value = np.broadcast_to(np.asarray(factor, old.dtype), old.shape)
+        return value if isinstance(old, np.ndarray) else old
+    # Committed as the old one: where only the sharding differs, jit would compile again.
     return jax.device_put(value, old.sharding) if old.committed else jnp.array(value)

@@ -7,7 +7,7 @@ from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._state.memories import next_memories, put_beside
 from freeze_optax._state.plan import DROPPED
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
-from freeze_optax._tree.holes import HOLE
+from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.memory import put_tree_in_memory
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
@@ -35,6 +35,13 @@ def apply_transition(
     if any(renewed) or not order:
         fresh = layout.places(init_leaves(plan, params, renewed))
 
+    # New factors of `rates` go where the others are: no parameter has the sharding of a scalar.
+    scalars = {
+        prefix: place
+        for prefix, place in zip(layout.prefixes, places, strict=True)
+        if prefix in layout.factors and not is_hole(unwrap_variable(place))
+    }
+
     def next_at(place: int, owner: int) -> Any:
         if owner < 0:
             return places[place]
@@ -44,6 +51,8 @@ def apply_transition(
             return places[place]
         # `init` saw boxes that the state may have lost since (`nn.meta.unbox`).
         value = unwrap_variable(fresh[place]) if renewed[owner] else places[place]
+        if layout.prefixes[place] in scalars:
+            value = put_beside(value, scalars[layout.prefixes[place]])
         return rewrap_variable(places[place], put_tree_in_memory(value, memories[place]))
 
     values = [next_at(place, owner) for place, owner in enumerate(layout.owners)]

@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, final
 
+import numpy as np
+
 from freeze_optax._select.by_path import Layers, layers
 from freeze_optax._select.selector import Selector
+from freeze_optax._transform.scaling import LARGEST, is_real
 from freeze_optax._tree.key_paths import ancestors
 from freeze_optax._tree.leaves import Leaves
 
@@ -26,6 +29,7 @@ class LayerFactors:
         nodes = [node for pattern in self._patterns for node in pattern.nodes(leaves)]
         rank = {node: i for i, node in enumerate(nodes)}
         _check_apart(nodes)
+        _check_finite(self._decay, nodes)
         factors = [1.0] * len(leaves.paths)
         for path, i in leaves.all_paths():
             for node in ancestors(path):
@@ -47,6 +51,15 @@ def _check_apart(nodes: Sequence[str]) -> None:
                 f"fo.layerwise has {node!r} as a layer, and {other!r} too, so its leaves are in "
                 "two layers; give patterns whose nodes are apart"
             )
+
+
+def _check_finite(decay: float, nodes: Sequence[str]) -> None:
+    steps = len(nodes) - 1
+    if decay > 1 and steps * math.log(decay) >= math.log(LARGEST):
+        raise ValueError(
+            f"fo.layerwise gives {nodes[0]!r}, the lowest of {len(nodes)} layers, the factor "
+            f"{decay} ** {steps}, but a factor is a finite number, 0 or more"
+        )
 
 
 def layerwise(
@@ -77,7 +90,7 @@ def layerwise(
     Returns:
       A list with one pair, of a selector and its factors. Join it with other rules:
       `[("embed", 0.01), *fo.layerwise("layer_*", 0.9)]`. `rates` raises ValueError if a pattern
-      names no node, or if one layer is in another.
+      names no node, if one layer is in another, or if a factor would not be finite.
 
     Raises:
       TypeError: If `decay` is no number, or a pattern is neither a string nor `fo.layers(…)`.
@@ -86,16 +99,16 @@ def layerwise(
     Source: ULMFiT (arXiv 1801.06146), whose factor from layer to layer is 1 / 2.6; ELECTRA (arXiv
     2003.10555) and BEiT (arXiv 2106.08254), which have it for all layers and the embeddings.
     """
-    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
-    if not is_number:
+    if not (is_real(decay) and np.ndim(decay) == 0):
         raise TypeError(f"fo.layerwise takes a number for its decay, not {decay!r}")
     if not (math.isfinite(decay) and decay >= 0):
         raise ValueError(
             f"the decay of fo.layerwise is a finite number, 0 or more, not {decay!r}; 0.9 makes "
             "each layer learn at 0.9 of the rate of the one above it"
         )
-    one = isinstance(pattern, str | Layers)
-    parts = [_as_layers(part) for part in ([pattern] if one else pattern)]
+    # A selector is no sequence, but may be passed by mistake.
+    listed: Any = pattern if isinstance(pattern, list | tuple) else [pattern]
+    parts = list(map(_as_layers, listed))
     if not parts:
         raise ValueError("fo.layerwise needs a pattern: fo.layerwise('layer_*', 0.9)")
     selector: Selector = parts[0]

@@ -17,7 +17,7 @@ from freeze_optax._state.mapped_state import mapped_state
 from freeze_optax._state.rates_state import RatesState, rates_in
 from freeze_optax._state.whole_params import whole_leaves
 from freeze_optax._transform.layerwise import LayerFactors
-from freeze_optax._transform.scaling import factor_dtype, scale_update
+from freeze_optax._transform.scaling import LARGEST, factor_dtype, is_real, scale_update
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
@@ -36,7 +36,8 @@ def rates(
     compiled again. `optax.tree_utils.tree_get(opt_state, "factors")` is the tree of them.
 
     A leaf whose factor is 0 keeps its bits, as a frozen one does, but its moments move on. It saves
-    nothing: to save the backward pass and the state of a leaf, freeze it.
+    nothing: to save the backward pass and the state of a leaf, freeze it. One thing differs: the
+    update of -0.0 is added, which flushes subnormal numbers outside of a jitted step on a CPU.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -52,7 +53,8 @@ def rates(
     Args:
       rules: A mapping from spec to factor, or a list of pairs. The first rule that selects a leaf
         gives its factor, a finite number, 0 or more. A spec is any that `freeze_optax.mask` takes;
-        it selects whole leaves. `freeze_optax.layerwise` makes rules.
+        it selects whole leaves. `freeze_optax.layerwise` makes rules. Factors are read by `init`
+        alone, so one that `optax.inject_hyperparams` changes has no effect: use `adjust`.
       default: The factor of leaves that no rule selects. If None, such a leaf is an error.
 
     Returns:
@@ -66,14 +68,14 @@ def rates(
 
     Raises:
       TypeError: If `rules` are neither a mapping nor pairs, or a factor is no number.
-      ValueError: If a factor is negative or not finite.
+      ValueError: If a factor is negative, not finite, or no scalar.
     """
     table = FirstMatch("rates", "factor", rules)
     for selector, factor in zip(table.selectors, table.values, strict=True):
         if not isinstance(factor, LayerFactors):
-            check_factor(factor, f"fo.rates for {selector!r}")
+            _check_scalar(factor, f"fo.rates for {selector!r}")
     if default is not None:
-        check_factor(default, "fo.rates by default")
+        _check_scalar(default, "fo.rates by default")
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
@@ -118,17 +120,26 @@ def check_factor(factor: Any, whose: str) -> None:
     """
     if isinstance(factor, Tracer):
         return
-    numbers = (int, float, np.number, np.ndarray, jax.Array)
-    if isinstance(factor, bool) or not isinstance(factor, numbers):
+    if not is_real(factor):
         hint = "; a schedule goes to fo.since_thaw, or to optax.scale_by_schedule"
         raise TypeError(
             f"the factor of {whose} is {factor!r}, not a number{hint if callable(factor) else ''}"
         )
     values = np.asarray(factor)
-    if not (np.isrealobj(values) and np.isfinite(values).all() and (values >= 0).all()):
+    # Factors of most leaves are float32, in which a larger number would be infinite.
+    if not ((values >= 0) & (values <= LARGEST)).all():
         raise ValueError(
-            f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more; to "
-            "climb rather than descend, negate the loss"
+            f"the factor of {whose} is {factor!r}, but a factor is a finite number, 0 or more, of "
+            f"at most {LARGEST:.3g}; to climb rather than descend, negate the loss"
+        )
+
+
+def _check_scalar(factor: Any, whose: str) -> None:
+    check_factor(factor, whose)
+    if np.shape(factor):
+        raise ValueError(
+            f"the factor of {whose} is an array of shape {np.shape(factor)}, but a factor is one "
+            "number for all of a leaf"
         )
 
 

@@ -4,10 +4,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freeze_optax._tree.kinds import can_train
 
 _DOUBLE = ("float64", "complex128")
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest factor. Those of most leaves are float32."""
+
+
+def is_real(x: Any) -> bool:
+    """Returns whether `x` is a real number, or an array of them; a bool is none."""
+    if isinstance(x, int | float):
+        return not isinstance(x, bool)
+    if not isinstance(x, np.generic | np.ndarray | jax.Array):
+        return False
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def factor_dtype(x: Any) -> Any:
@@ -16,7 +29,10 @@ def factor_dtype(x: Any) -> Any:
 
 
 def scale_update(update: Any, factor: jax.Array) -> Any:
-    """Returns the update times the factor, in the dtype of the update, rounded once.
+    """Returns the update times the factor, in the dtype of the update.
+
+    The product is one of float32, or of float64 for doubles. For a narrower dtype it is rounded
+    again.
 
     If the factor is zero, all of the result is -0.0, whatever the update is: a product would keep
     NaN, and a zero of either sign, and p + 0.0 is not -0.0 where p is.
