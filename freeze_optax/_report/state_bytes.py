@@ -72,7 +72,8 @@ def state_bytes(
 
     Returns:
       The two, each None if not known. That is the case without an optimizer and a state, and if a
-      state has lost its transformation in pickling.
+      state has lost its transformation in pickling. The second is also None if the optimizer
+      refuses to train what is frozen.
 
     Raises:
       TypeError: If `optimizer` is not a transformation.
@@ -91,7 +92,7 @@ def state_bytes(
     if optimizer is None:
         inner, around, unfrozen = _inner_of(state), 0, None
     else:
-        inner, around, unfrozen = _find_inner(optimizer, params, is_stepped=bool(steps))
+        inner, around, unfrozen = _find_inner(optimizer, params, flags, is_stepped=bool(steps))
     if state is None and inner is None:
         return None, None
     if state is None:
@@ -102,7 +103,10 @@ def state_bytes(
     now = _state_bytes(state, leaves, around)
     if inner is None:
         return now, None
-    unfrozen = unfrozen or _unfrozen(inner, params)
+    try:
+        unfrozen = unfrozen or _unfrozen(inner, params)
+    except ValueError:  # optax.partition without a transformation for the frozen group, say
+        return now, None
     return now, _state_bytes(unfrozen, leaves, around)
 
 
@@ -112,7 +116,7 @@ def _inner_of(state: FreezeState | None) -> Any:
 
 
 def _find_inner(
-    optimizer: Any, params: Any, is_stepped: bool
+    optimizer: Any, params: Any, flags: Sequence[Flag], is_stepped: bool
 ) -> tuple[Any, int, FreezeState | None]:
     """Returns the transformation that sees the trainable leaves, and the bytes of state around it.
 
@@ -122,6 +126,7 @@ def _find_inner(
     Args:
       optimizer: The optimizer.
       params: The params.
+      flags: The frozen flags of the leaves.
       is_stepped: Whether to leave out the step of a schedule in it, because a state has its own.
     """
     if not callable(getattr(optimizer, "init", None)):
@@ -130,7 +135,13 @@ def _find_inner(
             "as optax.adamw(1e-3)"
         )
     without_specs = _without_specs(optimizer)
-    unfrozen = _unfrozen(without_specs, params)
+    try:
+        unfrozen = _unfrozen(without_specs, params)
+    except ValueError:
+        # It refuses to train what is frozen. With a `freezable` in it, where that is is not known.
+        if states_in(_abstract_state(optimizer, params, flags).inner):
+            raise
+        return optimizer, 0, None
     states = states_in(unfrozen.inner)
     if not states:
         return optimizer, 0, unfrozen

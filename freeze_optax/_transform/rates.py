@@ -58,9 +58,9 @@ def rates(
       default: The factor of leaves that no rule selects. If None, such a leaf is an error.
 
     Returns:
-      A transformation. Its state has one float scalar for each leaf that trains: float64 for leaves
-      of double precision, float32 for others. The update keeps its dtype. A leaf that is frozen in
-      part has one factor for what trains of it.
+      A transformation. Its state has one float scalar for each leaf that trains, of float64 where
+      the leaf has double precision, else of float32. The update keeps its dtype. A leaf that is
+      frozen in part has one factor for what trains of it.
 
       `init` raises ValueError if a rule wins no leaf, because it selects none or because earlier
       rules select all of them; if a rule selects a part of a leaf; or if a leaf has no factor. What

@@ -120,8 +120,8 @@ def adjust(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, factor
       factor: A finite number, 0 or more, as for `freeze_optax.adjust`.
 
     Raises:
-      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no state of `rates`, if `model`
-        is not an NNX module, or if `factor` is no number.
+      TypeError: If `optimizer` is not an `nnx.Optimizer` or holds no state of
+        `freeze_optax.rates`, if `model` is not an NNX module, or if `factor` is no number.
       ValueError, IndexError: As `freeze_optax.adjust`. ValueError also if the optimizer is a stored
         copy, and another edit has changed the original. After an error the optimizer is unchanged.
     """

@@ -365,3 +365,20 @@ def test_no_array_is_made():
     summary = plan()
     assert (summary.state_bytes, summary.saved_bytes) == (4 + (8 << 40), 8 << 40)
     assert {id(x) for x in jax.live_arrays() if x.size > 1} <= before
+
+
+def test_an_optimizer_that_has_nothing_for_the_frozen_group_is_counted():
+    params = {"a": jnp.ones(4), "b": jnp.ones(2)}
+    groups = fo.groups({"a": "frozen", "b": "adam"})
+    inner, frozen = (
+        optax.partition({"adam": optax.adam(1e-3)}, groups),
+        fo.labelled(groups, "frozen"),
+    )
+    opt_state = fo.freezable(inner, frozen).init(params)
+    for summary in (
+        fo.summary(params, opt_state),
+        fo.summary(params, opt_state, optimizer=inner),
+        fo.summary(params, frozen, optimizer=inner),
+    ):
+        assert (summary.state_bytes, summary.saved_bytes) == (2 * 8 + 4, None)
+        assert "less than with nothing frozen" not in str(summary)
