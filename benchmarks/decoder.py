@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import optax
 
 import freeze_optax as fo
-from benchmarks.cases import CLIPPED, Case, language_model
+from benchmarks import rotation
+from benchmarks.cases import ADAMW, CLIPPED, Case, language_model
+from benchmarks.models import stacked_transformer, stacked_transformer_loss
 from benchmarks.steps import BY_HAND, DROP_IN, Parts, by_hand, drop_in, optax_partition
 
 PARTITION = "optax.partition"
 Ways = dict[str, Callable[[Case], Parts]]
 WAYS: Ways = {BY_HAND: partial(by_hand, whole=True), DROP_IN: drop_in, PARTITION: optax_partition}
+TURNS = "trained in turns"
+FACTORS = "a factor for each of the layers trained"
 FIRST = "last tenth of the layers trained, clip outside"
 
 
@@ -159,9 +163,37 @@ def of_ours(decoder: Decoder) -> dict[str, tuple[Case, Ways]]:
     }
 
 
+def of_stack(decoder: Decoder) -> dict[str, tuple[Case, Ways]]:
+    """Layers in one array, of which two train in turns; and a factor for each layer."""
+    depth, width = decoder.depth, decoder.width
+    stacked = Case(
+        partial(stacked_transformer, depth, width, decoder.vocabulary, decoder.dtype),
+        stacked_transformer_loss,
+        decoder.case().batch,
+        ("embed", "norm"),
+        inner=CLIPPED,
+    )
+    last, apart = (depth - 2, depth - 1), (depth // 2 - 1, depth - 1)
+    layers = decoder.last(decoder.in_cohorts)
+    trained = replace(decoder.case(), frozen=decoder.frozen(layers))
+    factors = optax.chain(ADAMW, fo.rates(fo.layerwise("layers/layer_*", 0.9)))
+    return {
+        f"the last 2 of {depth} layers {TURNS}": (stacked, rotation.ways(last)),
+        f"layers {apart[0]} and {apart[1]} of {depth} {TURNS}": (stacked, rotation.ways(apart)),
+        FACTORS: (
+            trained,
+            {
+                "no factors": drop_in,
+                "rates": lambda case: drop_in(replace(case, inner=factors)),
+            },
+        ),
+    }
+
+
 def step_cases(decoder: Decoder) -> dict[str, tuple[Case, Ways]]:
     """All of them. The most wanted come first, as the last are left out where time ends."""
     outside, inside, lora, lora_inside, every, every_inside = each_way(decoder).items()
     assert outside[0] == FIRST
     ours = of_ours(decoder).items()
-    return dict([outside, inside, lora, every, *ours, lora_inside, every_inside])
+    stack = of_stack(decoder).items()
+    return dict([outside, inside, lora, every, *ours, *stack, lora_inside, every_inside])

@@ -22,7 +22,7 @@ COLUMNS = [
     "case",
     "way",
     "ms a step",
-    "ratio to split by hand",
+    "ratio to the first way",
     "its quartiles",
     "tokens per second",
     "peak, GB",
@@ -192,7 +192,7 @@ def missing(found: Figures) -> str:
     for name in (PEAKS, EDITS, BITS):
         why = reason(found.get(name, {"left out": "not measured"}))
         lines += [f"- {name}: {why}."] if why else []
-    return "\n".join([*lines, "- A trained set that rotates, and state in the host's memory."])
+    return "\n".join([*lines, "- State and params in the host's memory."])
 
 
 def drawn(steps: Figures) -> Figure:
@@ -200,6 +200,8 @@ def drawn(steps: Figures) -> Figure:
     rows: list[tuple[str, list[tuple[str, Figures]]]] = []
     for case, found in steps.items():
         timed = {way: x for way, x in found.get("ways", {}).items() if "ratio" in x}
+        if BY_HAND not in timed:
+            continue
         peer = [(PARTITION, timed[PARTITION])] if PARTITION in timed else []
         others = {way: x for way, x in timed.items() if way not in (BY_HAND, PARTITION)}
         for way, x in others.items():

@@ -93,21 +93,48 @@ def transformer(
     }
 
 
-def transformer_loss(params: Any, tokens: jax.Array, head_width: int = 64) -> jax.Array:
-    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return (
-            x * scale * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + jnp.asarray(1e-6, x.dtype))
-        )
+def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * scale * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + jnp.asarray(1e-6, x.dtype))
 
+
+def block(x: jax.Array, layer: Any, head_width: int = 64) -> jax.Array:
+    """A layer of the transformer."""
+    h = norm(x, layer["norm_1"])
+    qkv = h @ layer["qkv"]
+    if "qkv_a" in layer:
+        qkv = qkv + (h @ layer["qkv_a"]) @ layer["qkv_b"]
+    q, k, v = jnp.split(qkv.reshape(*x.shape[:2], -1, head_width), 3, axis=2)
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + y.reshape(x.shape) @ layer["out"]
+    return x + jax.nn.gelu(norm(x, layer["norm_2"]) @ layer["up"]) @ layer["down"]
+
+
+def transformer_loss(params: Any, tokens: jax.Array) -> jax.Array:
     x = params["embed"][tokens[:, :-1]]
     for layer in params["layers"].values():
-        h = norm(x, layer["norm_1"])
-        qkv = h @ layer["qkv"]
-        if "qkv_a" in layer:
-            qkv = qkv + (h @ layer["qkv_a"]) @ layer["qkv_b"]
-        q, k, v = jnp.split(qkv.reshape(*x.shape[:2], -1, head_width), 3, axis=2)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + y.reshape(x.shape) @ layer["out"]
-        x = x + jax.nn.gelu(norm(x, layer["norm_2"]) @ layer["up"]) @ layer["down"]
+        x = block(x, layer)
+    return _token_loss(params, x, tokens)
+
+
+def _token_loss(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
     logits = norm(x, params["norm"]) @ params["embed"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def stacked_transformer(
+    depth: int, width: int, vocabulary: int, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """The transformer with its layers in one array."""
+    params = transformer(depth, width, vocabulary, dtype)
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"].values())
+    return {**params, "layers": layers}
+
+
+def stacked_transformer_loss(params: Any, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
+    """The loss of the stacked transformer, whose layers are rematerialised."""
+
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return block(x, layer), None
+
+    x, _ = scan(jax.checkpoint(step), params["embed"][tokens[:, :-1]], params["layers"])
+    return _token_loss(params, x, tokens)
