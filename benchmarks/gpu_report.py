@@ -5,14 +5,14 @@ Its prose is gpu_page.md, beside this file.
 Run with `python -m benchmarks.gpu_report`, after `make bench-gpu`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import results
-from benchmarks.decoder import FIRST, PARTITION
+from benchmarks import results, rotation
+from benchmarks.decoder import FACTORS, FIRST, PARTITION, TURNS
 from benchmarks.gpu import BITS, DECODER, EDITS, PEAKS, failure
 from benchmarks.steps import BY_HAND
 
@@ -91,7 +91,7 @@ def stepped(steps: Figures, wanted: Callable[[str], bool]) -> str:
     return results.markdown(results.table(None, COLUMNS, rows)) if rows else "Nothing was measured."
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
 
@@ -114,8 +114,24 @@ def short(found: Figures) -> str:
         }.items():
             values = ratios(steps, wanted, figure)
             lines.append(f"  - {who}: {span(values) if values else 'no figure, see below'}")
+    lines.append(f"- **Layers in turns**, as a ratio to {rotation.BY_ROWS}: {turns(steps)}")
     lines.append(f"- **Bits**: {kept(found)}")
     return "\n".join(lines)
+
+
+def turns(steps: Figures) -> str:
+    of_turns = [
+        (found["ways"][rotation.IN_TURNS], found["ways"][rotation.FULL])
+        for case, found in steps.items()
+        if case.endswith(TURNS) and "ways" in found
+    ]
+    timed = [(x, full) for x, full in of_turns if "ratio" in x and "ratio" in full]
+    if not timed:
+        return "no figure, see below"
+    times = span([x["ratio"] for x, _ in timed])
+    of_full = span([x["ratio"] / full["ratio"] for x, full in timed])
+    peak = span([x["peak bytes"] / full["peak bytes"] for x, full in timed])
+    return f"time {times}; to training all layers: time {of_full}, peak memory {peak}"
 
 
 def kept(found: Figures) -> str:
@@ -259,7 +275,8 @@ def page(found: Figures) -> str:
         rounds=f"{fewest}" if fewest == most else f"{fewest} to {most}",
         outside=stepped(steps, lambda case: case.endswith(OUTSIDE)),
         inside=stepped(steps, lambda case: case.endswith(INSIDE)),
-        ours=stepped(steps, lambda case: not case.endswith((OUTSIDE, INSIDE))),
+        ours=stepped(steps, lambda case: not case.endswith((OUTSIDE, INSIDE, TURNS, FACTORS))),
+        turns=stepped(steps, lambda case: case.endswith((TURNS, FACTORS))),
         first=FIRST,
         peaks=peaks(found),
         edited=found.get(EDITS, {}).get("params edited", 0),

@@ -154,13 +154,12 @@ def throughput(width: int, depth: int, periods: int, every: int) -> dict[str, fl
         return fo.set_frozen(state, params, frozen(block))
 
     turns = fo.rotating(ADAMW, "layers", 2, every, order=blocks)
-    found = {
+    return {
         "one set_frozen a period": loop(
             fo.freezable(ADAMW, frozen(blocks[0])), of_rows, set_frozen
         ),
         IN_TURNS: loop(turns, lambda *_: partial(case.loss, scan=fo.scan), lambda s, *_: s),
     }
-    return found
 
 
 def summarized(found: dict[str, Any]) -> dict[str, float]:
