@@ -13,7 +13,12 @@ from jax.sharding import PartitionSpec
 from freeze_optax._params.layer_loop import Layers, scan_rotating
 from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
 from freeze_optax._rows.flags import flag_along
-from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
+from freeze_optax._rows.meshes import (
+    is_on_mesh,
+    mesh_axes_of,
+    on_automatic_axes,
+    type_sharding,
+)
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, resolve
 from freeze_optax._tree.holes import is_hole
@@ -35,8 +40,8 @@ def scan(
     function runs one scan for each run of consecutive frozen layers, and one for each run of
     consecutive layers that train. The result is the same. The backward pass stops at the first
     layer that trains. For frozen layers above it, the backward pass computes only the gradient of
-    the carry, not that of their weights. Compared with a stack that was split by hand, the cost is
-    one copy of the layers that train.
+    the carry, not that of their weights, which it reads again. Compared with a stack that was split
+    by hand, the cost is one copy of the layers that train.
 
     The axis of the layers may be sharded over explicit mesh axes, which `jax.lax.scan` does not
     take. Then each device gets a frozen layer just before it is used, and a copy of all layers
@@ -104,24 +109,63 @@ def scan(
             is_frozen &= flag_along(flag, a, np.shape(leaf))
     constants = jax.lax.stop_gradient(xs)
 
-    # Frozen layers are read by index, as a slice would copy them.
+    # Frozen layers are read by index, as a slice would copy them. They are read again in the
+    # backward pass: JAX would keep a copy of each for it, as it keeps what was computed.
+    @functools.partial(jax.checkpoint, policy=_all_but_layers(leaves, axes), prevent_cse=False)
     def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         return f(carry, jax.tree.map(lambda x, a: _layer(x, i, a), constants, axis_of))
 
+    runs = [(flag, len(list(run))) for flag, run in itertools.groupby(is_frozen.tolist())]
+    live, live_start, is_taken = xs, 0, False
+    if sum(not flag for flag, _ in runs) > 1 and _can_gather(leaves, axes):
+        # One gather, as the sum of the gradients of several slices would be of the whole stack.
+        take = functools.partial(_gather_layers, np.flatnonzero(~is_frozen))
+        live, is_taken = jax.tree.map(take, xs), True
     outputs: list[Any] = []
     carry, start = init, 0
-    for run_is_frozen, run in itertools.groupby(is_frozen.tolist()):
-        stop = start + len(list(run))
+    for run_is_frozen, count_of_run in runs:
+        stop = start + count_of_run
         if run_is_frozen:
             indices = jnp.arange(start, stop)
             carry, output = jax.lax.scan(apply_frozen, carry, indices, unroll=unroll)
         else:
-            select = functools.partial(_layers, start, stop)
-            layers = jax.tree.map(select, xs, axis_of)
+            first = live_start if is_taken else start
+            select = functools.partial(_layers, first, first + count_of_run)
+            layers = jax.tree.map(select, live, axis_of)
             carry, output = jax.lax.scan(f, carry, layers, unroll=unroll)
+            live_start += count_of_run
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
+
+
+def _all_but_layers(leaves: Leaves, axes: Sequence[int]) -> Callable[..., bool]:
+    """Returns a policy for `jax.checkpoint` that keeps all but what was read of the stack.
+
+    It tells these by their shapes. To name them (`checkpoint_name`) does not serve: what comes
+    before the name would be kept.
+    """
+    shapes = set[tuple[int, ...]]()
+    for x, axis in zip(leaves.values, axes, strict=True):
+        shape = np.shape(x)
+        shapes |= {shape, (*shape[:axis], 1, *shape[axis + 1 :])}
+
+    def is_kept(primitive: Any, *types: Any, **_: Any) -> bool:
+        reads = primitive.name in ("dynamic_slice", "gather", "squeeze", "reshape")
+        return not (reads and types and types[0].shape in shapes)
+
+    return is_kept
+
+
+def _can_gather(leaves: Leaves, axes: Sequence[int]) -> bool:
+    """Returns whether layers along the leading axis can be gathered, on one device, at no cost."""
+    arrays = [x for x in leaves.values if isinstance(x, jax.Array)]
+    return not any(axes) and not any(map(is_on_mesh, arrays))
+
+
+def _gather_layers(indices: np.ndarray, x: Any) -> jax.Array:
+    modes: Any = {"unique_indices": True, "indices_are_sorted": True}
+    return jnp.asarray(x).at[indices].get(mode="promise_in_bounds", **modes)
 
 
 def _is_leaf(x: Any) -> bool:

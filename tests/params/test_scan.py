@@ -91,8 +91,8 @@ def dots(fun, *args):
             elif eqn.primitive.name == "dot_general":
                 total += 1
             else:
-                inner = [p for p in eqn.params.values() if hasattr(p, "jaxpr")]
-                total += sum(count(getattr(p.jaxpr, "jaxpr", p.jaxpr)) for p in inner)
+                inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+                total += sum(count(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
         return total
 
     return count(jax.make_jaxpr(fun)(*args).jaxpr)
@@ -114,6 +114,55 @@ def test_nothing_goes_back_through_frozen_layers_below_the_first_that_trains(spe
     assert dots(fo.grad(loss_with(fo.scan, frozen=mask), spec), PARAMS) == expected
     one_scan = dots(fo.grad(loss_with(jax.lax.scan), spec), PARAMS)
     assert one_scan > expected
+
+
+def kept_shapes(jaxpr):
+    """The shapes of what the loops return: what is kept for the backward pass, and gradients."""
+    shapes = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            shapes |= {v.aval.shape for v in eqn.outvars}
+        inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+        shapes = shapes.union(*(kept_shapes(j) for j in inner if hasattr(j, "eqns")))
+    return shapes
+
+
+def test_the_weights_of_frozen_layers_are_not_kept_for_the_backward_pass():
+    spec = fo.rows("layers", slice(2, 6))
+    mask = fo.mask(spec, PARAMS)["layers"]
+    jaxpr = jax.make_jaxpr(fo.grad(loss_with(fo.scan, frozen=mask), spec))(PARAMS)
+    shapes = kept_shapes(jaxpr.jaxpr)
+    assert (4, BATCH, WIDTH) in shapes  # activations of the four frozen layers above
+    assert (4, WIDTH, WIDTH) not in shapes
+
+
+@pytest.mark.parametrize("spec", [RUNS["the last"], RUNS["every other"]], ids=["one", "several"])
+def test_forward_mode_and_second_derivatives_are_those_of_one_scan(spec):
+    mask = fo.mask(spec, PARAMS)["layers"]
+    tangents = jax.tree.map(jnp.cos, PARAMS)
+    loss, plain = loss_with(fo.scan, frozen=mask), loss_with(jax.lax.scan)
+    # What is frozen is a constant, so it has no tangent.
+    flags = {"below": False, "layers": mask}
+    of_live = jax.tree.map(
+        lambda x, frozen: jnp.where(np.asarray(frozen).reshape(-1, *[1] * (x.ndim - 1)), 0, x),
+        tangents,
+        flags,
+    )
+
+    def derivatives(loss, tangents):
+        return jax.jvp(loss, (PARAMS,), (tangents,)), jax.jvp(
+            jax.grad(loss), (PARAMS,), (tangents,)
+        )
+
+    (value, rate), (grads, curvature) = jax.jit(lambda: derivatives(loss, of_live))()
+    (value_2, rate_2), (grads_2, curvature_2) = jax.jit(lambda: derivatives(plain, of_live))()
+    np.testing.assert_allclose([value, rate], [value_2, rate_2], rtol=1e-5)
+
+    def check(got, expected, frozen):
+        still = np.broadcast_to(frozen, got.shape[:1])
+        np.testing.assert_allclose(got[~still], expected[~still], rtol=1e-4, atol=1e-4)
+
+    jax.tree.map(check, (grads, curvature), (grads_2, curvature_2), (flags, flags))
 
 
 def test_integers_among_the_layers_do_not_count():
