@@ -22,7 +22,8 @@ from freeze_optax._report.row_names import ROOT, name_in_markdown, name_in_table
 from freeze_optax._rows.elements import Elements
 from freeze_optax._select.dotted import Dotted, dotted_leaves
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec
+from freeze_optax._select.specs import Spec, state_in_spec
+from freeze_optax._state.rotation import Rotation
 from freeze_optax._state.shared_buffers import check_ties
 from freeze_optax._tree.messages import printable, quoted_list
 from freeze_optax._tree.quantized import quantized_nodes
@@ -99,6 +100,7 @@ class Summary(Counts):
     _depth: int | None = dataclasses.field(compare=False)
     _quantized: Sequence[str] = dataclasses.field(default=(), compare=False)
     _index_bytes: int = dataclasses.field(default=0, compare=False)
+    _rotation: Rotation | None = dataclasses.field(default=None, compare=False)
 
     @property
     def headline(self) -> str:
@@ -221,6 +223,9 @@ class Summary(Counts):
         if self._index_bytes:
             size = decimal(self._index_bytes)
             notes.append(f"indices of single elements: {size} in the compiled step")
+        if self._rotation:
+            turn = self._rotation
+            notes.append(f"in turns: {turn.count} of {turn.length} layers, {turn.every} steps each")
         if self._quantized:
             count = len(self._quantized)
             names = quoted_list(self._quantized, 2)
@@ -341,6 +346,7 @@ def summary(
     """
     depth = None if depth is None else _levels(depth)
     resolved = resolve_params(params, frozen, optimizer)
+    state = state_in_spec(frozen)
     leaves, flags, present, unfrozen, _ = resolved
     check_ties(leaves, flags)
     shown_leaves = dotted_leaves(leaves) if isinstance(frozen, Dotted) else leaves
@@ -371,6 +377,7 @@ def summary(
         _lines=shown,
         _depth=depth,
         _quantized=quantized,
+        _rotation=state.plan.rotation if state else None,
         _index_bytes=sum((~flag).index_bytes for flag in flags if isinstance(flag, Elements)),
     )
 

@@ -9,7 +9,7 @@ from freeze_optax._rows.flags import Flag
 from freeze_optax._rows.subset import Subset
 from freeze_optax._rows.take_put import put_among_zeros, take
 from freeze_optax._select.selector import Selector, nothing
-from freeze_optax._select.specs import Spec, resolve, schedules_in_spec
+from freeze_optax._select.specs import Spec, resolve, rotations_in_spec, schedules_in_spec
 from freeze_optax._state.freeze_state import states_in
 from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.leaves import Leaves
@@ -53,7 +53,7 @@ def value_and_grad(
       The gradient has all variables that `wrt` says, with zeros at the frozen ones.
 
     Raises:
-      ValueError: If `frozen` is the state of `freeze_optax.scheduled`. When called, if the spec
+      ValueError: If `frozen` is the state of `freeze_optax.scheduled` or `rotating`. When called, if the spec
         does not fit the params, or freezes some leaves, but not all, of a tree in a Variable; or if
         no variable of the model is matched by `wrt`, or by that of the optimizer.
       IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
@@ -63,6 +63,11 @@ def value_and_grad(
         raise ValueError(
             "with the state of fo.scheduled, what is frozen changes while the program runs; "
             "differentiate an nnx.State with fo.value_and_grad, which switches"
+        )
+    if rotations_in_spec(frozen):
+        raise ValueError(
+            "with the state of fo.rotating, fo.scan has to get the layers of a tree of params; "
+            "differentiate an nnx.State with fo.value_and_grad"
         )
 
     @functools.wraps(fun)
