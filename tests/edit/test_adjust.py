@@ -8,46 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 import freeze_optax as fo
-from tests.support.memories import HOST, assert_same_bits, jit_keeps_memory, kinds, on_host
+from tests.support.adjusting import (
+    HOLE,
+    INNER,
+    NAMES,
+    PARAMS,
+    as_numbers,
+    counted_step,
+    factors,
+    make_params,
+)
+from tests.support.memories import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-HOLE = optax.MaskedNode()
-NAMES = ["a", "b", "c", "d"]
-
-
-def make_params() -> Any:
-    random = np.random.default_rng(0)
-    return {name: jnp.asarray(random.normal(size=(8, 2)), jnp.float32) for name in NAMES}
-
-
-PARAMS = make_params()
-INNER = optax.chain(optax.adam(0.1), fo.rates({"a": 0.5, "b": 0.25}))
-
-
-def factors(state: Any) -> Any:
-    return optax.tree_utils.tree_get(state, "factors")
-
-
-def as_numbers(state: Any) -> Any:
-    return jax.tree.map(lambda x: x.tolist(), factors(state))
-
-
-def counted_step(tx: Any, donated: bool = True) -> tuple[Any, list[int]]:
-    """A jitted step, and a list that grows with each trace of it."""
-    traces: list[int] = []
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1) if donated else ())
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        traces.append(1)
-        updates, state = tx.update(grads, state, params)
-        return fo.apply_updates(params, updates, frozen=state), state
-
-    return step, traces
-
 
 FACTORS: dict[str, Any] = {
     "float": 0.1,
@@ -107,59 +83,6 @@ def test_neither_before_the_first_step_nor_after_other_edits_does_it_retrace():
             state = fo.adjust(state, params, ["c"], factor)
             params, state = step(params, state, PARAMS)
         assert (len(traces), step._cache_size()) == count
-
-
-MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-@pytest.mark.parametrize("kind", MESHES)
-def test_on_a_mesh_it_compiles_nothing_again_and_each_factor_lies_where_it_lay(kind):
-    assert jax.device_count() == 8
-    mesh = jax.make_mesh((8,), ("x",), (MESHES[kind],))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*x)) for x in (["x"], []))
-    params = {name: jax.device_put(np.asarray(x), split) for name, x in PARAMS.items()}
-    params["b"] = jax.device_put(np.asarray(PARAMS["b"]), whole)
-    tx = fo.freezable(INNER, "d")
-    state, (step, traces) = tx.init(params), counted_step(tx, donated=False)
-    for _ in range(2):
-        params, state = step(params, state, params)
-    count, before = (len(traces), step._cache_size()), factors(state)
-    for factor in (0.3, np.float64(0.7), jnp.float32(0.9)):
-        state = fo.adjust(state, params, ["a", "b"], factor)
-        for name in ("a", "b"):
-            old, new = before[name], factors(state)[name]
-            assert (new.sharding, new.committed) == (old.sharding, old.committed)
-            assert (new.dtype, new.weak_type) == (old.dtype, old.weak_type)
-            assert new.tolist() == np.float32(factor)
-        params, state = step(params, state, params)
-        assert (len(traces), step._cache_size()) == count
-    # Committed to the whole mesh, as a checkpoint is restored.
-    state = jax.tree.map(lambda x: jax.device_put(x, whole) if not x.ndim else x, state)
-    params, state = step(params, state, params)
-    params, state = step(params, state, params)
-    count = len(traces), step._cache_size()
-    state = fo.adjust(state, params, "c", 0.125)
-    step(params, state, params)
-    assert (len(traces), step._cache_size()) == count
-
-
-def test_the_factor_of_a_thawed_leaf_lies_with_the_others_so_the_step_compiles_once():
-    split = NamedSharding(jax.make_mesh((8,), ("x",), (AxisType.Auto,)), PartitionSpec("x"))
-    params = {name: jax.device_put(np.asarray(x), split) for name, x in PARAMS.items()}
-    tx = fo.freezable(INNER, ["c", "d"])
-    state, (step, _) = tx.init(params), counted_step(tx, donated=False)
-    params, state = step(params, state, params)
-    params, state = step(params, state, params)
-    state = fo.thaw(state, params, "d")
-    others = factors(state)["a"]
-    for new in (factors(state)["d"], factors(fo.adjust(state, params, "d", 2.0))["d"]):
-        assert (new.sharding, new.committed) == (others.sharding, others.committed)
-        assert len(new.sharding.device_set) == 8
-    count = step._cache_size()
-    for _ in range(3):
-        params, state = step(params, state, params)
-        state = fo.adjust(state, params, "d", 0.5)
-    assert step._cache_size() == count + 1
 
 
 def pointers(tree: Any) -> list[int]:
@@ -296,60 +219,6 @@ def test_on_a_scheduled_state_it_holds_for_every_phase_without_a_trace():
     assert len(traces) == step._cache_size() == 1
     with pytest.raises(ValueError, match="'d', which has no factor in the state"):
         fo.adjust(state, params, "d", 0.1)
-
-
-def test_a_state_of_several_models_takes_one_factor_or_one_for_each():
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS)
-    tx = fo.freezable(INNER, "d")
-    state = jax.vmap(tx.init)(stacked)
-    each = jnp.asarray([0.1, 0.2, 0.0])
-    adjusted = fo.adjust(state, stacked, ["a", "b"], each)
-    member = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
-    singles = [
-        fo.adjust(member(state, i), member(stacked, i), ["a", "b"], each[i]) for i in range(3)
-    ]
-    assert_same_bits(adjusted, jax.tree.map(lambda *xs: jnp.stack(xs), *singles))
-    inside = jax.vmap(lambda s, p, f: fo.adjust(s, p, ["a", "b"], f))(state, stacked, each)
-    assert_same_bits(inside, adjusted)
-    assert_same_bits(
-        fo.adjust(state, stacked, "c", 0.3), fo.adjust(state, stacked, "c", np.full(3, 0.3))
-    )
-    updates, _ = jax.vmap(tx.update)(stacked, adjusted, stacked)
-    expected = [tx.update(member(stacked, i), singles[i], member(stacked, i))[0] for i in range(3)]
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5),
-        updates,
-        jax.tree.map(lambda *xs: jnp.stack(xs), *expected),
-    )
-    for wrong in (jnp.ones(2), jnp.ones((3, 1)), np.ones(1)):
-        with pytest.raises(
-            ValueError, match=r"factors of shape .* has factors of shape \(3,\) for"
-        ):
-            fo.adjust(state, stacked, "a", wrong)
-    with pytest.raises(ValueError, match=r"of shape \(3,\), but the state has .* \(\) for 'a'"):
-        fo.adjust(member(state, 0), member(stacked, 0), "a", each)
-    with pytest.raises(ValueError, match="0 or more"):
-        fo.adjust(state, stacked, "a", np.asarray([0.1, -0.1, 0.1]))
-
-
-def test_where_rows_are_frozen_a_state_of_several_models_is_adjusted_under_vmap():
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
-    tx = fo.freezable(INNER, fo.rows("a", [0]))
-    state, each = jax.vmap(tx.init)(stacked), jnp.asarray([0.75, 2.0])
-    adjusted = jax.vmap(lambda s, p, f: fo.adjust(s, p, "a", f))(state, stacked, each)
-    assert as_numbers(adjusted)["a"] == [0.75, 2.0]
-    with pytest.raises(ValueError, match=r"use jax\.vmap"):
-        fo.adjust(state, stacked, "a", each)
-
-
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_factors_in_host_memory_stay_there(jit):
-    tx = fo.freezable(INNER, "d")
-    state = on_host(tx.init(PARAMS))
-    adjusted = jit(lambda s: fo.adjust(s, PARAMS, ["a", "c"], 0.75))(state)
-    assert_same_bits(adjusted, fo.adjust(tx.init(PARAMS), PARAMS, ["a", "c"], 0.75))
-    if jit is not jax.jit or jit_keeps_memory():
-        assert set(jax.tree.leaves(kinds(adjusted))) == {HOST}
 
 
 def test_tied_leaves_have_the_factor_of_the_first():
