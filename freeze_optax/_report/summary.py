@@ -146,7 +146,10 @@ class Summary(Counts):
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         public = {name: value for name, value in fields.items() if not name.startswith("_")}
-        rows = [{"path": row.path, **dataclasses.asdict(row)} for row in self.rows]
+        rows = [
+            {"path": row.path, **dataclasses.asdict(row), "factors": list(row.factors)}
+            for row in self.rows
+        ]
         return {**public, "rows": rows}
 
     def to_markdown(self) -> str:
