@@ -1,7 +1,6 @@
 """`stack_layers` and `unstack_layers`: what NumPy stacks, and back to the bit."""
 
 import collections
-import contextlib
 import functools
 from typing import Any
 
@@ -346,8 +345,7 @@ def test_a_reference_and_an_nnx_module_are_errors_with_the_remedy():
     for function in (fo.stack_layers, fo.unstack_layers):
         with pytest.raises(TypeError, match=r"take its state: nnx.state\(model\)"):
             function(model, "layers/*")
-    lazily = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
-    with lazily(False):
-        sharded = nnx.State({"0": nnx.Param(jnp.ones(2), sharding_names=("d",))})
+    param = nnx.Param(jnp.ones(2))
+    param.set_metadata(sharding_names=("d",))
     with pytest.raises(ValueError, match="in a Param that names the axes"):
-        fo.stack_layers(sharded)
+        fo.stack_layers(nnx.State({"0": param}))
