@@ -346,6 +346,6 @@ def test_a_reference_and_an_nnx_module_are_errors_with_the_remedy():
         with pytest.raises(TypeError, match=r"take its state: nnx.state\(model\)"):
             function(model, "layers/*")
     param = nnx.Param(jnp.ones(2))
-    param.set_metadata(sharding_names=("d",))
+    param.set_metadata(out_sharding=("d",))
     with pytest.raises(ValueError, match="in a Param that names the axes"):
         fo.stack_layers(nnx.State({"0": param}))
