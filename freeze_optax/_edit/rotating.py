@@ -98,7 +98,7 @@ def rotating(  # noqa: PLR0913
 
     Returns:
       A transformation. Its state, a `RotatingState`, has the fields `step`, `rows` (the layers that
-      train now), `key`, and `state`, a `FreezeState` in which leaves of the stack have `count` rows.
+      train now), `key`, and `state`, a `FreezeState` whose leaves of the stack have `count` rows.
       `freeze_optax.freeze`, `thaw` and `set_frozen` change which other leaves train. As a spec, it
       selects what never trains.
 
