@@ -32,7 +32,7 @@ def _code_hash() -> str:
     myst-nb keeps outputs by the cells of a page alone: without this, those of an older package.
     """
     files = sorted([*(HERE.parent / "freeze_optax").rglob("*.py"), *(HERE / "code").glob("*.py")])
-    files.append(HERE / "notebooks" / "minilm.py")  # of which sparse_minilm.py runs some sections
+    files.append(HERE / "notebooks" / "minilm.py")  # of which two others run some sections
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

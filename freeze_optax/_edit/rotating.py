@@ -60,7 +60,7 @@ def rotating(  # noqa: PLR0913
     of them. The moments of a layer begin anew with each of its turns, and its step count too.
 
     The loss hands its layers to `freeze_optax.scan`. Under
-    `freeze_optax.value_and_grad(loss, frozen=state)` it computes no gradient of a layer that does
+    `fo.value_and_grad(loss, frozen=state)` it computes no gradient of a layer that does
     not train, and the backward pass stops at the lowest one that does, if nothing below it trains.
 
     Examples:
@@ -97,8 +97,8 @@ def rotating(  # noqa: PLR0913
       axis: The axis of the layers in the leaves of the stack.
 
     Returns:
-      A transformation. Its state is a `RotatingState`: `step`, `rows` (the layers that train now),
-      `key` and `state`, a `FreezeState` in which the leaves of the stack have `count` layers.
+      A transformation. Its state, a `RotatingState`, has the fields `step`, `rows` (the layers that
+      train now), `key`, and `state`, a `FreezeState` whose leaves of the stack have `count` rows.
       `freeze_optax.freeze`, `thaw` and `set_frozen` change which other leaves train. As a spec, it
       selects what never trains.
 

@@ -153,6 +153,11 @@ REMEDIES = [
     "fo.merge(trainable, rest)",
     'fo.tie(optax.sgd(0.1), ("embed", "head")).init(tied)',
     'fo.summary(params, "encoder", optimizer=optax.adamw(1e-3))',
+    "fo.grad(stacked_loss(fo.scan), frozen=turn_state)(scanned)",
+    'fo.freeze(turn_state, scanned, "head")',
+    "turns.update(turn_grads, turn_state, scanned)",
+    'fo.stack_layers(mixed, "encoder/layer_*", to="encoder/layers")',
+    'fo.unstack_layers(scanned, "encoder/layers", to="encoder/layer_{0..2}")',
     "fo.export_state(optimizer.opt_state)",
     "optimizer.step[...]",
 ]
