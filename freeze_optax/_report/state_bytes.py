@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, final
 import optax
 
 from freeze_optax._edit.fresh_state import abstract_init
+from freeze_optax._edit.state_holders import params_of_state
 from freeze_optax._report.counts import total_bytes
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.selector import Selector
@@ -90,13 +91,14 @@ def state_bytes(
         return present, unfrozen
     steps = [schedule.step for schedule in schedules_in_spec(frozen)] if state else []
     if optimizer is None:
-        inner, around, unfrozen = _inner_of(state), 0, None
+        inner, around, unfrozen, live = _inner_of(state), 0, None, params
     else:
-        inner, around, unfrozen = _find_inner(optimizer, params, flags, is_stepped=bool(steps))
+        is_stepped = bool(steps)
+        inner, around, unfrozen, live = _find_inner(optimizer, params, flags, is_stepped)
     if state is None and inner is None:
         return None, None
     if state is None:
-        state = _abstract_state(inner, params, flags)
+        state = _abstract_state(inner, live, flags)
     elif optimizer is not None:
         _check_optimizer(inner, params, state, leaves)
     around += total_bytes(steps)
@@ -117,11 +119,12 @@ def _inner_of(state: FreezeState | None) -> Any:
 
 def _find_inner(
     optimizer: Any, params: Any, flags: Sequence[Flag], is_stepped: bool
-) -> tuple[Any, int, FreezeState | None]:
+) -> tuple[Any, int, FreezeState | None, Any]:
     """Returns the transformation that sees the trainable leaves, and the bytes of state around it.
 
     If that is the optimizer itself, its state with nothing frozen is returned too. To make this,
-    even as shapes, takes most of the time of a summary of a large model.
+    even as shapes, takes most of the time of a summary of a large model. Last come the params as
+    that transformation sees them: where layers take turns, without those that do not train.
 
     Args:
       optimizer: The optimizer.
@@ -141,10 +144,10 @@ def _find_inner(
         # It refuses to train what is frozen. With a `freezable` in it, where that is is not known.
         if states_in(_abstract_state(optimizer, params, flags).inner):
             raise
-        return optimizer, 0, None
+        return optimizer, 0, None, params
     states = states_in(unfrozen.inner)
     if not states:
-        return optimizer, 0, unfrozen
+        return optimizer, 0, unfrozen, params
     if len(states) > 1:
         raise ValueError(
             f"the state of the optimizer holds {len(states)} FreezeStates; pass a transformation "
@@ -153,7 +156,7 @@ def _find_inner(
     complete = abstract_init(without_specs.init, params)
     steps = [schedule.step for schedule in schedules_in(complete)] if is_stepped else []
     around = total_bytes(complete) - total_bytes([states_in(complete), steps])
-    return _inner_of(states[0]), around, None
+    return _inner_of(states[0]), around, None, params_of_state(complete, params)
 
 
 def _unfrozen(inner: Any, params: Any) -> FreezeState:

@@ -382,3 +382,14 @@ def test_an_optimizer_that_has_nothing_for_the_frozen_group_is_counted():
     ):
         assert (summary.state_bytes, summary.saved_bytes) == (2 * 8 + 4, None)
         assert "less than with nothing frozen" not in str(summary)
+
+
+def test_of_layers_in_turns_the_state_of_those_that_train_is_counted():
+    params = {"layers": jnp.ones((6, 3, 2)), "head": jnp.ones(2)}
+    tx = fo.rotating(optax.adam(1.0), "layers", 2, 5, order="ascending")
+    state = tx.init(params)
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    before = fo.summary(params, optimizer=tx)
+    assert before.state_bytes == held - 4  # without the step count of the layers' own
+    assert before.saved_bytes == 2 * 4 * 6 * (6 - 2)
+    assert fo.summary(params, state).rows == before.rows
