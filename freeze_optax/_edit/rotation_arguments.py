@@ -49,7 +49,7 @@ def checked_order(order: Any, count: int, key: Any) -> str | Blocks:
 
 
 def fitting_order(order: str | Blocks, length: int) -> str | Blocks:
-    """Returns the order with negative layers counted from the last, or raises if one does not fit."""
+    """Returns the order with layers counted from the first, or raises if one does not fit."""
     if isinstance(order, str):
         return order
     for block in order:

@@ -382,7 +382,7 @@ def test_what_does_not_fit_is_an_error_that_names_it(kwargs, error, message):
 def test_update_says_what_it_lacks():
     tx = of_turns(optax.sgd(0.1))
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="the update of fo.rotating needs the params"):
+    with pytest.raises(ValueError, match=r"the update of fo\.rotating needs the params"):
         tx.update(PARAMS, state)
     with pytest.raises(TypeError, match="given a FreezeState for its state, not the RotatingState"):
         tx.update(PARAMS, state.state, PARAMS)
@@ -390,7 +390,7 @@ def test_update_says_what_it_lacks():
         tx.update({**PARAMS, "extra": jnp.ones(1)}, state, PARAMS)
     with pytest.raises(ValueError, match="'head'"):
         tx.update({**PARAMS, "head": None}, state, PARAMS)
-    with pytest.raises(ValueError, match="one state of fo.rotating, not several"):
+    with pytest.raises(ValueError, match=r"one state of fo\.rotating, not several"):
         fo.grad(loss, frozen=[state, state])
     with pytest.raises(TypeError):
         fo.rotating(optax.sgd, "layers", 1, 1, order="ascending")
