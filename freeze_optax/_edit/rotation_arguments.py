@@ -49,7 +49,7 @@ def checked_order(order: Any, count: int, key: Any) -> str | Blocks:
 
 
 def fitting_order(order: str | Blocks, length: int) -> str | Blocks:
-    """Returns the order with negative layers counted from the last, or raises if one is absent."""
+    """Returns the order with layers counted from the first, or raises if one does not fit."""
     if isinstance(order, str):
         return order
     for block in order:
@@ -59,7 +59,14 @@ def fitting_order(order: str | Blocks, length: int) -> str | Blocks:
                     f"fo.rotating has the layer {layer} in the block {list(block)}, but the stack "
                     f"has {length} layers"
                 )
-    return tuple(tuple(layer % length for layer in block) for block in order)
+    fitting = tuple(tuple(layer % length for layer in block) for block in order)
+    for given, block in zip(order, fitting, strict=True):
+        if len(set(block)) < len(block):
+            raise ValueError(
+                f"fo.rotating has a layer twice in the block {list(given)}, as the stack has "
+                f"{length} layers"
+            )
+    return fitting
 
 
 def rotation_of(

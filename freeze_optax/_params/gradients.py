@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from freeze_optax._params.layer_stack import LayerStack, collect_scanned
+from freeze_optax._params.layer_stack import LayerStack, collect_scanned, row_tokens
 from freeze_optax._params.live_lookups import value_and_grad_of_rows, whole_tables
 from freeze_optax._params.zeros import Zeros
 from freeze_optax._rows.flags import Flag, flag_or
@@ -130,13 +131,15 @@ def value_and_grad_of_turn(
     pairs = zip(state.rows_in_order(leaves), flags, strict=True)
     rows = [None if flag is True else own for own, flag in pairs]
     pairs = zip(leaves.values, rows, strict=True)
-    live = Leaves(leaves.rebuild(own.take(x) if own else x for x, own in pairs))
+    # Zeros, as the layers that train have their values in the whole leaf already.
+    live = Leaves(leaves.rebuild(jnp.zeros_like(own.take(x)) if own else x for x, own in pairs))
+    tokens = row_tokens(state.rows)
 
     def of_live(tree: Any) -> Any:
         columns = zip(Leaves(tree).values, leaves.values, leaves.paths, rows, strict=True)
         return fun(
             leaves.rebuild(
-                LayerStack(whole, x, own.indices, path, own.axis) if own else x
+                LayerStack.of_turn(whole, x, own, tokens, path) if own else x
                 for x, whole, path, own in columns
             )
         )

@@ -6,7 +6,9 @@ from contextvars import ContextVar
 from typing import Any, NoReturn, final
 
 import jax
+import jax.numpy as jnp
 
+from freeze_optax._rows.rows_by_value import RowsByValue
 from freeze_optax._tree.key_paths import Transparent
 
 
@@ -15,28 +17,55 @@ from freeze_optax._tree.key_paths import Transparent
 class LayerStack(Transparent):
     """A leaf of a stack in the params that a loss gets, while its layers take turns.
 
-    Only `freeze_optax.scan` knows which layers it has to differentiate.
+    Only `freeze_optax.scan` knows which layers it has to differentiate. A loss may have its leaves
+    in hand, though: to add a penalty on all weights, say. So a sum over them is that over the whole
+    leaf, with its gradient, and what would mix up the layers is an error of JAX.
 
     Attributes:
-      whole: The whole leaf, a constant.
-      live: The layers that train, which are differentiated.
-      rows: Their indices.
+      whole: The whole leaf. Its cotangent goes to the layers that train.
+      live: Zeros in place of the layers that train, with respect to which a loss is differentiated.
+      tokens: The indices of these layers, as typed PRNG keys: JAX does not compute with those, nor
+        slice a scalar.
       path: The key path of the leaf. Static.
       axis: The axis of the layers. Static.
+      length: The number of layers. Static.
     """
 
-    def __init__(self, whole: Any, live: Any, rows: Any, path: str, axis: int):
-        self.whole, self.live, self.rows, self.path, self.axis = whole, live, rows, path, axis
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, int]]:
-        key = jax.tree_util.GetAttrKey
-        children = [(key(name), getattr(self, name)) for name in ("whole", "live", "rows")]
-        return children, (self.path, self.axis)
+    def __init__(self, whole: Any, live: Any, tokens: Any, path: str, axis: int, length: int):
+        self.whole, self.live, self.tokens = whole, live, tokens
+        self.path, self.axis, self.length = path, axis, length
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[str, int], children: Any) -> "LayerStack":
-        whole, live, rows = children
-        return cls(whole, live, rows, *static)
+    def of_turn(
+        cls, whole: Any, live: Any, rows: RowsByValue, tokens: Any, path: str
+    ) -> "LayerStack":
+        """Returns the stack for the layers that train now.
+
+        Args:
+          whole: The whole leaf.
+          live: Zeros, like the layers that train.
+          rows: These layers.
+          tokens: Their indices, as `row_tokens` gives them.
+          path: The key path of the leaf.
+        """
+        linked = _link(whole, live, rows)
+        return cls(linked, live, tokens, path, rows.axis, rows.length)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, int, int]]:
+        key = jax.tree_util.GetAttrKey
+        children = [(key(name), getattr(self, name)) for name in ("whole", "live", "tokens")]
+        return children, (self.path, self.axis, self.length)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[str, int, int], children: Any) -> "LayerStack":
+        whole, live, tokens = children
+        return cls(whole, live, tokens, *static)
+
+    @property
+    def rows(self) -> jax.Array:
+        """The indices of the layers that train, an int32 vector in ascending order."""
+        bits = [jax.random.key_data(token)[0] for token in self.tokens]
+        return jnp.stack(bits).astype(jnp.int32)
 
     @property
     def shape(self) -> Any:
@@ -64,6 +93,30 @@ class LayerStack(Transparent):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _raise
     __truediv__ = __rtruediv__ = __pow__ = __neg__ = __float__ = _raise
     astype = reshape = sum = mean = _raise
+
+
+def row_tokens(rows: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns indices of layers as the `LayerStack`s that share them have them."""
+    bits = jnp.asarray(rows).astype(jnp.uint32)
+    keys = jax.random.wrap_key_data(
+        jnp.stack([bits, jnp.zeros_like(bits)], axis=1), impl="threefry2x32"
+    )
+    return tuple(keys[i] for i in range(bits.shape[0]))
+
+
+def _link(whole: Any, live: Any, rows: RowsByValue) -> Any:
+    """Returns the whole leaf, whose cotangent is one of the layers that train."""
+
+    @jax.custom_vjp
+    def link(whole: Any, *others: Any) -> Any:
+        del others
+        return whole
+
+    def backward(indices: Any, cotangent: Any) -> Any:
+        return None, RowsByValue(indices, rows.length, rows.axis).take(cotangent), None
+
+    link.defvjp(lambda whole, *others: (whole, others[1]), backward)
+    return link(whole, live, rows.indices)
 
 
 def is_layer_stack(x: Any) -> bool:

@@ -198,6 +198,11 @@ def _scan_rotating(
             f"{sorted({np.shape(x) for x in whole})}"
         )
     for stack in stacks:
+        if lengths != {stack.length}:
+            raise ValueError(
+                f"fo.scan was given {next(iter(lengths))} of the {stack.length} layers of "
+                f"{stack.path!r}, which take turns (fo.rotating); it needs all of them"
+            )
         report_scanned(stack)
 
     def read(arrays: Sequence[Any], i: Any) -> Any:
@@ -214,7 +219,7 @@ def _scan_rotating(
     ]
     triples = zip(leaves.values, axes, differentiated, strict=True)
     live = [_in_front(x.live, a) if own else None for x, a, own in triples]
-    layers = Layers(arrays, live, stacks[0].rows, stacks[0].shape[stacks[0].axis], read)
+    layers = Layers(arrays, live, stacks[0].rows, stacks[0].length, read)
     return scan_rotating(f, init, layers, unroll)
 
 
