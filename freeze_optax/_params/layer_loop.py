@@ -52,6 +52,7 @@ class Layers(NamedTuple):
         loop has their gradient, and its value does not depend on them.
       rows: The indices of these layers, in ascending order.
       length: The number of layers.
+      axes: The axis of the layers in each of the stacked arrays.
       read: Reads one layer.
     """
 
@@ -59,6 +60,7 @@ class Layers(NamedTuple):
     live: list[Any]
     rows: Any
     length: int
+    axes: list[int]
     read: ReadLayer
 
 
@@ -122,7 +124,7 @@ def scan_rotating(
     def backward(saved: Any, cotangents: Any) -> Any:
         constants, arrays, rows, residuals, static = saved
         carry, ys = jax.tree.map(_without_symbol, cotangents, is_leaf=_is_symbolic_zero)
-        backwards = _Backwards(static.value, read, (constants, arrays, residuals), (carry, ys))
+        backwards = _Backwards(static.value, layers, (constants, arrays, residuals), (carry, ys))
         start = backwards.start(length)
 
         def next_live(state: _State, row: Any) -> Any:
@@ -177,8 +179,8 @@ class _State(NamedTuple):
 class _Backwards:
     """The backward pass through one layer, and through several that do not train."""
 
-    def __init__(self, kept: _Kept, read: ReadLayer, saved: Any, cotangents: Any):
-        self._kept, self._read = kept, read
+    def __init__(self, kept: _Kept, layers: Layers, saved: Any, cotangents: Any):
+        self._kept, self._read, self._axes = kept, layers.read, layers.axes
         self._constants, self._arrays, self._residuals = saved
         self._carry, self._ys = cotangents
 
@@ -220,8 +222,9 @@ class _Backwards:
         gradients = jax.tree.leaves(to_layer)
         pairs = zip(state.sums, to_constants, strict=True)
         sums = [None if total is None else total + x for total, x in pairs]
-        pairs = zip(state.stacked, gradients, strict=True)
-        stacked = [None if x is None else x.at[i].set(g) for x, g in pairs]
+        triples = zip(state.stacked, gradients, self._axes, strict=True)
+        put = jax.lax.dynamic_update_index_in_dim
+        stacked = [None if x is None else put(x, g, i, axis) for x, g, axis in triples]
         carry = [_strong(x) for x in jax.tree.leaves(to_carry) if not _is_float0(x)]
         pairs = zip(gradients, has_live, strict=False)
         return _State(i, carry, sums, stacked), [g for g, flag in pairs if flag]

@@ -219,7 +219,7 @@ def _scan_rotating(
     ]
     triples = zip(leaves.values, axes, differentiated, strict=True)
     live = [_in_front(x.live, a) if own else None for x, a, own in triples]
-    layers = Layers(arrays, live, stacks[0].rows, stacks[0].length, read)
+    layers = Layers(arrays, live, stacks[0].rows, stacks[0].length, axes, read)
     return scan_rotating(f, init, layers, unroll)
 
 

@@ -442,3 +442,26 @@ def test_to_change_which_layers_the_scan_gets_is_an_error(change):
         (TypeError, IndexError, ValueError), match=r"key|0-dimensional|of the 5 layers"
     ):
         fo.grad(loss, frozen=state)(PARAMS)
+
+
+def test_a_whole_array_beside_a_stack_gets_its_gradient_along_another_axis_too():
+    key = jax.random.key(0)
+    params = {"w": jax.random.normal(key, (3, 4, 3)), "scale": jax.random.normal(key, (3, 4))}
+
+    def loss(scan, params):
+        def layer(x, weights):
+            return jnp.tanh(x @ weights["w"]) * weights["scale"], None
+
+        return scan(layer, jnp.ones((2, 3)), params)[0].sum()
+
+    def scan_of_axis(f, init, xs):
+        return jax.lax.scan(f, init, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs))
+
+    tx = fo.rotating(optax.sgd(1.0), "w", 2, 1, order="ascending", axis=1)
+    state = tx.init(params)
+    scan = functools.partial(fo.scan, axis=1)
+    got = jax.jit(fo.grad(functools.partial(loss, scan), frozen=state))(params)
+    expected = jax.jit(jax.grad(functools.partial(loss, scan_of_axis)))(params)
+    np.testing.assert_allclose(got["scale"], expected["scale"], rtol=1e-6)
+    np.testing.assert_allclose(got["w"][:, :2], expected["w"][:, :2], rtol=1e-6)
+    assert not got["w"][:, 2:].any()
