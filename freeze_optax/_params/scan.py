@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from freeze_optax._params.layer_loop import Layers, scan_rotating
 from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
+from freeze_optax._params.reading_again import reading_again
 from freeze_optax._rows.flags import flag_along
 from freeze_optax._rows.meshes import (
     is_on_mesh,
@@ -109,11 +110,15 @@ def scan(
             is_frozen &= flag_along(flag, a, np.shape(leaf))
     constants = jax.lax.stop_gradient(xs)
 
-    # Frozen layers are read by index, as a slice would copy them. They are read again in the
-    # backward pass: JAX would keep a copy of each for it, as it keeps what was computed.
-    @functools.partial(jax.checkpoint, policy=_all_but_layers(leaves, axes), prevent_cse=False)
+    # Frozen layers are read by index, as a slice would copy them.
+    def read(i: Any) -> Any:
+        return jax.tree.map(lambda x, a: _layer(x, i, a), constants, axis_of)
+
     def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
-        return f(carry, jax.tree.map(lambda x, a: _layer(x, i, a), constants, axis_of))
+        return f(carry, read(i))
+
+    if is_frozen.any():
+        apply_frozen = reading_again(apply_frozen, f, (init, read(0)), leaves, axes)
 
     runs = [(flag, len(list(run))) for flag, run in itertools.groupby(is_frozen.tolist())]
     live, live_start, is_taken = xs, 0, False
@@ -137,24 +142,6 @@ def scan(
         outputs.append(output)
         start = stop
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
-
-
-def _all_but_layers(leaves: Leaves, axes: Sequence[int]) -> Callable[..., bool]:
-    """Returns a policy for `jax.checkpoint` that keeps all but what was read of the stack.
-
-    It tells these by their shapes. To name them (`checkpoint_name`) does not serve: what comes
-    before the name would be kept.
-    """
-    shapes = set[tuple[int, ...]]()
-    for x, axis in zip(leaves.values, axes, strict=True):
-        shape = np.shape(x)
-        shapes |= {shape, (*shape[:axis], 1, *shape[axis + 1 :])}
-
-    def is_kept(primitive: Any, *types: Any, **_: Any) -> bool:
-        reads = primitive.name in ("dynamic_slice", "gather", "squeeze", "reshape")
-        return not (reads and types and types[0].shape in shapes)
-
-    return is_kept
 
 
 def _can_gather(leaves: Leaves, axes: Sequence[int]) -> bool:

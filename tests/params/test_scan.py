@@ -136,6 +136,39 @@ def test_the_weights_of_frozen_layers_are_not_kept_for_the_backward_pass():
     assert (4, WIDTH, WIDTH) not in shapes
 
 
+def test_what_the_user_rematerialises_is_not_kept_either():
+    hidden = 5
+    params = {
+        "up": jax.random.normal(KEYS[0], (DEPTH, WIDTH, hidden)),
+        "down": jax.random.normal(KEYS[1], (DEPTH, hidden, WIDTH)),
+    }
+    spec = fo.rows(fo.everything, slice(2, 6))
+    mask = fo.mask(spec, params)
+
+    def block(x, weights):
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+    def with_cast(x, weights):
+        return jax.checkpoint(block)(x * 1.0, weights)
+
+    policy = jax.checkpoint_policies.everything_saveable
+    for f, keeps_hidden, keeps_weights in [
+        (block, True, False),
+        (jax.checkpoint(block), False, False),
+        (jax.jit(jax.checkpoint(block)), False, False),
+        (jax.checkpoint(block, policy=policy), True, False),
+        (with_cast, False, True),  # as jax.lax.scan does
+    ]:
+
+        def loss(params, f=f):
+            return (fo.scan(f, X, params, frozen=mask)[0] ** 2).sum()
+
+        jaxpr = jax.make_jaxpr(fo.grad(loss, spec))(params)
+        shapes = kept_shapes(jaxpr.jaxpr)
+        assert ((4, BATCH, hidden) in shapes) == keeps_hidden, f
+        assert ((4, WIDTH, hidden) in shapes) == keeps_weights, f
+
+
 @pytest.mark.parametrize("spec", [RUNS["the last"], RUNS["every other"]], ids=["one", "several"])
 def test_forward_mode_and_second_derivatives_are_those_of_one_scan(spec):
     mask = fo.mask(spec, PARAMS)["layers"]
