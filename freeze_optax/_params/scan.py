@@ -117,8 +117,9 @@ def scan(
     def apply_frozen(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         return f(carry, read(i))
 
+    step: Callable[[Any, Any], Any] = apply_frozen
     if is_frozen.any():
-        apply_frozen = reading_again(apply_frozen, f, (init, read(0)), leaves, axes)
+        step = reading_again(apply_frozen, f, (init, read(0)), leaves, axes)
 
     runs = [(flag, len(list(run))) for flag, run in itertools.groupby(is_frozen.tolist())]
     live, live_start, is_taken = xs, 0, False
@@ -132,7 +133,7 @@ def scan(
         stop = start + count_of_run
         if run_is_frozen:
             indices = jnp.arange(start, stop)
-            carry, output = jax.lax.scan(apply_frozen, carry, indices, unroll=unroll)
+            carry, output = jax.lax.scan(step, carry, indices, unroll=unroll)
         else:
             first = live_start if is_taken else start
             select = functools.partial(_layers, first, first + count_of_run)
