@@ -95,20 +95,26 @@ def normalised(spec, ndim):
     return (*spec, *[None] * (ndim - len(spec)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    cases(
-        {name: name for name in SPECS}, ["both axes of the weights", "the layers and the weights"]
-    ),
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+ALWAYS = (
+    "auto, the layers and the weights",
+    "explicit, both axes of the weights",
+    "explicit, the layers and the weights",
 )
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    cases({f"{kind}, {name}": (KINDS[kind], name) for kind in KINDS for name in SPECS}, ALWAYS),
+)
 def test_a_run_on_a_mesh_is_that_on_one_device_and_stays_sharded(kind, name):
     expected, programs = on_one_device(), step._cache_size()
     mesh = mesh_of(kind, data=2, model=2)
     with jax.set_mesh(mesh):
         params = on_mesh(mesh, SPECS[name])
         before = jax.tree.map(np.asarray, params)
-        state = TX.init(params)
+        # Under jit the state is on the mesh from the start.
+        state = (TX.init if kind == AxisType.Explicit else jax.jit(TX.init))(params)
         for turn, x, (of_params, of_state, of_value) in zip(TURNS, X, expected, strict=True):
             places = jax.tree.map(lambda x: (x.sharding.spec, x.ndim), params)
             params, state, value = step(params, state, jax.device_put(x, NamedSharding(mesh, P())))
@@ -133,7 +139,7 @@ def test_a_run_on_a_mesh_is_that_on_one_device_and_stays_sharded(kind, name):
         assert step._cache_size() - programs <= 2
 
 
-@pytest.mark.parametrize("holes", [True, False], ids=["compact", "whole"])
+@pytest.mark.parametrize("holes", cases({"compact": True, "whole": False}, ["compact"]))
 def test_gradients_are_averaged_over_devices_as_they_are(holes):
     mesh = mesh_of(AxisType.Auto, data=4)
     state = TX.init(PARAMS)
