@@ -1,6 +1,8 @@
 """One process of the run in tests/runs/test_distributed.py: trains, thaws, checkpoints or restores.
 
-python distributed_worker.py PROCESS PORT {whole,resume} DIRECTORY
+It also runs layers that take turns, for tests/edit/test_rotating_meshes.py.
+
+python distributed_worker.py PROCESS PORT {whole,resume,rotating} DIRECTORY
 """
 
 import pathlib
@@ -110,13 +112,59 @@ def shards(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
+def rotating_params() -> Any:
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32) / 2  # noqa: E731
+    return {"layers": {"b": draw(4, 8), "w": draw(4, 8, 8)}, "head": draw(8, 4)}
+
+
+def rotating_loss(params: Any, x: Any) -> Any:
+    def layer(h: Any, weights: Any) -> Any:
+        return h + jnp.tanh(h @ weights["w"] + weights["b"]), None
+
+    return ((fo.scan(layer, x, params["layers"])[0] @ params["head"]) ** 2).mean()
+
+
+def rotating() -> Any:
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05))
+    return fo.rotating(inner, "layers", 1, 2, key=jax.random.key(1))
+
+
+def rotate(params: Any, batches: Any) -> Any:
+    """Trains layers in turns; returns the params, the state, and which layers each step trained."""
+    tx, rows = rotating(), []
+
+    @jax.jit
+    def update(params: Any, state: Any, batch: Any) -> Any:
+        grads = fo.grad(rotating_loss, frozen=state)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates, frozen=state), state
+
+    state = jax.jit(tx.init)(params)
+    for batch in batches:
+        rows.append(np.asarray(state.rows).tolist())
+        params, state = update(params, state, batch)
+    return params, state, rows
+
+
 def main(process: int, port: str, mode: str, folder: pathlib.Path) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, process)
     assert jax.process_count() == PROCESSES
     mesh = Mesh(np.array(jax.devices()), ("data",))
     tx = fo.freezable(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05)), "encoder")
-    if mode == "resume":
+    if mode == "rotating":
+        # The layers over all devices, and so over both processes; the biases over their other axis.
+        specs = {"b": PartitionSpec(None, "data"), "w": PartitionSpec("data", None, None)}
+        split = {"layers": specs, "head": PartitionSpec()}
+        params = jax.tree.map(lambda x, spec: place(mesh, x, spec), rotating_params(), split)
+        batches = [
+            place(mesh, make_batch(step), PartitionSpec("data", None)) for step in range(STEPS)
+        ]
+        params, state, rows = rotate(params, batches)
+        tree = {"params": params, "moments": optax.tree_utils.tree_get(state, "mu")}
+        np.savez(folder / f"rows-{process}.npz", rows=rows)
+    elif mode == "resume":
         with ocp.StandardCheckpointer() as saver:
             tree = saver.restore(folder / "checkpoint", target(tx, mesh))
         tree = train(tx, mesh, tree, SAVED, folder)

@@ -42,7 +42,7 @@ def train(folder: pathlib.Path, dies_at: int) -> None:
 
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape).astype(np.float32))  # noqa: E731
-    params = {"layers": draw(5, 3, 3), "head": draw(3, 2)}
+    params = {"layers": draw(7, 3, 3), "head": draw(3, 2)}
     state, step = tx.init(params), 0
     file = folder / "checkpoint.npz"
     if file.exists():
