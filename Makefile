@@ -55,11 +55,12 @@ docs-serve: docs
 docs-browse: docs
 	$(BIN)/python -m tests.docs.browse build/docs
 
-# Half an hour on two cores. Nothing else should run meanwhile.
+# Three quarters of an hour on two cores. Nothing else should run meanwhile.
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.compiled
 	$(BIN)/python -m benchmarks.wall
 	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.rotation
 	$(BIN)/python -m benchmarks.report
 
 # Less than seven minutes on one GPU of 80 GB, with the JAX, optax, flax, equinox and rich that PYTHON
