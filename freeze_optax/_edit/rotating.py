@@ -90,8 +90,9 @@ def rotating(  # noqa: PLR0913
       count: How many layers train at a time.
       every: How many steps they train. A step is one call of `update`.
       order: `"random"`: layers drawn by the key, none that trained just before where there are
-        enough others (LISA). `"ascending"` and `"descending"`: one block after the other, and from
-        the start again (BAdam). Or the blocks, a sequence of sequences of `count` layers.
+        enough others (LISA), so half of the layers alternate with the other half. `"ascending"` and
+        `"descending"`: one block after the other, and from the start again (BAdam). Or the blocks,
+        a sequence of sequences of `count` layers.
       key: A PRNG key, for a random order alone.
       frozen: What never trains: any spec, see `freeze_optax.mask`.
       axis: The axis of the layers in the leaves of the stack.
