@@ -53,9 +53,10 @@ def value_and_grad(
       The gradient has all variables that `wrt` says, with zeros at the frozen ones.
 
     Raises:
-      ValueError: If `frozen` is the state of `freeze_optax.scheduled` or `rotating`. When called,
-        if the spec does not fit the params, or freezes some leaves, but not all, of a tree in a
-        Variable; or if no variable of the model is matched by `wrt`, or by that of the optimizer.
+      ValueError: If `frozen` is the state of `freeze_optax.scheduled` or of
+        `freeze_optax.rotating`. When called, if the spec does not fit the params, or freezes some
+        leaves, but not all, of a tree in a Variable; or if no variable of the model is matched by
+        `wrt`, or by that of the optimizer.
       IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
       TypeError: When called, if the first argument is not an NNX module.
     """
