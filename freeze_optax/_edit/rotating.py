@@ -133,21 +133,15 @@ def rotating(  # noqa: PLR0913
         rotation = dataclasses.replace(rotation, order=order)
         check_ties(leaves, flags)
         rows = rotation.block(step, None, stored_key)
-        own = [
-            RowsByValue(rows, rotation.length, rotation.axes[rotation.leaves.index(i)])
-            if i in rotation.leaves
-            else None
-            for i in range(len(flags))
-        ]
+        own = [rotation.rows_of(i, rows) for i in range(len(flags))]
         live = map_copies(lambda copy: _taken(Leaves(copy), own), params)
         live_leaves = param_leaves(live)
         plan = Plan.from_flags(leaves.paths, flags, PlanContext(inner, live, live_leaves))
         check_takes_elements(plan, live)
         plan = _with_cohorts(plan, rotation)
         inner_state = init_in_memory(plan, plan.drop_frozen_params(live, live_leaves), live)
-        (first,) = cohort_counters(
-            FreezeState(inner_state, (), plan), _counters_of(plan, inner_state)
-        )
+        places = plan.layout.places(inner_state)
+        (first,) = cohort_counters(FreezeState(inner_state, (), plan), places)
         ages = stack_ages([first] * max(plan.cohorts, default=0))
         return RotatingState(step, rows, stored_key, FreezeState(inner_state, ages, plan))
 
@@ -191,10 +185,7 @@ def _taken(leaves: Leaves, rows: Sequence[RowsByValue | None]) -> Any:
 
 def _with_cohorts(plan: Plan, rotation: Rotation) -> Plan:
     """Returns the plan with a cohort of their own for the layers, as their counters restart."""
-    stack = set(rotation.leaves)
-    owners = (
-        [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.paths))
-    )
+    stack, owners = set(rotation.leaves), plan.leaf_of_part
     has_others = any(
         not frozen and owner not in stack for frozen, owner in zip(plan.frozen, owners, strict=True)
     )
@@ -207,17 +198,11 @@ def _with_cohorts(plan: Plan, rotation: Rotation) -> Plan:
     return Plan(plan.paths, plan.frozen, tuple(cohorts), plan.context, (), table, rotation)
 
 
-def _counters_of(plan: Plan, inner_state: Any) -> list[Any]:
-    return plan.layout.places(inner_state)
-
-
 def _stack_parts(plan: Plan) -> list[bool]:
     """Returns for each part whether it is of the layers that take turns."""
     rotation = plan.rotation
     assert rotation is not None
-    if plan.part_table is None:
-        return [i in rotation.leaves for i in range(len(plan.paths))]
-    return [leaf in rotation.leaves for leaf, _ in plan.part_table.parts]
+    return [leaf in rotation.leaves for leaf in plan.leaf_of_part]
 
 
 def _with_fresh_statistics(old: FreezeState, live_params: Any, begins: jax.Array) -> FreezeState:

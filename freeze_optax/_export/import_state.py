@@ -1,6 +1,6 @@
 """`import_state`: the inverse of `export_state`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -301,16 +301,9 @@ def _plan(about: dict[str, Any], initial_plan: Plan, params: Any) -> Plan:
     return plan
 
 
-def _owners(plan: Plan) -> Iterable[int]:
-    """Returns for each part the index of its leaf."""
-    return (
-        [leaf for leaf, _ in plan.part_table.parts] if plan.part_table else range(len(plan.cohorts))
-    )
-
-
 def _is_possible(plan: Plan) -> bool:
     """Whether edits of a state can lead to this plan, which is not one of phases."""
-    parts = zip(plan.cohorts, _owners(plan), plan.frozen, strict=True)
+    parts = zip(plan.cohorts, plan.leaf_of_part, plan.frozen, strict=True)
     with_state = [part for part in parts if part[0] != DROPPED or not part[2]]
     cohorts, leaves = {part[0] for part in with_state}, {part[1] for part in with_state}
     if cohorts != set(range(len(cohorts))):
@@ -326,7 +319,7 @@ def _is_possible(plan: Plan) -> bool:
 
 def _check_trainable(plan: Plan, leaves: list[Any]) -> None:
     """Raises ValueError if a leaf with state in the export cannot be trained in the params."""
-    for cohort, leaf in zip(plan.cohorts, _owners(plan), strict=True):
+    for cohort, leaf in zip(plan.cohorts, plan.leaf_of_part, strict=True):
         if cohort != DROPPED and not can_train(leaves[leaf]):
             raise ValueError(
                 f"the export is of other params: {plan.paths[leaf]!r} trains in it, or is parked, "

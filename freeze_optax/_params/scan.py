@@ -90,17 +90,7 @@ def scan(
     leaves = Leaves(xs, stop=_is_leaf)
     if any(map(is_layer_stack, leaves.values)):
         return _scan_rotating(f, init, leaves, frozen, unroll, axis)
-    axes = [axis + np.ndim(x) if axis < 0 else axis for x in leaves.values]
-    pairs = zip(leaves.values, axes, strict=True)
-    lengths = {np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs}
-    if len(lengths) != 1 or None in lengths:
-        which = "leading axis" if axis == 0 else f"length of axis {axis}"
-        raise ValueError(
-            f"fo.scan needs leaves with the same {which}, but they have the shapes "
-            f"{sorted({np.shape(x) for x in leaves.values})}"
-        )
-    (count,) = lengths
-    assert count is not None
+    axes, count = _axes_and_length(leaves.values, axis)
     axis_of = leaves.fill_leaves(axes)
     if count == 0:
         return jax.lax.scan(f, init, jax.tree.map(_in_front, xs, axis_of), unroll=unroll)
@@ -145,6 +135,21 @@ def scan(
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outputs)
 
 
+def _axes_and_length(arrays: Sequence[Any], axis: int) -> tuple[list[int], int]:
+    """Returns the axis of the layers in each array, and their number; raises if it differs."""
+    axes = [axis + np.ndim(x) if axis < 0 else axis for x in arrays]
+    pairs = zip(arrays, axes, strict=True)
+    lengths = {np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs}
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is None:
+        which = "leading axis" if axis == 0 else f"length of axis {axis}"
+        raise ValueError(
+            f"fo.scan needs leaves with the same {which}, but they have the shapes "
+            f"{sorted({np.shape(x) for x in arrays})}"
+        )
+    return axes, length
+
+
 def _can_gather(leaves: Leaves, axes: Sequence[int]) -> bool:
     """Returns whether layers along the leading axis can be gathered, on one device, at no cost."""
     arrays = [x for x in leaves.values if isinstance(x, jax.Array)]
@@ -170,7 +175,7 @@ def _scan_rotating(
 ) -> tuple[Any, Any]:
     """Scans where the layers that train are known as values, see `freeze_optax.rotating`."""
     whole = [x.whole if is_layer_stack(x) else x for x in leaves.values]
-    axes = [axis + np.ndim(x) if axis < 0 else axis for x in whole]
+    axes, length = _axes_and_length(whole, axis)
     flags = resolve(frozen, Leaves(leaves.rebuild(whole)))
     stacks = [x for x in leaves.values if is_layer_stack(x)]
     for stack, a in zip(leaves.values, axes, strict=True):
@@ -179,16 +184,10 @@ def _scan_rotating(
                 f"the layers of {stack.path!r} take turns along axis {stack.axis}, but fo.scan was "
                 f"given axis {axis}"
             )
-    lengths = {np.shape(x)[a] if a < np.ndim(x) else None for x, a in zip(whole, axes, strict=True)}
-    if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            "fo.scan needs leaves with the same number of layers, but they have the shapes "
-            f"{sorted({np.shape(x) for x in whole})}"
-        )
     for stack in stacks:
-        if lengths != {stack.length}:
+        if stack.length != length:
             raise ValueError(
-                f"fo.scan was given {next(iter(lengths))} of the {stack.length} layers of "
+                f"fo.scan was given {length} of the {stack.length} layers of "
                 f"{stack.path!r}, which take turns (fo.rotating); it needs all of them"
             )
         report_scanned(stack)

@@ -61,10 +61,9 @@ def next_memories(
       For each place the kind of memory, as `memory_of` gives it. A counter or a clock stays in the
       memory that it is in.
     """
-    layout, table = plan.layout, plan.part_table
+    layout, leaf_of = plan.layout, plan.leaf_of_part
     if not any(map(memory_of, jax.tree.leaves((list(places), params)))):
         return [None] * len(places)
-    leaf_of = [leaf for leaf, _ in table.parts] if table else range(len(plan.paths))
     leaves = param_leaves(params)
     of_param = plan.in_plan_order(leaves, [memory_of(x) for x in leaves.values])
     trained: dict[tuple[Keys, int | None], set[str | None]] = {}

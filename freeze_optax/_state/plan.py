@@ -119,6 +119,12 @@ class Plan:
         return frozen if self.part_table is None else self.part_table.mask(frozen)
 
     @property
+    def leaf_of_part(self) -> Sequence[int]:
+        """For each part, the index of its leaf."""
+        table = self.part_table
+        return [leaf for leaf, _ in table.parts] if table else range(len(self.paths))
+
+    @property
     def is_unknown(self) -> bool:
         """Whether the plan is still a placeholder, made by `Plan.unknown`."""
         return self._context is None

@@ -36,6 +36,17 @@ class Rotation:
     every: int
     order: str | Blocks
 
+    def rows_of(self, leaf: int, rows: Any) -> RowsByValue | None:
+        """Returns the rows of a leaf that train, or None if the leaf is in no stack.
+
+        Args:
+          leaf: The index of the leaf.
+          rows: The layers that train.
+        """
+        if leaf not in self.leaves:
+            return None
+        return RowsByValue(rows, self.length, self.axes[self.leaves.index(leaf)])
+
     def block(self, turn: Any, before: Any, key: Any) -> jax.Array:
         """Returns the layers that train in a turn, an int32 vector in ascending order.
 
@@ -88,11 +99,7 @@ class RotatingState(NamedTuple):
         Args:
           leaf: The index of the leaf, in the plan's order.
         """
-        rotation, rows = self.rotation, jax.tree.leaves(self.rows)[0]
-        if leaf not in rotation.leaves:
-            return None
-        axis = rotation.axes[rotation.leaves.index(leaf)]
-        return RowsByValue(rows, rotation.length, axis)
+        return self.rotation.rows_of(leaf, jax.tree.leaves(self.rows)[0])
 
     def rows_in_order(self, leaves: Leaves) -> list[RowsByValue | None]:
         """Returns the rows that train now of each leaf, in the order of `leaves`."""
