@@ -23,6 +23,7 @@ from freeze_optax._params.partition import partition as partition
 from freeze_optax._params.scan import scan as scan
 from freeze_optax._params.stacking import stack_layers as stack_layers
 from freeze_optax._params.stacking import unstack_layers as unstack_layers
+from freeze_optax._params.streamed import streamed as streamed
 from freeze_optax._report.summary import Summary as Summary
 from freeze_optax._report.summary import summary as summary
 from freeze_optax._select.by_element import elements as elements

@@ -108,14 +108,21 @@ def _link(whole: Any, live: Any, rows: RowsByValue) -> Any:
     """Returns the whole leaf, whose cotangent is one of the layers that train."""
 
     @jax.custom_vjp
-    def link(whole: Any, *others: Any) -> Any:
-        del others
+    def link(whole: Any, live: Any, indices: Any) -> Any:
+        del live, indices
         return whole
 
-    def backward(indices: Any, cotangent: Any) -> Any:
+    def forward(whole: Any, live: Any, indices: Any) -> Any:
+        return whole.value, (live.value, indices.value)
+
+    def backward(saved: Any, cotangent: Any) -> Any:
+        live, indices = saved
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            # Zeros like the whole leaf may be in host memory, and would be brought to the device.
+            return None, jnp.zeros_like(live), None
         return None, RowsByValue(indices, rows.length, rows.axis).take(cotangent), None
 
-    link.defvjp(lambda whole, *others: (whole, others[1]), backward)
+    link.defvjp(forward, backward, symbolic_zeros=True)
     return link(whole, live, rows.indices)
 
 

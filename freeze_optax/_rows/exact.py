@@ -56,6 +56,14 @@ def run_bitwise(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
     return run_on_device(run, *map(jnp.asarray, arrays))
 
 
+def run_in_place(move: Callable[..., Any], *arrays: Any) -> Any:
+    """Calls a function that replaces slices, in the memory of the arrays, and keeps every bit.
+
+    All arrays are in host memory, and the function does nothing that JAX can't do there.
+    """
+    return _move_bitwise(move, False, *arrays)
+
+
 def _move_bitwise(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
     dtype = arrays[0].dtype
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.float16

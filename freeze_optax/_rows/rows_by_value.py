@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from freeze_optax._rows.exact import run_bitwise, run_move
-from freeze_optax._rows.meshes import on_automatic_axes, type_sharding
+from freeze_optax._rows.exact import run_bitwise, run_in_place, run_move
+from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
 from freeze_optax._rows.remembered import remember_compact
+from freeze_optax._tree.memory import memory_of, put_in_memory
 
 
 @final
@@ -41,7 +42,13 @@ class RowsByValue:
         return self.indices.shape[0]
 
     def take(self, x: Any) -> Any:
-        """Returns the rows of an array, which may be abstract; each device has all of them."""
+        """Returns the rows of an array, which may be abstract; each device has all of them.
+
+        They are in device memory: the array may be too large for it, but these rows train.
+        """
+        if self._is_on_host(x):
+            each = [self._row(x, self.indices[j]) for j in range(self.count)]
+            return jnp.concatenate([put_in_memory(row, None) for row in each], self.axis)
         indices, sharding = self.indices, self._sharding(x)
         return run_move(
             lambda x: on_automatic_axes(_take, (self.axis,), sharding, x, indices), True, x
@@ -49,6 +56,8 @@ class RowsByValue:
 
     def put(self, x: Any, values: Any) -> Any:
         """Returns the array with new values for the rows; all other rows keep every bit."""
+        if self._is_on_host(x):
+            return run_in_place(self._put_each, x, put_in_memory(values, memory_of(x)))
         indices, sharding = self.indices, type_sharding(x)
         return run_bitwise(
             lambda x, values: on_automatic_axes(_put, (self.axis,), sharding, x, values, indices),
@@ -72,6 +81,19 @@ class RowsByValue:
         )
         remember_compact(whole, self, values)
         return whole
+
+    def _is_on_host(self, x: Any) -> bool:
+        return memory_of(x) is not None and mesh_axes_of(x, self.axis) is None
+
+    def _row(self, x: Any, i: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(x, i, 1, self.axis)
+
+    def _put_each(self, x: Any, values: Any) -> Any:
+        # Not a scatter, which JAX does not take in host memory beside indices on the device.
+        for j in range(self.count):
+            row = jax.lax.slice_in_dim(values, j, j + 1, axis=self.axis)
+            x = jax.lax.dynamic_update_slice_in_dim(x, row, self.indices[j], self.axis)
+        return x
 
     def _sharding(self, x: Any) -> NamedSharding | None:
         sharding: Any = type_sharding(x)

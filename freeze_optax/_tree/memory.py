@@ -45,6 +45,11 @@ def put_in_memory(x: Any, memory: str | None) -> Any:
     return jax.device_put(x, x.sharding.with_memory_kind(memory or _DEVICE))
 
 
+def copied_to_device(x: Any) -> Any:
+    """Returns a copy of a constant in device memory, wherever its type says that it is."""
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
 def put_tree_in_memory(tree: Any, memory: str | None) -> Any:
     """Returns a tree with its arrays in this memory; the tree itself if they are there already."""
     if all(memory_of(x) == memory for x in jax.tree.leaves(tree)):

@@ -1,0 +1,129 @@
+"""`LayerPasses`: one layer forward and backward, with nothing of its weights kept in between.
+
+`jax.vjp` keeps what the backward pass needs: activations, but also the weights, or what was
+computed of them alone: a quantized layer as floats, say. In a loop over layers that would be a copy
+of the whole stack. Here the backward pass gets the layer again, and computes the latter again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+@jax.tree_util.register_static
+class Static:
+    """A node without leaves, so that static values go from the forward to the backward pass."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class LayerPasses:
+    """The passes of one layer, which are the same for all layers of a stack.
+
+    Args:
+      body: A function of the carry, a layer, and constants.
+      constants: The constants: all arrays that it uses beside carry and layer.
+      carry: A carry, of which only shapes and dtypes count.
+      layer: A layer, likewise.
+    """
+
+    def __init__(self, body: Callable[..., Any], constants: Sequence[Any], carry: Any, layer: Any):
+        structures: list[Any] = []
+
+        def forward(constants: Any, layer: Any, carry: Any) -> Any:
+            def of_arguments(constants: Any, layer: Any, carry: Any) -> Any:
+                return body(carry, layer, *constants)
+
+            outputs, pull = jax.vjp(of_arguments, constants, layer, carry)
+            residuals, structure = jax.tree.flatten(pull)
+            structures[:] = [structure]
+            return outputs, residuals
+
+        arguments = (list(constants), layer, carry)
+        self._closed, shapes = jax.make_jaxpr(forward, return_shape=True)(*arguments)
+        (self._pullback,) = structures
+        self._outputs = jax.tree.structure(shapes[0])
+        weights = len(jax.tree.leaves(arguments[:2]))
+        jaxpr, count = self._closed.jaxpr, len(shapes[1])
+        self._count, first = count, len(jaxpr.outvars) - count
+
+        def is_of_carry(i: int) -> bool:
+            _, used = dce_jaxpr(jaxpr, [j == first + i for j in range(len(jaxpr.outvars))])
+            return any(used[weights:])
+
+        self._is_kept = [is_of_carry(i) for i in range(count)]
+        again = [False] * first + [not kept for kept in self._is_kept]
+        pruned, self._is_used = dce_jaxpr(jaxpr, again)
+        self._again = ClosedJaxpr(pruned, self._closed.consts)
+
+    def forward(self, constants: Sequence[Any], layer: Any, carry: Any) -> tuple[Any, list[Any]]:
+        """Returns what the body returns, and what to keep for the backward pass."""
+        arguments = jax.tree.leaves((list(constants), layer, carry))
+        values = jaxpr_as_fun(self._closed)(*arguments)
+        split = len(values) - self._count
+        pairs = zip(values[split:], self._is_kept, strict=True)
+        return self._outputs.unflatten(values[:split]), [x for x, kept in pairs if kept]
+
+    def backward(
+        self, constants: Sequence[Any], layer: Any, kept: Sequence[Any], cotangents: Any
+    ) -> tuple[Any, Any, Any]:
+        """Returns the cotangents of the constants, of the layer and of the carry.
+
+        Args:
+          constants: The constants.
+          layer: The layer.
+          kept: What the forward pass kept.
+          cotangents: Those of what the body returned.
+        """
+        arguments = jax.tree.leaves((list(constants), layer))
+        # Nothing here depends on the carry, so the arguments end before it.
+        pairs = zip(arguments, self._is_used, strict=False)
+        again = iter(jaxpr_as_fun(self._again)(*(x for x, used in pairs if used)))
+        of_carry = iter(kept)
+        residuals = [next(of_carry) if flag else next(again) for flag in self._is_kept]
+        pull: Any = jax.tree.unflatten(self._pullback, residuals)
+        return pull(cotangents)
+
+
+def with_constants(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns a function that takes all arrays that `f` closes over as arguments, and these.
+
+    `jax.closure_convert` returns those alone that may be differentiated. But the passes of a
+    `custom_vjp` are traced after a jit around it, so they can't close over any value of its trace.
+    """
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    constants = list(jaxpr.consts)
+    structure = jax.tree.structure(shapes)
+
+    def function(carry: Any, layer: Any, *constants: Any) -> Any:
+        call = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, constants))
+        return structure.unflatten(call(*jax.tree.leaves((carry, layer))))
+
+    return function, constants
+
+
+def is_float0(x: Any) -> bool:
+    """Returns whether `x` is the cotangent of an integer, with which nothing can be computed."""
+    return x.dtype == jax.dtypes.float0
+
+
+def instantiated(cotangents: Any) -> Any:
+    """Returns cotangents with zeros in place of the symbols that a `custom_vjp` gets for them."""
+    return jax.tree.map(_without_symbol, cotangents, is_leaf=_is_symbolic_zero)
+
+
+def _is_symbolic_zero(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+
+
+def _without_symbol(x: Any) -> Any:
+    if not _is_symbolic_zero(x):
+        return x
+    make = np.zeros if x.dtype == jax.dtypes.float0 else jnp.zeros
+    return make(x.shape, x.dtype)

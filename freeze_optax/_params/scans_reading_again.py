@@ -1,0 +1,126 @@
+"""Scans whose backward pass reads the layers again: of layers in turns, and in host memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from freeze_optax._params.layer_loop import Layers, scan_layers
+from freeze_optax._params.layer_reading import (
+    LayerReader,
+    axes_and_length,
+    concatenate_outputs,
+    in_front,
+    layers_between,
+    streamed_arrays,
+)
+from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
+from freeze_optax._rows.flags import Flag
+from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.memory import put_in_memory
+
+
+class Stack(NamedTuple):
+    """A stack of layers.
+
+    Attributes:
+      leaves: Its leaves.
+      flags: Which of them are frozen.
+      axes: The axis of the layers in each of them.
+    """
+
+    leaves: Leaves
+    flags: Sequence[Flag]
+    axes: Sequence[int]
+
+
+class Options(NamedTuple):
+    """The arguments `unroll`, `axis` and `stream` of `scan`."""
+
+    unroll: int | bool
+    axis: int
+    stream: bool
+
+
+def scan_streamed(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    stack: Stack,
+    runs: Sequence[tuple[bool, int]],
+    unroll: int | bool,
+) -> tuple[Any, Any]:
+    """Scans over stacks of which what is frozen comes to the device layer by layer.
+
+    Args:
+      f: The function of carry and layer.
+      init: The first carry.
+      stack: The stack.
+      runs: For each run of layers whether it is frozen, and its length.
+      unroll: As for `jax.lax.scan`.
+    """
+    leaves, flags, axes = stack
+    constants = list(map(jax.lax.stop_gradient, leaves.values))
+    carry, start, outputs = init, 0, list[Any]()
+    for run_is_frozen, count in runs:
+        stop = start + count
+        constant = [run_is_frozen or flag is True for flag in flags]
+        triples = zip(constants, leaves.values, axes, constant, strict=True)
+        arrays = [
+            c if flag else put_in_memory(layers_between(start, stop, x, axis), None)
+            for c, x, axis, flag in triples
+        ]
+        pairs = zip(axes, constant, strict=True)
+        places = [(axis, 0) if flag else (0, start) for axis, flag in pairs]
+        streamed = streamed_arrays(leaves.paths, arrays, axes, constant)
+        reader = LayerReader(leaves.rebuild, places, streamed)
+        none: list[Any] = [None] * len(arrays)
+        layers = Layers(arrays, none, None, start, stop, places, reader)
+        carry, output = scan_layers(f, carry, layers, unroll)
+        outputs.append(output)
+        start = stop
+    return carry, concatenate_outputs(outputs)
+
+
+def scan_rotating(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    leaves: Leaves,
+    frozen: Spec,
+    options: Options,
+) -> tuple[Any, Any]:
+    """Scans where the layers that train are known as values, see `freeze_optax.rotating`."""
+    whole = [x.whole if is_layer_stack(x) else x for x in leaves.values]
+    unroll, axis, stream = options
+    axes, length = axes_and_length(whole, axis)
+    flags = resolve(frozen, Leaves(leaves.rebuild(whole)))
+    stacks = [x for x in leaves.values if is_layer_stack(x)]
+    for stack, a in zip(leaves.values, axes, strict=True):
+        if is_layer_stack(stack) and stack.axis != a:
+            raise ValueError(
+                f"the layers of {stack.path!r} take turns along axis {stack.axis}, but fo.scan was "
+                f"given axis {axis}"
+            )
+    for stack in stacks:
+        if stack.length != length:
+            raise ValueError(
+                f"fo.scan was given {length} of the {stack.length} layers of "
+                f"{stack.path!r}, which take turns (fo.rotating); it needs all of them"
+            )
+        report_scanned(stack)
+
+    pairs = list(zip(leaves.values, flags, strict=True))
+    constant = [is_layer_stack(x) or flag is True for x, flag in pairs]
+    has_live = [is_layer_stack(x) and flag is not True for x, flag in pairs]
+    arrays = [
+        jax.lax.stop_gradient(x) if flag else x for x, flag in zip(whole, constant, strict=True)
+    ]
+    triples = zip(leaves.values, axes, has_live, strict=True)
+    live = [in_front(x.live, a) if own else None for x, a, own in triples]
+    places = [(a, 0) for a in axes]
+    streamed = [False] * len(arrays)
+    if stream:
+        streamed = streamed_arrays(leaves.paths, arrays, axes, constant)
+    reader = LayerReader(leaves.rebuild, places, streamed)
+    layers = Layers(arrays, live, stacks[0].rows, 0, length, places, reader)
+    return scan_layers(f, init, layers, unroll)
