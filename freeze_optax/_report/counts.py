@@ -85,16 +85,27 @@ class LeafCounts(Counts):
     Attributes:
       trainable_with_aliases: As `trainable`, but each of the leaves that share a buffer counts.
       frozen_with_aliases: As `frozen`, but each of the leaves that share a buffer counts.
+      trainable_host_bytes: The bytes of the parameters that train and are in host memory.
+      frozen_host_bytes: The bytes of the frozen parameters in host memory.
+      state_host_bytes: The bytes of their statistics in host memory, as far as known.
+      host_with_aliases: The number of parameters in host memory, also of each alias.
+      state_on_host: The number of parameters with statistics in host memory, also of each alias.
       factors: The different factors of those that train, see `freeze_optax.rates`, in order.
     """
 
     trainable_with_aliases: int = 0
     frozen_with_aliases: int = 0
+    trainable_host_bytes: int = 0
+    frozen_host_bytes: int = 0
+    state_host_bytes: int = 0
+    host_with_aliases: int = 0
+    state_on_host: int = 0
     factors: tuple[float, ...] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         former = {"live": "trainable_with_aliases", "still": "frozen_with_aliases"}
-        self.__dict__.update(with_present_names(state, former))
+        # Pickles of earlier versions lack the attributes that were added later.
+        self.__dict__.update({**vars(LeafCounts()), **with_present_names(state, former)})
 
     @classmethod
     def of_leaf(cls, leaf: Any, flag: Flag, is_alias: bool) -> "LeafCounts":
@@ -135,6 +146,25 @@ class LeafCounts(Counts):
             factors=factors if self.trainable_with_aliases else (),
         )
 
+    def with_memory(self, is_on_host: bool, state_host_bytes: int) -> "LeafCounts":
+        """Returns the same counts of one leaf, with what is in host memory.
+
+        Args:
+          is_on_host: Whether the leaf is.
+          state_host_bytes: How many bytes of its statistics are.
+        """
+        if not is_on_host and not state_host_bytes:
+            return self
+        count = self.trainable_with_aliases + self.frozen_with_aliases
+        return dataclasses.replace(
+            self,
+            trainable_host_bytes=self.trainable_bytes if is_on_host else 0,
+            frozen_host_bytes=self.frozen_bytes if is_on_host else 0,
+            state_host_bytes=state_host_bytes,
+            host_with_aliases=count if is_on_host else 0,
+            state_on_host=count if state_host_bytes else 0,
+        )
+
     @classmethod
     def sum(cls, counts: Iterable["LeafCounts"]) -> "LeafCounts":
         """Returns the sum of counts; None in one of them makes None in the sum."""
@@ -155,6 +185,22 @@ class LeafCounts(Counts):
         if self.trainable_with_aliases and self.frozen_with_aliases:
             return "partial"
         return "trainable" if self.trainable_with_aliases else "frozen"
+
+    @property
+    def host_bytes(self) -> int:
+        """The bytes in host memory, of the parameters and of their statistics."""
+        return self.param_host_bytes + self.state_host_bytes
+
+    @property
+    def param_host_bytes(self) -> int:
+        """The bytes of the parameters in host memory."""
+        return self.trainable_host_bytes + self.frozen_host_bytes
+
+    @property
+    def is_partly_on_host(self) -> bool:
+        """Whether some of the leaves, or the statistics of some, are in host memory, not of all."""
+        count = self.trainable_with_aliases + self.frozen_with_aliases
+        return any(0 < on_host < count for on_host in (self.host_with_aliases, self.state_on_host))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts by their names."""

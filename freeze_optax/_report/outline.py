@@ -210,8 +210,8 @@ def shown_lines(root: Node, depth: int | None) -> list[Line]:
     Args:
       root: The root of an outline.
       depth: How many levels to show. If None, only nodes with params are shown. Then what is below
-        a node is shown if only a part of it trains, if it has several factors, or if neither it nor
-        a node above it has siblings.
+        a node is shown if only a part of it trains, if it has several factors, if only a part of it
+        is in host memory, or if neither it nor a node above it has siblings.
     """
     if depth is not None:
         return [line for line in walk_lines(root) if line.level < depth]
@@ -223,7 +223,8 @@ def shown_lines(root: Node, depth: int | None) -> list[Line]:
         has_params = line.counts.trainable_with_aliases or line.counts.frozen_with_aliases
         if has_params:
             shown.append(line)
-        is_mixed = line.counts.status == "partial" or len(line.counts.factors) > 1
+        counts = line.counts
+        is_mixed = counts.status == "partial" or len(counts.factors) > 1 or counts.is_partly_on_host
         is_open = is_mixed or line.is_only
         closed = None if has_params and is_open else line.level
     return shown

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from freeze_optax._report.counts import LeafCounts
 from freeze_optax._report.factors import Factors, factors_by_path
+from freeze_optax._report.memory import is_on_host
 from freeze_optax._report.outline import Entry
 from freeze_optax._report.state_bytes import StateBytes, state_bytes
 from freeze_optax._rows.flags import Flag
@@ -43,6 +44,7 @@ class ResolvedParams(NamedTuple):
         same = first_of_buffer(shown)
         unknown: list[int | None] = [None] * len(shown.values)
         present = self.present.by_leaf if self.present else unknown
+        on_host = self.present.host_by_leaf if self.present else [0] * len(shown.values)
         unfrozen = self.unfrozen.by_leaf if self.unfrozen else unknown
         for i, (path, leaf) in enumerate(zip(shown.paths, shown.values, strict=True)):
             size, full_size = present[i], unfrozen[i]
@@ -50,6 +52,7 @@ class ResolvedParams(NamedTuple):
             factors = self.factors.get(self.leaves.paths[i], ())
             counts = LeafCounts.of_leaf(leaf, self.flags[i], i in same)
             counts = counts.with_state(size, saved, factors)
+            counts = counts.with_memory(is_on_host(leaf), on_host[i])
             kind = (leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf)
             same_as = shown.paths[same[i]] if i in same else ""
             yield Entry(path, counts, (counts, kind, same_as), same_as)

@@ -1,7 +1,7 @@
 """The bytes of an optimizer state, in all and for each leaf."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, final
 
 import optax
@@ -9,6 +9,7 @@ import optax
 from freeze_optax._edit.fresh_state import abstract_init
 from freeze_optax._edit.state_holders import params_of_state
 from freeze_optax._report.counts import total_bytes
+from freeze_optax._report.memory import bytes_on_host, is_on_host
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, schedules_in_spec, state_in_spec
@@ -28,10 +29,14 @@ class StateBytes(NamedTuple):
       total: The bytes of the whole state, counters and clocks included.
       by_leaf: The bytes of the statistics of each leaf; None if the state mixes leaves in one
         array.
+      host: The bytes of the whole state in host memory.
+      host_by_leaf: The bytes of the statistics of each leaf in host memory; 0 if not known.
     """
 
     total: int
-    by_leaf: list[int | None]
+    by_leaf: Sequence[int | None]
+    host: int
+    host_by_leaf: Sequence[int]
 
     def spread(self, places: Iterable[int | None]) -> "StateBytes":
         """Returns the same bytes for the leaves of a larger tree.
@@ -40,8 +45,10 @@ class StateBytes(NamedTuple):
           places: For each leaf of that tree, its place among those of the state; None for a leaf
             that the state has not, which has 0 bytes.
         """
+        places = list(places)
         by_leaf = [0 if place is None else self.by_leaf[place] for place in places]
-        return self._replace(by_leaf=by_leaf)
+        on_host = [0 if place is None else self.host_by_leaf[place] for place in places]
+        return self._replace(by_leaf=by_leaf, host_by_leaf=on_host)
 
 
 @final
@@ -97,19 +104,20 @@ def state_bytes(
         inner, around, unfrozen, live = _find_inner(optimizer, params, flags, is_stepped)
     if state is None and inner is None:
         return None, None
-    if state is None:
-        state = _abstract_state(inner, live, flags)
-    elif optimizer is not None:
-        _check_optimizer(inner, params, state, leaves)
     around += total_bytes(steps)
-    now = _state_bytes(state, leaves, around)
+    if state is None:
+        now = _bytes_of_new(_abstract_state(inner, live, flags), leaves, around)
+    else:
+        if optimizer is not None:
+            _check_optimizer(inner, params, state, leaves)
+        now = _bytes_of_state(state, leaves, around, bytes_on_host(steps))
     if inner is None:
         return now, None
     try:
         unfrozen = unfrozen or _unfrozen(inner, params)
     except ValueError:  # optax.partition without a transformation for the frozen group, say
         return now, None
-    return now, _state_bytes(unfrozen, leaves, around)
+    return now, _bytes_of_new(unfrozen, leaves, around)
 
 
 def _inner_of(state: FreezeState | None) -> Any:
@@ -199,13 +207,38 @@ def _check_optimizer(inner: Any, params: Any, state: FreezeState, leaves: Leaves
         )
 
 
-def _state_bytes(state: FreezeState, leaves: Leaves, around: int) -> StateBytes:
-    """Returns the bytes of a state and of what is around it."""
-    return StateBytes(total_bytes(state) + around, _statistics(state, leaves))
+def _bytes_of_new(state: FreezeState, leaves: Leaves, around: int) -> StateBytes:
+    """Returns the bytes of a state that `init` would make, and of what is around it.
+
+    Its arrays are abstract, so they do not tell their memory: `init` makes the statistics of each
+    leaf in the memory of that leaf.
+    """
+    by_leaf = _statistics(state, leaves, total_bytes)
+    on_host = [
+        size if size and is_on_host(leaf) else 0
+        for size, leaf in zip(by_leaf, leaves.values, strict=True)
+    ]
+    return StateBytes(total_bytes(state) + around, by_leaf, sum(on_host), on_host)
 
 
-def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
-    """Returns the bytes of the statistics of each leaf; None for all if the state mixes leaves."""
+def _bytes_of_state(
+    state: FreezeState, leaves: Leaves, around: int, around_on_host: int
+) -> StateBytes:
+    """Returns the bytes of a state and of what is around it, each array in the memory it is in."""
+    host = bytes_on_host(state)
+    sizes = _statistics(state, leaves, bytes_on_host) if host else [0] * len(leaves.values)
+    return StateBytes(
+        total_bytes(state) + around,
+        _statistics(state, leaves, total_bytes),
+        host + around_on_host,
+        [size or 0 for size in sizes],
+    )
+
+
+def _statistics(
+    state: FreezeState, leaves: Leaves, size_of: Callable[[Any], int]
+) -> Sequence[int | None]:
+    """Returns the size of the statistics of each leaf; None for all if the state mixes leaves."""
     plan = state.plan
     try:
         statistics, _ = plan.layout.split(state.inner)
@@ -216,7 +249,6 @@ def _statistics(state: FreezeState, leaves: Leaves) -> list[int | None]:
         return [None] * len(leaves.values)
     sizes = [0] * len(plan.paths)
     for (_, part), value in statistics.items():
-        sizes[part if plan.part_table is None else plan.part_table.parts[part][0]] += total_bytes(
-            value
-        )
-    return list(plan.in_order_of(leaves, sizes, "params"))
+        leaf = part if plan.part_table is None else plan.part_table.parts[part][0]
+        sizes[leaf] += size_of(value)
+    return plan.in_order_of(leaves, sizes, "params")

@@ -12,12 +12,14 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from freeze_optax._report.counts import Counts, Status
-from freeze_optax._report.factors import Factors, factor_text, shows_factors
+from freeze_optax._report.counts import Status
+from freeze_optax._report.factors import factor_text, shows_factors
 from freeze_optax._report.html import TableRow, table_as_html
+from freeze_optax._report.memory import CountsByMemory
 from freeze_optax._report.outline import Line, Node, build_outline, shown_lines
 from freeze_optax._report.plot import draw_outline
 from freeze_optax._report.resolved_params import resolve_params
+from freeze_optax._report.row import Row, row_of_line
 from freeze_optax._report.row_names import ROOT, name_in_markdown, name_in_table
 from freeze_optax._rows.elements import Elements
 from freeze_optax._select.dotted import Dotted, dotted_leaves
@@ -33,38 +35,8 @@ _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial":
 _LEAST_NAME, _PADDING = 20, 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(Counts):
-    """The counts of one subtree of the params in a `Summary`.
-
-    Its `state_bytes` are those of the statistics of the subtree, without counters and clocks.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import freeze_optax as fo
-      >>> params = {"layer_0": jnp.ones(3), "layer_1": jnp.ones(3), "head": jnp.ones(2)}
-      >>> [(row.path, row.status, row.total) for row in fo.summary(params, "layer_*").rows]
-      [('head', 'trainable', 2), ('layer_{0..1}', 'frozen', 6)]
-
-    Attributes:
-      path: The key path of the subtree; if repeated layers are folded, a glob that matches them
-        all.
-      status: `"trainable"`, `"frozen"` or `"partial"`.
-      same_as: The path of the leaf that this one shares its buffer with. That leaf counts for both.
-      factors: The different factors of what trains in it, in order, see `freeze_optax.rates`. Empty
-        if they are not known, or if there are none.
-      total, trainable, frozen: As for `Summary`.
-      trainable_bytes, frozen_bytes, state_bytes, saved_bytes: As for `Summary`.
-    """
-
-    path: str
-    status: Status
-    same_as: str = ""
-    factors: Factors = ()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Summary(Counts):
+class Summary(CountsByMemory):
     """What is frozen, for each subtree; terminals and notebooks show it as a table.
 
     `freeze_optax.summary` makes it. Its counts are those of all params; `state_bytes` includes
@@ -203,7 +175,8 @@ class Summary(Counts):
     def _columns(self) -> list[str]:
         state = [] if all(row.state_bytes is None for row in self.rows) else ["optimizer state"]
         factor = ["factor"] if shows_factors(row.factors for row in self.rows) else []
-        return ["", "parameters", "bytes", *state, *factor]
+        host = ["host memory"] if any(row.host_bytes for row in self.rows) else []
+        return ["", "parameters", "bytes", *state, *host, *factor]
 
     def _cells(self, row: Row) -> list[str]:
         cells = {
@@ -211,6 +184,7 @@ class Summary(Counts):
             "parameters": f"{row.total:,}",
             "bytes": decimal(row.trainable_bytes + row.frozen_bytes),
             "optimizer state": "" if row.state_bytes is None else decimal(row.state_bytes),
+            "host memory": decimal(row.host_bytes),
             "factor": factor_text(row.factors),
         }
         return [cells[column] for column in self._columns]
@@ -223,6 +197,7 @@ class Summary(Counts):
             saved = self.saved_bytes or 0
             less = f", {decimal(saved)} less than with nothing frozen" if saved > 0 else ""
             notes.append(f"optimizer state: {decimal(self.state_bytes)}{less}")
+        notes += self._memory_notes
         if self._index_bytes:
             size = decimal(self._index_bytes)
             notes.append(f"indices of single elements: {size} in the compiled step")
@@ -333,11 +308,13 @@ def summary(
         `freezable`, whose own spec has no effect here. Not needed if `frozen` is a state. Where a
         factor of its `freeze_optax.rates` is not 1, the table has a column of them.
       depth: How many levels of the tree to show, with a row for every node. If None, repeated
-        layers are folded, and a subtree is opened only if a part of it trains, or if what trains
-        in it has several factors.
+        layers are folded, and a subtree is opened only if a part of it trains, if what trains in it
+        has several factors, or if a part of it is in host memory.
 
     Returns:
       The summary. It prints as a table; see its attributes, `to_dict`, `to_markdown` and `plot`.
+      Where something is in host memory, the table has a column of its bytes; see `host_bytes` and
+      `least_seconds`.
 
     Raises:
       ValueError: If the spec does not fit the params or freezes only one of two leaves that share a
@@ -358,16 +335,7 @@ def summary(
     counts = root.counts.to_dict()
     counts["state_bytes"] = present.total if present else None
     counts["saved_bytes"] = unfrozen.total - present.total if present and unfrozen else None
-    rows = [
-        Row(
-            **x.counts.to_dict(),
-            path=x.path,
-            status=x.counts.status,
-            same_as=x.node.same_as,
-            factors=x.counts.factors,
-        )
-        for x in shown
-    ]
+    rows = [row_of_line(line) for line in shown]
     quantized = [
         printable(node.path(leaves)) or ROOT
         for node in quantized_nodes(leaves)
@@ -381,6 +349,8 @@ def summary(
         _depth=depth,
         _quantized=quantized,
         _rotation=state.plan.rotation if state else None,
+        _host_bytes=root.counts.param_host_bytes + (present.host if present else 0),
+        _frozen_host_bytes=root.counts.frozen_host_bytes,
         _index_bytes=sum((~flag).index_bytes for flag in flags if isinstance(flag, Elements)),
     )
 

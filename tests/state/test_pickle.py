@@ -96,6 +96,8 @@ def test_a_summary_and_selectors_of_version_0_1_0_are_loaded_and_used():
     assert summary.to_markdown() == own.to_markdown()
     statuses = [[line.counts.status for line in walk_lines(x._root)] for x in (summary, own)]
     assert statuses[0] == statuses[1] == ["trainable", "frozen"]
+    assert (summary.host_bytes, summary.device_bytes) == (0, own.device_bytes)
+    assert summary._root.children[0].counts == own._root.children[0].counts
     assert repr(selectors) == (
         "[labelled(1), of_type(dict, fields=('w',)), declared(), "
         "(~path('head') & path('layer_0')), (path('a') - path('b')), everything]"
