@@ -103,7 +103,11 @@ def with_constants(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[...
 
     def function(carry: Any, layer: Any, *constants: Any) -> Any:
         call = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, constants))
-        return structure.unflatten(call(*jax.tree.leaves((carry, layer))))
+        values = call(*jax.tree.leaves((carry, layer)))
+        # Outside of a trace, JAX returns a constant of the function as an array of NumPy.
+        return structure.unflatten(
+            x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values
+        )
 
     return function, constants
 
