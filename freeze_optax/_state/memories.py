@@ -11,7 +11,7 @@ from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._state.whole_params import making_state_for
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import memory_of, put_in_memory, put_tree_in_memory
+from freeze_optax._tree.memory import home_of, memory_of, put_in_memory, put_tree_in_memory
 from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.variables import unwrap_variable
 
@@ -37,7 +37,9 @@ def init_in_memory(plan: Plan, live_params: Any, params: Any) -> Any:
     except ValueError:  # It mixes the leaves in one array, so no parameter tells its memory.
         return state
     memories = next_memories(plan, places, params, is_new=True)
-    values = [put_tree_in_memory(x, memory) for x, memory in zip(places, memories, strict=True)]
+    home = home_of(jax.tree.leaves(params))
+    pairs = zip(places, memories, strict=True)
+    values = [put_tree_in_memory(x, memory, home) for x, memory in pairs]
     return plan.layout.rebuild(values)
 
 
@@ -85,6 +87,27 @@ def next_memories(
         return of_param[leaf_of[owner]]
 
     return [next_memory(*entry) for entry in entries]
+
+
+def parked_memories(plan: Plan, places: Sequence[Any]) -> list[str | None]:
+    """Returns, for each place of a state, the memory of what is parked in the same moment tree.
+
+    Args:
+      plan: The plan of the state.
+      places: What each place of the state holds.
+
+    Returns:
+      For each place the kind of memory; None also if nothing is parked, or in several memories.
+    """
+    if not plan.parked or not any(map(memory_of, jax.tree.leaves(list(places)))):
+        return [None] * len(places)
+    prefixes, owners = plan.layout.prefixes, plan.layout.owners
+    parked: dict[Keys, set[str | None]] = {}
+    for prefix, owner, value in zip(prefixes, owners, places, strict=True):
+        if owner in plan.parked:
+            parked.setdefault(prefix, set()).update(_memories(value))
+    found = [parked.get(prefix, set()) for prefix in prefixes]
+    return [next(iter(memories)) if len(memories) == 1 else None for memories in found]
 
 
 def put_beside(new: Any, old: Any) -> Any:
