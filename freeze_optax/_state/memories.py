@@ -11,7 +11,13 @@ from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._state.whole_params import making_state_for
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import home_of, memory_of, put_in_memory, put_tree_in_memory
+from freeze_optax._tree.memory import (
+    home_of,
+    is_memory_error,
+    memory_of,
+    put_in_memory,
+    put_tree_in_memory,
+)
 from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.variables import unwrap_variable
 
@@ -137,14 +143,42 @@ def mixed_memories(trees: Mapping[str, Any]) -> str | None:
     """
     on_host, on_device = list[str](), list[str]()
     for name, tree in trees.items():
-        leaves = Leaves(tree)
-        for path, x in zip(leaves.paths, leaves.values, strict=True):
-            if isinstance(x, jax.Array):
-                (on_host if memory_of(x) else on_device).append(f"{name}: {path}")
+        hosted, others = _by_memory(Leaves(tree))
+        on_host += [f"{name}: {path}" for path in hosted]
+        on_device += [f"{name}: {path}" for path in others]
     if not (on_host and on_device):
         return None
     return (
         f"in host memory are {quoted_list(on_host)}, in device memory {quoted_list(on_device)}; "
-        "JAX computes nothing from both. Move what trains to one memory before the update, with "
-        "jax.device_put(x, jax.memory.Space.Device), or freeze what is in host memory"
+        "JAX computes nothing from both. Before the loss write params = fo.place(params, state), "
+        "which moves what trains to the device; move the state of what trains, and gradients, with "
+        "jax.device_put(x, jax.memory.Space.Device)"
     )
+
+
+def explain_memories_of_loss(
+    error: Exception, leaves: Leaves, remedy: str = "params = fo.place(params, frozen, 'device')"
+) -> None:
+    """Raises, with the paths, if an error of JAX is about a loss of params in host memory.
+
+    Args:
+      error: What the loss, or its backward pass, has raised.
+      leaves: The leaves of the params.
+      remedy: The code that moves all of them to the device.
+    """
+    hosted, others = _by_memory(leaves) if is_memory_error(error) else ([], [])
+    if hosted:
+        beside = f", in device memory {quoted_list(others)}" if others else ""
+        raise ValueError(
+            "the loss computes with leaves in another memory than the rest of its arrays: in host "
+            f"memory are {quoted_list(hosted)}{beside}. Move all of them to the device with "
+            f"{remedy}, or bring each in where the loss uses it: fo.streamed(f)(params['layer'], "
+            "x), or fo.scan(…, stream=True) for stacked layers"
+        ) from error
+
+
+def _by_memory(leaves: Leaves) -> tuple[list[str], list[str]]:
+    """Returns the paths of the arrays in host memory, and of those in device memory."""
+    pairs = zip(leaves.paths, leaves.values, strict=True)
+    arrays = [(path, memory_of(x)) for path, x in pairs if isinstance(x, jax.Array)]
+    return [path for path, kind in arrays if kind], [path for path, kind in arrays if not kind]
