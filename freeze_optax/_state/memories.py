@@ -90,7 +90,8 @@ def next_memories(
             found = trained.get((prefix, leaf), set())
             if len(found) == 1:
                 return next(iter(found))
-        return of_param[leaf_of[owner]]
+        # A factor of `rates` is a scalar, and scalars are made on the device, as counters are.
+        return None if prefix in layout.factors else of_param[leaf_of[owner]]
 
     return [next_memory(*entry) for entry in entries]
 
@@ -128,7 +129,8 @@ def put_beside(new: Any, old: Any) -> Any:
         return put_in_memory(new, memory_of(old))
     if len(old.sharding.device_set) == 1 and memory_of(new) == memory_of(old):
         return new
-    return jax.device_put(new, old.sharding)
+    # First the memory: JAX fails to move an array from a mesh to one device in another memory.
+    return jax.device_put(put_in_memory(new, memory_of(old)), old.sharding)
 
 
 def _memories(tree: Any) -> set[str | None]:
