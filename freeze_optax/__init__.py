@@ -9,6 +9,8 @@ from freeze_optax._edit.freeze_thaw import freeze as freeze
 from freeze_optax._edit.freeze_thaw import set_frozen as set_frozen
 from freeze_optax._edit.freeze_thaw import thaw as thaw
 from freeze_optax._edit.phases import Phases as Phases
+from freeze_optax._edit.place import place as place
+from freeze_optax._edit.place import place_state as place_state
 from freeze_optax._edit.rotating import rotating as rotating
 from freeze_optax._edit.scheduled import scheduled as scheduled
 from freeze_optax._export.export_state import export_state as export_state

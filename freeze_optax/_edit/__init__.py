@@ -1,4 +1,4 @@
-"""Edits of an optimizer state: freeze, thaw, adopt, release and phases.
+"""Edits of an optimizer state: freeze, thaw, place, adopt, release and phases.
 
 This room holds the edits that users call, `Phases` and `scheduled`. It also holds what they use:
 the search for the one state in a tree (`state_holders`), the state that `init` makes for some

@@ -23,7 +23,7 @@ from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
 from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.kinds import number_kind
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import put_tree_in_memory
+from freeze_optax._tree.memory import home_of, put_tree_in_memory
 from freeze_optax._tree.messages import few_clauses
 from freeze_optax._tree.overwritten import optimized_params
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
@@ -120,6 +120,7 @@ def release(state: Any, params: Any) -> Any:
     unsplit_plan = Plan.from_flags(plan.paths, [not flag for flag in missing], plan.context)
     statistics, shared = plan.layout.split(freeze_state.inner)
     memories = _memories(plan, table, freeze_state.inner, params)
+    home = home_of(jax.tree.leaves((freeze_state, params))) if any(memories.values()) else None
     fresh, fresh_shared = statistics, shared
     if any(missing):
         fresh, fresh_shared = unsplit_plan.layout.split(init_leaves(unsplit_plan, params, missing))
@@ -131,7 +132,7 @@ def release(state: Any, params: Any) -> Any:
         first = statistics.get((prefix, parts[0]), HOLE)
         if not missing[leaf]:
             is_parked = parts[0] in plan.parked
-            return put_tree_in_memory(first, memories[prefix, leaf]) if is_parked else first
+            return put_tree_in_memory(first, memories[prefix, leaf], home) if is_parked else first
         value = unwrap_variable(fresh[place])
         if prefix in plan.layout.factors:
             # A plain optimizer has one factor for a leaf, so that of the first part counts.
@@ -142,7 +143,7 @@ def release(state: Any, params: Any) -> Any:
             subset = table.parts[part][1]
             if subset and plan.cohorts[part] != DROPPED:
                 value = _with_part(value, subset, statistics.get((prefix, part), HOLE), path)
-        return rewrap_variable(first, put_tree_in_memory(value, memories[prefix, leaf]))
+        return rewrap_variable(first, put_tree_in_memory(value, memories[prefix, leaf], home))
 
     if all(cohort == DROPPED for cohort in plan.cohorts):
         kinds = (owner for owner in unsplit_plan.layout.owners if owner in (COUNTER, CLOCK))

@@ -44,7 +44,8 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
         already does not change, and its state stays parked if it is parked.
       keep_state: If False, the state of these leaves is dropped. If True, it is parked: it stays
         in the state unchanged, step counters included, until `thaw` continues with it. `freeze!`
-        of Optimisers.jl and `requires_grad = False` of PyTorch keep it in the same way.
+        of Optimisers.jl and `requires_grad = False` of PyTorch keep it in the same way. If what is
+        parked already is in another memory (`freeze_optax.place_state`), it goes there too.
 
     Returns:
       The same tree with its `FreezeState` replaced, or `state` itself if nothing changes. The

@@ -35,7 +35,11 @@ def only_state(verb: str, tree: Any) -> FreezeState:
 
 def _example_call(verb: str, state: str) -> str:
     """Returns the code of a call of `verb`, for error messages."""
-    arguments = {"export_state": state, "import_state": "tx, params, exported"}
+    arguments = {
+        "export_state": state,
+        "import_state": "tx, params, exported",
+        "place_state": state,
+    }
     return f"{verb}({arguments.get(verb, f'{state}, params, ...')})"
 
 

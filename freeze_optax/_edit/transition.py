@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import jax
+
 from freeze_optax._edit.fresh_state import init_leaves
 from freeze_optax._state.freeze_state import FreezeState
-from freeze_optax._state.memories import next_memories, put_beside
+from freeze_optax._state.memories import next_memories, parked_memories, put_beside
 from freeze_optax._state.plan import DROPPED
 from freeze_optax._transform.cohorts import cohort_counters, stack_ages
 from freeze_optax._tree.holes import HOLE, is_hole
-from freeze_optax._tree.memory import put_tree_in_memory
+from freeze_optax._tree.memory import home_of, put_tree_in_memory
 from freeze_optax._tree.variables import rewrap_variable, unwrap_variable
 
 _FRESH = 1 << 30
@@ -28,9 +30,13 @@ def apply_transition(
     cohorts = tuple(DROPPED if group is None else order[group] for group in groups)
 
     renewed = [cohort == DROPPED and not now for cohort, _, now in changes]
-    # Parked statistics that train again go where those are that train already.
+    # Parked statistics that train again go where those are that train already, and what is parked
+    # now goes where those are that are parked already.
     resumed = [was and cohort != DROPPED and not now for cohort, was, now in changes]
-    memories = next_memories(plan, places, params)
+    parks = [now and cohort != DROPPED and not was for cohort, was, now in changes]
+    memories, of_parked = next_memories(plan, places, params), parked_memories(plan, places)
+    has_host = any(memories) or any(of_parked)
+    home = home_of(jax.tree.leaves((state, params))) if has_host else None
     fresh = places
     if any(renewed) or not order:
         fresh = layout.places(init_leaves(plan, params, renewed))
@@ -47,13 +53,16 @@ def apply_transition(
             return places[place]
         if cohorts[owner] == DROPPED:
             return rewrap_variable(places[place], HOLE)
+        if parks[owner]:
+            memory, statistics = of_parked[place], places[place]
+            return put_tree_in_memory(statistics, memory, home) if memory else statistics
         if not (renewed[owner] or resumed[owner]):
             return places[place]
         # `init` saw boxes that the state may have lost since (`nn.meta.unbox`).
         value = unwrap_variable(fresh[place]) if renewed[owner] else places[place]
         if layout.prefixes[place] in scalars:
             value = put_beside(value, scalars[layout.prefixes[place]])
-        return rewrap_variable(places[place], put_tree_in_memory(value, memories[place]))
+        return rewrap_variable(places[place], put_tree_in_memory(value, memories[place], home))
 
     values = [next_at(place, owner) for place, owner in enumerate(layout.owners)]
     counters = dict(enumerate(cohort_counters(state, places)))

@@ -12,10 +12,10 @@ from jax.core import Tracer
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, params_of_state, replace_state
+from freeze_optax._export.beside_params import is_sharded, place_beside
 from freeze_optax._export.encoded_subset import decoded_subset, shape_in
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
-from freeze_optax._export.placement import is_sharded, place_beside
 from freeze_optax._rows.parts import PartTable
 from freeze_optax._rows.rows import Rows
 from freeze_optax._rows.subset import Subset

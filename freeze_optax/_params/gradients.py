@@ -23,6 +23,7 @@ from freeze_optax._select.specs import (
     rotations_in_spec,
     schedules_in_spec,
 )
+from freeze_optax._state.memories import explain_memories_of_loss
 from freeze_optax._state.rotation import RotatingState
 from freeze_optax._tree.holes import HOLE
 from freeze_optax._tree.leaves import Leaves
@@ -68,7 +69,8 @@ def value_and_grad(
 
     Raises:
       ValueError: At once, for the state of `scheduled` together with `holes`, or for two such
-        states. At the call, if the spec does not fit the params.
+        states. At the call, if the spec does not fit the params; or if `fun` computes with leaves
+        in host memory (see `freeze_optax.place`) and does not copy them to the device.
       IndexError: At the call, if a layer is not there (`fo.layers(pattern)[i]`).
       TypeError: If a transformation is passed as `frozen`. At the call, if a mask holds anything
         but bools.
@@ -98,13 +100,17 @@ def value_and_grad(
             return fun(params, *args, **kwargs)
 
         def differentiate(flags: Sequence[Flag]) -> Any:
-            return _value_and_grad(of_params, leaves, flags, has_aux, holes)
+            try:
+                if rotations:
+                    return value_and_grad_of_turn(
+                        of_params, rotations[0], params, flags, has_aux, holes
+                    )
+                return _value_and_grad(of_params, leaves, flags, has_aux, holes)
+            except (ValueError, TypeError) as error:
+                explain_memories_of_loss(error, leaves)
+                raise
 
         always_frozen = resolve(selector, leaves)
-        if rotations:
-            return value_and_grad_of_turn(
-                of_params, rotations[0], params, always_frozen, has_aux, holes
-            )
         if not schedules:
             return differentiate(always_frozen)
         (state,) = schedules

@@ -50,9 +50,9 @@ def stack_layers(params: Any, layers: str = "*", to: str | None = None) -> Any:
 
     Returns:
       A tree like `params` with one node in place of the layers. Each of its arrays has the layers
-      along a new leading axis, with every bit, the dtype and the memory that they had. Leaves that
-      are no arrays, such as activation functions, are not stacked: they stay as they are. Layers
-      that shared a buffer do not share it in the stack.
+      along a new leading axis, with every bit and the dtype that they had, in the memory of the
+      first layer. Leaves that are no arrays, such as activation functions, are not stacked: they
+      stay as they are. Layers that shared a buffer do not share it in the stack.
 
     Raises:
       ValueError: If the pattern names no node; if the layers have several parents, or differ in

@@ -11,7 +11,13 @@ from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._state.whole_params import making_state_for
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import memory_of, put_in_memory, put_tree_in_memory
+from freeze_optax._tree.memory import (
+    home_of,
+    is_memory_error,
+    memory_of,
+    put_in_memory,
+    put_tree_in_memory,
+)
 from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.variables import unwrap_variable
 
@@ -37,7 +43,9 @@ def init_in_memory(plan: Plan, live_params: Any, params: Any) -> Any:
     except ValueError:  # It mixes the leaves in one array, so no parameter tells its memory.
         return state
     memories = next_memories(plan, places, params, is_new=True)
-    values = [put_tree_in_memory(x, memory) for x, memory in zip(places, memories, strict=True)]
+    home = home_of(jax.tree.leaves(params))
+    pairs = zip(places, memories, strict=True)
+    values = [put_tree_in_memory(x, memory, home) for x, memory in pairs]
     return plan.layout.rebuild(values)
 
 
@@ -82,9 +90,31 @@ def next_memories(
             found = trained.get((prefix, leaf), set())
             if len(found) == 1:
                 return next(iter(found))
-        return of_param[leaf_of[owner]]
+        # A factor of `rates` is a scalar, and scalars are made on the device, as counters are.
+        return None if prefix in layout.factors else of_param[leaf_of[owner]]
 
     return [next_memory(*entry) for entry in entries]
+
+
+def parked_memories(plan: Plan, places: Sequence[Any]) -> list[str | None]:
+    """Returns, for each place of a state, the memory of what is parked in the same moment tree.
+
+    Args:
+      plan: The plan of the state.
+      places: What each place of the state holds.
+
+    Returns:
+      For each place the kind of memory; None also if nothing is parked, or in several memories.
+    """
+    if not plan.parked or not any(map(memory_of, jax.tree.leaves(list(places)))):
+        return [None] * len(places)
+    prefixes, owners = plan.layout.prefixes, plan.layout.owners
+    parked: dict[Keys, set[str | None]] = {}
+    for prefix, owner, value in zip(prefixes, owners, places, strict=True):
+        if owner in plan.parked:
+            parked.setdefault(prefix, set()).update(_memories(value))
+    found = [parked.get(prefix, set()) for prefix in prefixes]
+    return [next(iter(memories)) if len(memories) == 1 else None for memories in found]
 
 
 def put_beside(new: Any, old: Any) -> Any:
@@ -99,7 +129,8 @@ def put_beside(new: Any, old: Any) -> Any:
         return put_in_memory(new, memory_of(old))
     if len(old.sharding.device_set) == 1 and memory_of(new) == memory_of(old):
         return new
-    return jax.device_put(new, old.sharding)
+    # First the memory: JAX fails to move an array from a mesh to one device in another memory.
+    return jax.device_put(put_in_memory(new, memory_of(old)), old.sharding)
 
 
 def _memories(tree: Any) -> set[str | None]:
@@ -114,14 +145,42 @@ def mixed_memories(trees: Mapping[str, Any]) -> str | None:
     """
     on_host, on_device = list[str](), list[str]()
     for name, tree in trees.items():
-        leaves = Leaves(tree)
-        for path, x in zip(leaves.paths, leaves.values, strict=True):
-            if isinstance(x, jax.Array):
-                (on_host if memory_of(x) else on_device).append(f"{name}: {path}")
+        hosted, others = _by_memory(Leaves(tree))
+        on_host += [f"{name}: {path}" for path in hosted]
+        on_device += [f"{name}: {path}" for path in others]
     if not (on_host and on_device):
         return None
     return (
         f"in host memory are {quoted_list(on_host)}, in device memory {quoted_list(on_device)}; "
-        "JAX computes nothing from both. Move what trains to one memory before the update, with "
-        "jax.device_put(x, jax.memory.Space.Device), or freeze what is in host memory"
+        "JAX computes nothing from both. Before the loss write params = fo.place(params, state), "
+        "which moves what trains to the device; move the state of what trains, and gradients, with "
+        "jax.device_put(x, jax.memory.Space.Device)"
     )
+
+
+def explain_memories_of_loss(
+    error: Exception, leaves: Leaves, remedy: str = "params = fo.place(params, frozen, 'device')"
+) -> None:
+    """Raises, with the paths, if an error of JAX is about a loss of params in host memory.
+
+    Args:
+      error: What the loss, or its backward pass, has raised.
+      leaves: The leaves of the params.
+      remedy: The code that moves all of them to the device.
+    """
+    hosted, others = _by_memory(leaves) if is_memory_error(error) else ([], [])
+    if hosted:
+        beside = f", in device memory {quoted_list(others)}" if others else ""
+        raise ValueError(
+            "the loss computes with leaves in another memory than the rest of its arrays: in host "
+            f"memory are {quoted_list(hosted)}{beside}. Move all of them to the device with "
+            f"{remedy}, or bring each in where the loss uses it: fo.streamed(f)(params['layer'], "
+            "x), or fo.scan(…, stream=True) for stacked layers"
+        ) from error
+
+
+def _by_memory(leaves: Leaves) -> tuple[list[str], list[str]]:
+    """Returns the paths of the arrays in host memory, and of those in device memory."""
+    pairs = zip(leaves.paths, leaves.values, strict=True)
+    arrays = [(path, memory_of(x)) for path, x in pairs if isinstance(x, jax.Array)]
+    return [path for path, kind in arrays if kind], [path for path, kind in arrays if not kind]

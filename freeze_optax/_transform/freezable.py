@@ -47,6 +47,7 @@ from freeze_optax._transform.stacked import check_kept_shapes, check_not_stacked
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies, param_leaves, rewrap_copies
+from freeze_optax._tree.memory import is_memory_error
 from freeze_optax._tree.messages import quoted_list
 
 
@@ -228,7 +229,7 @@ def _check_no_missing(grads: Leaves, plan: Plan) -> None:
 
 def _explain_memories(error: Exception, grads: Any, state: Any, params: Any) -> None:
     """Raises, with the paths, if an error of JAX is about arrays in different memories."""
-    if "memory_space" in str(error):
+    if is_memory_error(error):
         trees = {"gradient": grads, "state": state, "params": params}
         clause = mixed_memories({name: tree for name, tree in trees.items() if tree is not None})
         if clause:

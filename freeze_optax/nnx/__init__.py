@@ -16,9 +16,21 @@ start with it. Its `step` belongs to NNX and is not exported: set `optimizer.ste
 from freeze_optax.nnx._edits import adjust, freeze, set_frozen, thaw
 from freeze_optax.nnx._gradients import grad, value_and_grad
 from freeze_optax.nnx._modules import modules
+from freeze_optax.nnx._place import place, place_state
 from freeze_optax.nnx._wrt import TrainableVariables, wrt
 
-__all__ = ["adjust", "freeze", "grad", "modules", "set_frozen", "thaw", "value_and_grad", "wrt"]
+__all__ = [
+    "adjust",
+    "freeze",
+    "grad",
+    "modules",
+    "place",
+    "place_state",
+    "set_frozen",
+    "thaw",
+    "value_and_grad",
+    "wrt",
+]
 
 _Variables = TrainableVariables
 """The name under which pickles of version 0.1.0 look for the filter that `wrt` gives."""

@@ -11,6 +11,7 @@ from freeze_optax._rows.take_put import put_among_zeros, take
 from freeze_optax._select.selector import Selector, nothing
 from freeze_optax._select.specs import Spec, resolve, rotations_in_spec, schedules_in_spec
 from freeze_optax._state.freeze_state import states_in
+from freeze_optax._state.memories import explain_memories_of_loss
 from freeze_optax._tree.key_paths import nodes_of, path_text
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax.nnx._flax import AS_GRAPH, is_graph_mode, nnx
@@ -55,8 +56,9 @@ def value_and_grad(
     Raises:
       ValueError: If `frozen` is the state of `freeze_optax.scheduled` or of
         `freeze_optax.rotating`. When called, if the spec does not fit the params, or freezes some
-        leaves, but not all, of a tree in a Variable; or if no variable of the model is matched by
-        `wrt`, or by that of the optimizer.
+        leaves, but not all, of a tree in a Variable; if no variable of the model is matched by
+        `wrt`, or by that of the optimizer; or if `fun` computes with variables in host memory, as
+        for `freeze_optax.value_and_grad`.
       IndexError: When called, if `fo.layers(pattern)[i]` names a layer that does not exist.
       TypeError: When called, if the first argument is not an NNX module.
     """
@@ -79,7 +81,14 @@ def value_and_grad(
         is_bare = isinstance(frozen, nnx.Optimizer) and not states_in(frozen)
         flags = resolve(OnModel(nothing if is_bare else frozen, model), leaves)
         trainable = trainable_filter(leaves, flags)
-        value, gradient = _differentiate(fun, trainable, has_aux, model, *args, **kwargs)
+        try:
+            value, gradient = _differentiate(fun, trainable, has_aux, model, *args, **kwargs)
+        except (ValueError, TypeError) as error:
+            # Not those of the gradient alone: others may be in host memory too.
+            everything = Leaves(nnx.state(model, **AS_GRAPH))
+            remedy = "freeze_optax.nnx.place(model, frozen, 'device')"
+            explain_memories_of_loss(error, everything, remedy)
+            raise
         return value, _with_zeros(leaves, flags, gradient)
 
     return value_and_grad_fn

@@ -158,6 +158,8 @@ REMEDIES = [
     "turns.update(turn_grads, turn_state, scanned)",
     'fo.stack_layers(mixed, "encoder/layer_*", to="encoder/layers")',
     'fo.unstack_layers(scanned, "encoder/layers", to="encoder/layer_{0..2}")',
+    'fo.place(hosted, opt_state, "device")',
+    "fo.place(hosted, opt_state)",
     "fo.export_state(optimizer.opt_state)",
     "optimizer.step[...]",
 ]

@@ -49,3 +49,16 @@ def test_an_export_of_numpy_is_imported_beside_its_params(place):
     mu = optax.tree_utils.tree_get(imported, "mu")
     assert kinds(mu) == {"a": HOST, "b": DEVICE, "c": optax.MaskedNode()}
     assert mu["a"].sharding == hosted["a"].sharding
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_factors_of_an_imported_state_are_in_device_memory_and_are_thawed(place):
+    params = make_params(place)
+    tx = fo.freezable(optax.chain(optax.sgd(0.1, momentum=0.9), fo.rates({}, 0.5)))
+    state = fo.freeze(tx.init(params), params, "a", keep_state=True)
+    placed = fo.place(params, state)
+    imported = fo.import_state(tx, placed, fo.export_state(fo.place_state(state)))
+    factors = optax.tree_utils.tree_get(imported, "factors")
+    assert kinds(factors) == dict.fromkeys("abc", DEVICE)
+    assert kinds(optax.tree_utils.tree_get(imported, "trace"))["a"] == HOST
+    assert_same_bits(fo.thaw(imported, params, "a"), fo.thaw(state, params, "a"))

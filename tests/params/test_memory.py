@@ -188,6 +188,84 @@ def test_an_update_that_mixes_memories_names_what_is_on_the_host(jit):
         jit(tx.update)(params, state, params)
 
 
+@pytest.mark.skipif(not jit_keeps_memory(), reason="JAX 0.7.1 computes from both memories")
+def test_place_mends_an_update_of_a_leaf_that_was_thawed_on_the_host():
+    params = with_a_on_host(make_params("one device"))
+    tx = fo.freezable(optax.adamw(0.1), "a")
+    state = fo.thaw(tx.init(params), params, "a")
+    grads = on_device(params)
+    with pytest.raises(ValueError, match=r"host memory are 'params: a'.* = fo\.place\(params, st"):
+        tx.update(grads, state, params)
+    updates, _ = tx.update(grads, state, fo.place(params, state))
+    assert kinds(updates) == dict.fromkeys("abc", DEVICE)
+
+
+RAW_LOSSES = {
+    "operation": lambda p: (p["a"] * p["b"]).sum(),
+    "value on the host": lambda p: (p["a"] * p["a"]).sum(),
+    "carry": lambda p: jax.lax.fori_loop(0, 2, lambda i, x: p["a"], p["b"]).sum(),
+    "branches": lambda p: jax.lax.cond(p["b"].sum() > 0, lambda: p["b"], lambda: p["a"]).sum(),
+}
+
+
+@pytest.mark.skipif(not jit_keeps_memory(), reason="JAX 0.7.1 computes from both memories")
+@pytest.mark.parametrize("raw_loss", RAW_LOSSES.values(), ids=RAW_LOSSES)
+@pytest.mark.parametrize("jit", JITS)
+def test_a_loss_that_mixes_memories_names_the_leaves_and_says_place(jit, raw_loss):
+    params = with_a_on_host(make_params("one device"))
+    phases = fo.scheduled(optax.sgd(0.1), fo.Phases({0: "a", 1: ["a", "c"]}))
+    message = (
+        r"the loss computes with leaves in another memory.*in host memory are 'a', in device memory"
+        r" 'b', 'c'\. Move all .* fo\.place\(params, frozen, 'device'\), .* fo\.streamed\(f\)"
+    )
+    for frozen in ("a", fo.rows("b", slice(0, 2)), phases.init(params)):
+        for differentiate in (fo.grad, fo.value_and_grad):
+            with pytest.raises(ValueError, match=message) as caught:
+                jit(differentiate(raw_loss, frozen))(params)
+            assert isinstance(caught.value.__cause__, ValueError | TypeError)
+    grads = jit(fo.grad(raw_loss, "a"))(fo.place(params, "a", "device"))
+    assert_same_bits(grads, jit(fo.grad(raw_loss, "a"))(make_params("one device")))
+
+
+@pytest.mark.parametrize("error", [ValueError("bad memory"), TypeError("float32[2]"), KeyError(1)])
+def test_an_error_of_the_loss_itself_is_not_changed(error):
+    def failing(params: Any) -> Any:
+        raise error
+
+    params = with_a_on_host(make_params("one device"))
+    with pytest.raises(type(error)) as caught:
+        fo.grad(failing, "a")(params)
+    assert caught.value is error
+
+
+@pytest.mark.skipif(not jit_keeps_memory(), reason="JAX 0.7.1 computes from both memories")
+def test_an_error_of_jax_about_other_arrays_on_the_host_is_not_changed():
+    params, host = make_params("one device"), on_host(jnp.ones((8, 2)))
+    with pytest.raises(ValueError, match=r"^memory_space of all inputs"):
+        fo.grad(lambda params: (params["a"] * host).sum(), "a")(params)
+
+
+@pytest.mark.parametrize("jit", JITS)
+@pytest.mark.parametrize("place", PLACES)
+def test_two_trees_in_different_memories_are_joined_as_if_they_were_in_one(place, jit):
+    params = make_params(place)
+    hosted = with_a_on_host(params)
+
+    def run(one: Any, other: Any) -> Any:
+        results = []
+        for frozen in (fo.rows("a", slice(0, 3)), fo.elements("a", MASK), "a"):
+            results += [fo.apply_updates(one, other, frozen), fo.hold(one, other, frozen)]
+            results += [fo.merge(fo.partition(one, frozen)[0], fo.partition(other, frozen)[1])]
+        return [*results, fo.assign(one, {"a": other["a"]})]
+
+    expected = jit(run)(params, params)
+    assert_same_bits(jit(run)(hosted, params), expected)
+    assert_same_bits(jit(run)(params, hosted), expected)
+
+
+MASK = np.arange(16).reshape(8, 2) % 3 == 0
+
+
 def test_what_only_reads_params_takes_them_from_host_memory():
     params = make_params("one device")
     hosted = with_a_on_host(params)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
@@ -40,17 +41,23 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
             placed = jax.device_put(x, sharding)
             return put_in_memory(placed, memory) if memory else placed
         if memory_of(param) and not memory:
+            if isinstance(param, Tracer):
+                return put_in_memory(jnp.asarray(x), memory_of(param))
             return jax.device_put(x, _host_sharding(x, param))
         return x
 
-    def placed(place: Any, owner: int) -> Any:
+    def placed(place: Any, owner: int, prefix: Any) -> Any:
         if owner < 0:
             return place
         box = boxes[table.parts[owner][0] if table else owner]
-        return rewrap_variable(box, jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place))
+        # A factor of `rates` is a scalar: it stays where it is, as counters do.
+        if prefix not in layout.factors:
+            place = jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place)
+        return rewrap_variable(box, place)
 
-    pairs = zip(layout.places(state.inner), layout.owners, strict=True)
-    return FreezeState(layout.rebuild([placed(*pair) for pair in pairs]), state.ages, state.plan)
+    triples = zip(layout.places(state.inner), layout.owners, layout.prefixes, strict=True)
+    inner = layout.rebuild([placed(*triple) for triple in triples])
+    return FreezeState(inner, state.ages, state.plan)
 
 
 def is_sharded(x: Any) -> bool:
