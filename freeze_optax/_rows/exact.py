@@ -59,7 +59,7 @@ def run_bitwise(move: Callable[..., Any], may_sum: bool, *arrays: Any) -> Any:
 def run_in_place(move: Callable[..., Any], *arrays: Any) -> Any:
     """Calls a function that replaces slices, in the memory of the arrays, and keeps every bit.
 
-    All arrays are in host memory, and the function does nothing that JAX can't do there.
+    These may differ: the function does nothing that JAX can't do in the memory of each.
     """
     return _move_bitwise(move, False, *arrays)
 

@@ -57,7 +57,7 @@ class RowsByValue:
     def put(self, x: Any, values: Any) -> Any:
         """Returns the array with new values for the rows; all other rows keep every bit."""
         if self._is_on_host(x):
-            return run_in_place(self._put_each, x, put_in_memory(values, memory_of(x)))
+            return run_in_place(self._put_each, x, put_in_memory(values, None))
         indices, sharding = self.indices, type_sharding(x)
         return run_bitwise(
             lambda x, values: on_automatic_axes(_put, (self.axis,), sharding, x, values, indices),
@@ -92,6 +92,7 @@ class RowsByValue:
         # Not a scatter, which JAX does not take in host memory beside indices on the device.
         for j in range(self.count):
             row = jax.lax.slice_in_dim(values, j, j + 1, axis=self.axis)
+            row = put_in_memory(row, memory_of(x))
             x = jax.lax.dynamic_update_slice_in_dim(x, row, self.indices[j], self.axis)
         return x
 
