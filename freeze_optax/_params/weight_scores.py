@@ -1,6 +1,5 @@
 """`weight_scores`: a number for each weight matrix, from its values alone."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -96,8 +95,9 @@ def weight_scores(
     ranks = [3 if is_stacked else 2 for is_stacked in in_stack]
     chosen = scored_leaves(leaves, resolve(frozen, leaves), "weight_scores", ranks)
     scores: dict[str, float] = {}
-    bar = functools.partial(track, console=Console(stderr=True), disable=not progress)
-    for i in bar(chosen, "scores of weights"):
+    # Not `disable`, with which rich 13.0 prints an empty line.
+    console = Console(stderr=True)
+    for i in track(chosen, "scores of weights", console=console) if progress else chosen:
         leaf = _on_one_device(leaves.values[i])
         matrices = leaf if in_stack[i] else [leaf]
         values = [measure(_as_matrix(x), leaves.paths[i]) for x in matrices]
