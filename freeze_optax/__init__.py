@@ -17,6 +17,7 @@ from freeze_optax._export.export_state import export_state as export_state
 from freeze_optax._export.import_state import import_state as import_state
 from freeze_optax._params.apply_updates import apply_updates as apply_updates
 from freeze_optax._params.assign import assign as assign
+from freeze_optax._params.gradient_scores import gradient_scores as gradient_scores
 from freeze_optax._params.gradients import grad as grad
 from freeze_optax._params.gradients import value_and_grad as value_and_grad
 from freeze_optax._params.hold import hold as hold
@@ -26,6 +27,7 @@ from freeze_optax._params.scan import scan as scan
 from freeze_optax._params.stacking import stack_layers as stack_layers
 from freeze_optax._params.stacking import unstack_layers as unstack_layers
 from freeze_optax._params.streamed import streamed as streamed
+from freeze_optax._params.weight_scores import weight_scores as weight_scores
 from freeze_optax._report.summary import Summary as Summary
 from freeze_optax._report.summary import summary as summary
 from freeze_optax._select.by_element import elements as elements
@@ -43,6 +45,8 @@ from freeze_optax._select.dotted import dotted as dotted
 from freeze_optax._select.groups import groups as groups
 from freeze_optax._select.mask import labels as labels
 from freeze_optax._select.mask import mask as mask
+from freeze_optax._select.ranked import bottom_leaves as bottom_leaves
+from freeze_optax._select.ranked import top_leaves as top_leaves
 from freeze_optax._select.selector import Selector as Selector
 from freeze_optax._select.selector import everything as everything
 from freeze_optax._select.selector import nothing as nothing

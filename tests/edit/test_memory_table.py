@@ -126,12 +126,14 @@ WITHOUT_ARRAYS = {
     "Phases",
     "Selector",
     "Summary",
+    "bottom_leaves",
     "by_module",
     "declared",
     "dotted",
     "elements",
     "everything",
     "freezable",
+    "gradient_scores",
     "groups",
     "labelled",
     "labels",
@@ -148,6 +150,8 @@ WITHOUT_ARRAYS = {
     "summary",
     "tied_paths",
     "top_elements",
+    "top_leaves",
+    "weight_scores",
     "where",
 }
 
