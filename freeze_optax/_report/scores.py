@@ -169,8 +169,8 @@ def _only_measured(state: Any) -> MeasuredState:
     if len(found) > 1:
         raise ValueError(
             f"fo.scores was given a {type(state).__name__} with {len(found)} states of "
-            "fo.measured, so which is meant is not known; pass one of their states alone, or measure once, "
-            "around all of the optimizer"
+            "fo.measured, so which is meant is not known; pass one of their states alone, or "
+            "measure once, around all of the optimizer"
         )
     return found[0]
 

@@ -206,8 +206,20 @@ def _norm(arrays: list[Any]) -> Any:
 def _sums_of_squares(x: Any) -> list[Any]:
     """Returns the sum of the squares of an array; of complex numbers, those of both parts."""
     parts = (x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
-    # In float16 the square of 256 is infinite.
-    return [jnp.sum(jnp.square(part.astype(factor_dtype(x)))) for part in parts]
+    return [jnp.sum(jnp.square(_widened(part))) for part in parts]
+
+
+def _widened(x: Any) -> Any:
+    """Returns an array in float32, or float64 for doubles. In float16 the square of 256 is infinite.
+
+    XLA leaves a conversion to a narrow dtype and back out, so the norm would be of numbers that
+    were never rounded to it.
+    """
+    if x.dtype in (jnp.bfloat16, jnp.float16):
+        kind = jnp.finfo(x.dtype)
+        return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
+    is_narrow = x.dtype.itemsize < np.dtype(np.float32).itemsize
+    return (jax.lax.optimization_barrier(x) if is_narrow else x).astype(factor_dtype(x))
 
 
 def _weight(count: Any, decay: Any) -> Any:
