@@ -318,9 +318,7 @@ def test_a_group_has_the_norm_of_its_leaves_that_train(name):
         expected = measuring.average([*norms, last], 0.9)
         np.testing.assert_allclose(fo.scores(state)["x"].gradient, expected, rtol=1e-6)
     else:
-        assert_close(
-            {"cold": fo.scores(state)["cold"]}, group_scores(more, {"cold": ["frozen"]})
-        )
+        assert_close({"cold": fo.scores(state)["cold"]}, group_scores(more, {"cold": ["frozen"]}))
     # The state of the bare optimizer and back.
     assert_close(fo.scores(fo.release(state, PARAMS)), fo.scores(state))
     assert_same_bits(fo.adopt(tx, fo.release(state, PARAMS), PARAMS).inner, state.inner)
