@@ -28,6 +28,10 @@ from freeze_optax._params.stacking import stack_layers as stack_layers
 from freeze_optax._params.stacking import unstack_layers as unstack_layers
 from freeze_optax._params.streamed import streamed as streamed
 from freeze_optax._params.weight_scores import weight_scores as weight_scores
+from freeze_optax._report.score_plot import plot_scores as plot_scores
+from freeze_optax._report.scores import Score as Score
+from freeze_optax._report.scores import Scores as Scores
+from freeze_optax._report.scores import scores as scores
 from freeze_optax._report.summary import Summary as Summary
 from freeze_optax._report.summary import summary as summary
 from freeze_optax._select.by_element import elements as elements
@@ -54,6 +58,7 @@ from freeze_optax._state.freeze_state import FreezeState as FreezeState
 from freeze_optax._state.shared_buffers import tied_paths as tied_paths
 from freeze_optax._transform.freezable import freezable as freezable
 from freeze_optax._transform.layerwise import layerwise as layerwise
+from freeze_optax._transform.measured import measured as measured
 from freeze_optax._transform.rates import rates as rates
 from freeze_optax._transform.since_thaw import since_thaw as since_thaw
 from freeze_optax._transform.tie import tie as tie

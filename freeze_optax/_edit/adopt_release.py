@@ -134,8 +134,9 @@ def release(state: Any, params: Any) -> Any:
             is_parked = parts[0] in plan.parked
             return put_tree_in_memory(first, memories[prefix, leaf], home) if is_parked else first
         value = unwrap_variable(fresh[place])
-        if prefix in plan.layout.factors:
-            # A plain optimizer has one factor for a leaf, so that of the first part counts.
+        if prefix in plan.layout.scalars:
+            # A plain optimizer has one factor for a leaf, and one vector of norms, so those of the
+            # first part count.
             kept = (unwrap_variable(statistics.get((prefix, part), HOLE)) for part in parts)
             value = next((x for x in kept if not is_hole(x)), value)
             parts = []

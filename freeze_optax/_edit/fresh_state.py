@@ -50,7 +50,7 @@ def check_batch_axis(state: FreezeState, params: Any) -> None:
     # axes is enough. It saves a trace of `init`.
     triples = zip(layout.prefixes, layout.owners, places, strict=True)
     if all(
-        _has_ndim(x, 0 if prefix in layout.factors else ndims[owner])
+        _has_ndim(x, 0 if prefix in layout.scalars else ndims[owner])
         for prefix, owner, x in triples
         if owner >= 0
     ):

@@ -116,7 +116,7 @@ def place_state(state: Any, memory: str = "pinned_host") -> Any:
     Returns:
       The same tree with the parked statistics in that memory, or `state` itself if they are there
       already. All other arrays are the same objects: statistics of what trains, counters, clocks,
-      factors of `freeze_optax.rates`.
+      factors of `freeze_optax.rates`, norms of `freeze_optax.measured`.
 
     Raises:
       TypeError: If `state` holds no `FreezeState`, or `memory` is no text.
@@ -139,7 +139,7 @@ def place_state(state: Any, memory: str = "pinned_host") -> Any:
     home = home_of(jax.tree.leaves(freeze_state))
     triples = zip(layout.prefixes, layout.owners, places, strict=True)
     moved = [
-        x if owner not in plan.parked or prefix in layout.factors else _moved_tree(x, memory, home)
+        x if owner not in plan.parked or prefix in layout.scalars else _moved_tree(x, memory, home)
         for prefix, owner, x in triples
     ]
     if all(x is y for x, y in zip(moved, places, strict=True)):

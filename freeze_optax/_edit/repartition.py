@@ -85,7 +85,7 @@ def repartition_state(
         if source is None:
             return rewrap_variable(old_statistics, HOLE)
         old_subset = old_table.parts[source][1]
-        if prefix in plan.layout.factors:
+        if prefix in plan.layout.scalars:
             # A copy, as no array can be donated twice.
             return old_statistics if firsts[source] == part else _copied(old_statistics)
         if subset is None or old_subset == subset:

@@ -232,7 +232,8 @@ def _with_fresh_statistics(old: FreezeState, live_params: Any, begins: jax.Array
 
     values = list(places)
     for i, (owner, prefix) in enumerate(zip(layout.owners, layout.prefixes, strict=True)):
-        # A factor of `freeze_optax.adjust` is for the leaf, whichever layers train.
+        # A factor of `freeze_optax.adjust` is for the leaf, whichever layers train. Norms are of
+        # the layers.
         if owner >= 0 and in_stack[owner] and prefix not in layout.factors:
             values[i] = settled(places[i], fresh[i])
     own = {

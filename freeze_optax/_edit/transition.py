@@ -41,11 +41,11 @@ def apply_transition(
     if any(renewed) or not order:
         fresh = layout.places(init_leaves(plan, params, renewed))
 
-    # New factors of `rates` go where the others are: no parameter has the sharding of a scalar.
+    # New factors and norms go where the others are: no parameter has their sharding.
     scalars = {
         prefix: place
         for prefix, place in zip(layout.prefixes, places, strict=True)
-        if prefix in layout.factors and not is_hole(unwrap_variable(place))
+        if prefix in layout.scalars and not is_hole(unwrap_variable(place))
     }
 
     def next_at(place: int, owner: int) -> Any:

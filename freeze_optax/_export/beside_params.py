@@ -50,8 +50,8 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
         if owner < 0:
             return place
         box = boxes[table.parts[owner][0] if table else owner]
-        # A factor of `rates` is a scalar: it stays where it is, as counters do.
-        if prefix not in layout.factors:
+        # Factors and norms stay where they are, as counters do.
+        if prefix not in layout.scalars:
             place = jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place)
         return rewrap_variable(box, place)
 

@@ -25,7 +25,7 @@ class TableRow(NamedTuple):
       name: The name of the subtree.
       path: Its whole path, which the page shows to a pointer that rests on the name.
       same_as: The path that it shares a buffer with, or "".
-      status: Whether it trains.
+      status: Whether it trains; None in a table without a column for it.
       numbers: The cells after the status.
     """
 
@@ -33,12 +33,16 @@ class TableRow(NamedTuple):
     name: str
     path: str
     same_as: str
-    status: Status
+    status: Status | None
     numbers: Sequence[str]
 
 
 def table_as_html(
-    columns: Sequence[str], rows: Iterable[TableRow], notes: Iterable[str], headline: str
+    columns: Sequence[str],
+    rows: Iterable[TableRow],
+    notes: Iterable[str],
+    headline: str,
+    has_status: bool = True,
 ) -> str:
     """Returns a table, and lines below it, as HTML.
 
@@ -49,12 +53,14 @@ def table_as_html(
       rows: The rows.
       notes: The lines below the table.
       headline: The last line, which is bold.
+      has_status: Whether there is a column of the status.
     """
-    headers = [
-        f'<th scope="col" aria-label="subtree" style="{_HEADER % "left"}"></th>',
-        f'<th scope="col" aria-label="status" style="{_HEADER % "left"}">{_text(columns[0])}</th>',
-        *(f'<th scope="col" style="{_HEADER % "right"}">{_text(x)}</th>' for x in columns[1:]),
-    ]
+    headers = [f'<th scope="col" aria-label="subtree" style="{_HEADER % "left"}"></th>']
+    if has_status:
+        status, *columns = columns
+        style = _HEADER % "left"
+        headers += [f'<th scope="col" aria-label="status" style="{style}">{_text(status)}</th>']
+    headers += [f'<th scope="col" style="{_HEADER % "right"}">{_text(x)}</th>' for x in columns]
     lines = [_text(note) for note in notes] + [f"<strong>{_text(headline)}</strong>"]
     parts = [
         '<div style="overflow-x: auto">',
@@ -78,11 +84,10 @@ def _row(row: TableRow) -> str:
         name += f'<span style="opacity: 0.7"> = {_text(row.same_as)}</span>'
     title = f' title="{_text(row.path)}"' if row.path != row.name else ""
     style = f"{_CELL}left; padding-left: {left:g}em; font-weight: normal"
-    cells = [
-        f'<th scope="row"{title} style="{style}">{name}</th>',
-        f'<td style="{_CELL}left; color: {_COLOURS[row.status]}">{row.status}</td>',
-        *(f'<td style="{_CELL}right">{_text(number)}</td>' for number in row.numbers),
-    ]
+    cells = [f'<th scope="row"{title} style="{style}">{name}</th>']
+    if row.status:
+        cells += [f'<td style="{_CELL}left; color: {_COLOURS[row.status]}">{row.status}</td>']
+    cells += [f'<td style="{_CELL}right">{_text(number)}</td>' for number in row.numbers]
     return f"<tr>{''.join(cells)}</tr>"
 
 

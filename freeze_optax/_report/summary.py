@@ -6,12 +6,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
+from freeze_optax._report.console import console_text, new_table
 from freeze_optax._report.counts import Status
 from freeze_optax._report.factors import factor_text, shows_factors
 from freeze_optax._report.html import TableRow, table_as_html
@@ -31,8 +30,6 @@ from freeze_optax._tree.messages import printable, quoted_list
 from freeze_optax._tree.quantized import quantized_nodes
 
 _STYLES: dict[Status, str] = {"trainable": "green", "frozen": "cyan", "partial": "yellow"}
-
-_LEAST_NAME, _PADDING = 20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -212,10 +209,7 @@ class Summary(CountsByMemory):
         return notes
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.add_column(overflow="fold")
-        for i, name in enumerate(self._columns):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table = new_table(self._columns, left=1)
         for row, line in zip(self.rows, self._lines, strict=True):
             name = Text("  " * max(line.level, 0) + name_in_table(line))
             name.append(f" = {printable(row.same_as)}" if row.same_as else "", "dim")
@@ -247,11 +241,7 @@ class Summary(CountsByMemory):
           The text, without a line break at its end.
         """
         cells = [self._columns, *map(self._cells, self.rows)]
-        widths = [max(map(len, column)) + _PADDING for column in zip(*cells, strict=True)]
-        console.width = max(console.width, _LEAST_NAME + sum(widths), len(self.headline))
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return console_text(self, console, cells, len(self.headline))
 
     def __repr__(self) -> str:
         return self.render(Console(color_system=None, force_jupyter=False))

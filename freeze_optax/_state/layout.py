@@ -1,11 +1,12 @@
 """`Layout`: where an optimizer state holds the statistics of each leaf, counters and clocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from freeze_optax._state.measured_state import MeasuredState
 from freeze_optax._state.rates_state import RatesState
 from freeze_optax._state.shared_buffers import collect_ties
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
@@ -24,7 +25,7 @@ CLOCK = -2
 ABSENT = -3
 """The owner of a hole for a node of the params that the transformation leaves out as a whole."""
 
-_FACTORS = jax.tree_util.GetAttrKey("factors")
+_FACTORS, _NORMS, _STATE = map(jax.tree_util.GetAttrKey, ("factors", "norms", "state"))
 
 Keys = tuple[Any, ...]
 Place = tuple[Keys, int]
@@ -56,8 +57,9 @@ class Layout:
       prefixes: For each place, the keys of the node like the params that the place is in; `()`
         for a place outside of such nodes.
       ties: The groups of all `tie`s in the transformation.
-      factors: The prefixes of the trees of factors (`freeze_optax.rates`). A factor is one number
-        for all of a leaf, so each part of the leaf has the same.
+      factors: The prefixes of the trees of factors (`freeze_optax.rates`).
+      scalars: The prefixes of the trees with a few numbers for each leaf: of factors, and of norms
+        (`freeze_optax.measured`). They are for all of a leaf, so each part of it gets the same.
     """
 
     def __init__(self, init: Callable[[Any], Any], skeleton: Any):
@@ -78,17 +80,22 @@ class Layout:
         self.paths = template.paths
         params = _keys(without_boxes_of_holes(param_copies(skeleton)[0]))
         keys = _keys(template.tree)
-        self.owners = _owners(keys, template.values, params)
+        nodes = list(_nodes_of_scalars(made))
+        self.factors = frozenset(keys for keys, node in nodes if isinstance(node, RatesState))
+        self.scalars = frozenset(keys for keys, _ in nodes)
+        # A node of norms has no counters: the state beside the norms is another's.
+        self.owners = _owners(keys, template.values, params, self.scalars)
+        # Norms of groups, whose labels are not known for holes alone.
+        self._any_shape = {
+            i
+            for i, (place, x) in enumerate(zip(keys, template.values, strict=True))
+            if place in self.scalars and not is_hole(x)
+        }
         self.prefixes = [
             place[: len(place) - len(params[owner])] if owner >= 0 else ()
             for place, owner in zip(keys, self.owners, strict=True)
         ]
         self.counters = tuple(i for i, owner in enumerate(self.owners) if owner == COUNTER)
-        self.factors = frozenset(
-            (*keys, _FACTORS)
-            for keys, node in jax.tree_util.tree_flatten_with_path(made, is_leaf=_is_rates)[0]
-            if _is_rates(node)
-        )
 
     def places(self, inner_state: Any) -> list[Any]:
         """Returns what each place of a state holds: an array, a hole, or a node for one leaf.
@@ -121,8 +128,10 @@ class Layout:
         mixing_leaves = [
             f"{path!r} has {array_shapes(value)}, but with all leaves frozen it has "
             f"{array_shapes(expected)}"
-            for path, owner, expected, value in places
-            if owner < 0 and array_shapes(value) != array_shapes(expected)
+            for i, (path, owner, expected, value) in enumerate(places)
+            if owner < 0
+            and array_shapes(value) != array_shapes(expected)
+            and i not in self._any_shape
         ]
         if mixing_leaves:
             raise ValueError(
@@ -190,8 +199,15 @@ class Layout:
         return self.rebuild(list(map(value, self.prefixes, self.owners, self.paths)))
 
 
-def _is_rates(x: Any) -> bool:
-    return isinstance(x, RatesState)
+def _nodes_of_scalars(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yields the states that hold a few numbers for each leaf, with the keys of these numbers."""
+    is_node = lambda x: isinstance(x, RatesState | MeasuredState)  # noqa: E731
+    for below, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
+        if isinstance(node, RatesState):
+            yield (*keys, *below, _FACTORS), node
+        elif isinstance(node, MeasuredState):
+            yield (*keys, *below, _NORMS), node
+            yield from _nodes_of_scalars(node.state, (*keys, *below, _STATE))
 
 
 def _failing_transformation(error: BaseException) -> str:
@@ -215,13 +231,16 @@ def _keys(tree: Any) -> list[Keys]:
     return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]]
 
 
-def _owners(places: list[Keys], values: list[Any], params: list[Keys]) -> tuple[int, ...]:
+def _owners(
+    places: list[Keys], values: list[Any], params: list[Keys], scalars: Collection[Keys]
+) -> tuple[int, ...]:
     """Returns the owner of each place of a state.
 
     Args:
       places: The keys of each place.
       values: What each place holds for params that are all holes.
       params: The keys of each leaf of the params.
+      scalars: The keys of nodes like the params that have no counters beside them.
     """
     owners = [CLOCK] * len(places)
     restarting, place = set[Keys](), 0
@@ -229,7 +248,8 @@ def _owners(places: list[Keys], values: list[Any], params: list[Keys]) -> tuple[
         prefix, block = _params_at(place, places, values, params)
         owners[place : place + len(block)] = block
         place += len(block) or 1
-        if prefix:  # with no prefix the whole state is like the params, and holds nothing else
+        # With no prefix the whole state is like the params, and holds nothing else.
+        if prefix and prefix not in scalars:
             restarting.add(prefix[:-1])
     for i, (keys, value) in enumerate(zip(places, values, strict=True)):
         if not is_hole(value) and keys[:-1] in restarting:

@@ -90,8 +90,8 @@ def next_memories(
             found = trained.get((prefix, leaf), set())
             if len(found) == 1:
                 return next(iter(found))
-        # A factor of `rates` is a scalar, and scalars are made on the device, as counters are.
-        return None if prefix in layout.factors else of_param[leaf_of[owner]]
+        # Factors and norms are made on the device, as counters are.
+        return None if prefix in layout.scalars else of_param[leaf_of[owner]]
 
     return [next_memory(*entry) for entry in entries]
 

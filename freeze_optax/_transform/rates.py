@@ -17,12 +17,12 @@ from freeze_optax._state.mapped_state import mapped_state
 from freeze_optax._state.rates_state import RatesState, rates_in
 from freeze_optax._state.whole_params import whole_leaves
 from freeze_optax._transform.layerwise import LayerFactors
+from freeze_optax._transform.leaf_scalars import mapped_scalars, tree_of_scalars
 from freeze_optax._transform.scaling import LARGEST, factor_dtype, is_real, scale_update
 from freeze_optax._tree.holes import HOLE, is_hole, is_placeholder
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import map_copies, param_copies
-from freeze_optax._tree.variables import is_variable_or_box
 
 
 def rates(
@@ -79,12 +79,14 @@ def rates(
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
-            return RatesState(_mapped_factors())
+            return RatesState(mapped_scalars([x.factors for x in rates_in(mapped_state())]))
         copy = param_copies(params)[0]
         leaves = Leaves(copy)
         factors = _factors(table, default, leaves)
         _report(table, leaves, factors)
-        return RatesState(_tree_of_scalars(copy, leaves, factors))
+        pairs = zip(leaves.values, factors, strict=True)
+        arrays = [None if f is None else jnp.full((), f, factor_dtype(x)) for x, f in pairs]
+        return RatesState(tree_of_scalars(copy, arrays))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -170,43 +172,6 @@ def _factors(table: FirstMatch, default: Any, leaves: Leaves) -> list[Any]:
         table.check_all_have_one([rule for _, rule in found], Leaves(live))
     pairs = zip(found, trained, strict=True)
     return [None if is_hole(leaf) else value for (value, _), leaf in pairs]
-
-
-def _is_slot(x: Any) -> bool:
-    return is_hole(x) or (is_variable_or_box(x) and len(Leaves(x).values) == 1)
-
-
-def _tree_of_scalars(tree: Any, leaves: Leaves, factors: Sequence[Any]) -> Any:
-    """Returns a tree like the params, without boxes and Variables, with an array for each factor.
-
-    The sharding of a box or a Variable has a name for each axis of its leaf, and these have none.
-    """
-    treedef = jax.tree.structure(tree, is_leaf=_is_slot)
-    pairs = zip(leaves.values, factors, strict=True)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            HOLE if factor is None else jnp.full((), factor, factor_dtype(leaf))
-            for leaf, factor in pairs
-        ],
-    )
-
-
-class _Factor:
-    """A leaf in the place of a factor, for `optax.tree_map_params`: no part of the params.
-
-    A factor has neither the shape nor the sharding of its leaf.
-    """
-
-
-def _mapped_factors() -> Any:
-    """Returns leaves in the place of the factors of the state that `tree_map_params` maps."""
-    trees = [state.factors for state in rates_in(mapped_state())]
-    structures = {jax.tree.structure(tree) for tree in trees}
-    # With several of different structures, it is not known which of them this `init` is for.
-    if len(structures) != 1:
-        return _Factor()
-    return jax.tree.map(lambda _: _Factor(), trees[0], is_leaf=is_variable_or_box)
 
 
 Reported = dict[FirstMatch, dict[str, Any]]

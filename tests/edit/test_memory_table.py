@@ -22,6 +22,7 @@ INNER = optax.chain(
 TX = fo.freezable(INNER, ["a", "b"])
 PHASES = fo.scheduled(INNER, fo.Phases({0: ["a", "b"], 1: "a"}))
 TURNS = fo.rotating(INNER, "c", count=2, every=1, order="ascending", frozen=["a", "b"])
+MEASURED = fo.freezable(fo.measured(INNER), ["a", "b"])
 TIED = fo.freezable(fo.tie(INNER, ("b", "c")), "a")
 ROWS = fo.rows("b", slice(0, 2))
 
@@ -64,7 +65,8 @@ def reimport(params: Any, state: Any, **options: Any) -> Any:
 
 # H is the host, D is the device, - is a hole. A word is the arrays of one node: the three of the
 # params, of a gradient or of updates. The words of a state are
-#   count mu nu, count of since_thaw, factors of rates, ages of later cohorts.
+#   count mu nu, count of since_thaw, factors of rates, ages of later cohorts,
+# and before them the norms of measured.
 TABLE: dict[str, tuple[Any, str]] = {
     "grad": (lambda p, s: fo.grad(loss, s)(p), "HHD"),
     "grad holes": (lambda p, s: fo.grad(loss, s, holes=True)(p), "--D"),
@@ -117,6 +119,12 @@ TABLE: dict[str, tuple[Any, str]] = {
         lambda p, s: first_step(TURNS, fo.place(p, fo.everything), streamed_loss),
         "HHD DD D --D --D D --- --D",
     ),
+    "measured init": (lambda p, s: MEASURED.init(p), "--D D --D --D D --- --D"),
+    "measured": (
+        lambda p, s: first_step(MEASURED, fo.place(p, ["a", "b"])),
+        "HHD --D D --D --D D --- --D",
+    ),
+    "measured thaw": (lambda p, s: fo.thaw(MEASURED.init(p), p, "a"), "D-D D D-D D-D D --- D-D DD"),
     "tie": (lambda p, s: first_step(TIED, fo.place(p, "a")), "HDD D -D- -D- D --- -D-"),
 }
 
@@ -124,6 +132,8 @@ TABLE: dict[str, tuple[Any, str]] = {
 WITHOUT_ARRAYS = {
     "FreezeState",
     "Phases",
+    "Score",
+    "Scores",
     "Selector",
     "Summary",
     "bottom_leaves",
@@ -143,9 +153,11 @@ WITHOUT_ARRAYS = {
     "nothing",
     "of_type",
     "path",
+    "plot_scores",
     "rates",
     "regex",
     "rows",
+    "scores",
     "since_thaw",
     "summary",
     "tied_paths",
