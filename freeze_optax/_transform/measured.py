@@ -212,8 +212,8 @@ def _sums_of_squares(x: Any) -> list[Any]:
 def _widened(x: Any) -> Any:
     """Returns an array in float32, or in float64 for doubles.
 
-    In float16 the square of 256 is infinite. XLA leaves a conversion to a narrow dtype and back out, so the norm would be of numbers that
-    were never rounded to it.
+    In float16 the square of 256 is infinite. XLA leaves a conversion to a narrow dtype and back
+    out, so the norm would be of numbers that were never rounded to it.
     """
     if x.dtype in (jnp.bfloat16, jnp.float16):
         kind = jnp.finfo(x.dtype)
