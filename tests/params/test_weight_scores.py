@@ -59,7 +59,8 @@ def test_all_of_a_signal_of_low_rank_is_found_in_noise(shape):
     count = 1 + min(shape) // 16
     left = np.linalg.qr(draw(shape[0], count, seed=1))[0]
     right = np.linalg.qr(draw(shape[1], count, seed=2))[0]
-    strength = 4 * (np.sqrt(shape[0]) + np.sqrt(shape[1]))
+    # Noise alone reaches the sum of the two roots.
+    strength = (4 if min(shape) < 16 else 1.6) * (np.sqrt(shape[0]) + np.sqrt(shape[1]))
     assert signals(draw(*shape) + strength * left @ right.T) == count
 
 
