@@ -109,7 +109,7 @@ def block(x: jax.Array, layer: Any, head_width: int = 64) -> jax.Array:
     return x + jax.nn.gelu(norm(x, layer["norm_2"]) @ layer["up"]) @ layer["down"]
 
 
-def transformer_loss(params: Any, tokens: jax.Array) -> jax.Array:
+def transformer_loss(params: Any, tokens: jax.Array, block: Any = block) -> jax.Array:
     x = params["embed"][tokens[:, :-1]]
     for layer in params["layers"].values():
         x = block(x, layer)
