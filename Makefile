@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
+.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -69,6 +69,20 @@ bench: $(VENV)/.test
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(OPTIONS)
 
+# What XLA's compiler for a TPU makes of a frozen base in host memory: half an hour on two cores, on
+# Linux with an x86-64 processor. It needs no TPU, and runs nothing. Then it writes the page. The
+# versions are fixed, as the figures are those of one compiler. OPTIONS as for bench-gpu.
+JAX_FOR_TPU := jax[tpu]==0.10.2
+
+bench-tpu: .venv-tpu/.installed
+	.venv-tpu/bin/python -m benchmarks.tpu $(OPTIONS)
+	.venv-tpu/bin/python -m benchmarks.tpu_report
+
+.venv-tpu/.installed: Makefile
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet "$(JAX_FOR_TPU)" -e .
+	touch $@
+
 # Which changes to the package no test notices: hours on two cores, less with COUNT or ONLY. Stopped,
 # it goes on where it was; to look anew, remove build/mutants.
 mutants: $(VENV)/.mutants
@@ -123,4 +137,4 @@ $(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-wheel build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-tpu .venv-wheel build dist

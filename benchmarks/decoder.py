@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import freeze_optax as fo
-from benchmarks import rotation
+from benchmarks import rotation, streaming
 from benchmarks.cases import ADAMW, CLIPPED, Case, language_model
 from benchmarks.models import stacked_transformer, stacked_transformer_loss
 from benchmarks.steps import BY_HAND, DROP_IN, Parts, by_hand, drop_in, optax_partition
@@ -29,6 +29,8 @@ class Decoder:
     def __init__(self, tiny: bool):
         self.depth, self.width, self.vocabulary = (4, 64, 256) if tiny else (20, 2_048, 32_000)
         self.batch = (2, 16) if tiny else (4, 1_024)
+        # The first has more to compute in a layer than to copy, the second less.
+        self.streamed = ((4, 16), (1, 8)) if tiny else ((16, 1_024), (1, 256))
         # A CPU takes long to compile for bfloat16.
         self.dtype = jnp.float32 if tiny else jnp.bfloat16
         self.embedding = 1_024 if tiny else 131_072
@@ -41,6 +43,11 @@ class Decoder:
         """With a last tenth of the layers trained; with a rank, it has adapters too."""
         sizes = (self.depth, self.width, self.vocabulary, self.batch, self.dtype)
         return replace(language_model(*sizes, rank), frozen=self.frozen(self.last(self.phases[0])))
+
+    def streamings(self) -> dict[str, streaming.Streaming]:
+        """The cases whose base may be on the host."""
+        sizes = (self.depth, self.width, self.vocabulary, self.dtype)
+        return streaming.streamings(sizes, self.streamed)
 
     def last(self, count: int) -> list[int]:
         """The last layers."""
@@ -196,4 +203,6 @@ def step_cases(decoder: Decoder) -> dict[str, tuple[Case, Ways]]:
     assert outside[0] == FIRST
     ours = of_ours(decoder).items()
     stack = of_stack(decoder).items()
-    return dict([outside, inside, lora, every, *ours, *stack, lora_inside, every_inside])
+    on_host = [(name, (x.case, streaming.WAYS)) for name, x in decoder.streamings().items()]
+    last = lora_inside, every_inside
+    return dict([outside, inside, lora, every, *ours, *on_host, *stack, *last])

@@ -23,13 +23,14 @@ from typing import Any
 
 import jax
 
-from benchmarks import results
+from benchmarks import results, streaming
 from benchmarks.cases import Case
 from benchmarks.decoder import FIRST, WAYS, Decoder, Ways, step_cases
 from benchmarks.edits import edits
 from benchmarks.run import WARM_UP, Run, Times, in_turns, quartiles
 
 DECODER, PEAKS, EDITS, BITS = "decoder", "peak bytes as the device counts them", "edits", "bits"
+BANDWIDTH = f"{streaming.ON_HOST}: bandwidth"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 Figures = dict[str, Any]
 
@@ -88,6 +89,7 @@ def stepped(case: Case, ways: Ways, seconds: float) -> Figures:
         name: {
             "peak bytes": run.peak_bytes,
             "state bytes": run.state_bytes,
+            **({"host bytes": run.host_bytes} if run.host_bytes else {}),
             "compile seconds": run.compile_seconds,
         }
         if isinstance(run, Run)
@@ -110,12 +112,24 @@ def stepped(case: Case, ways: Ways, seconds: float) -> Figures:
     return {"rounds": max(map(len, taken.values()), default=0), "ways": figures}
 
 
+def bandwidth(tiny: bool) -> Figures:
+    return {"bytes per second": streaming.measured_bandwidth(1 << (20 if tiny else 30))}
+
+
+def streamed(case: streaming.Streaming, seconds: float, found: Figures) -> Figures:
+    """The same of each way to hold a base, with how long its transfer takes at least."""
+    measured = found.get(BANDWIDTH, {}).get("bytes per second")
+    transfer = case.transfer(measured) if measured else {}
+    return stepped(case.case, streaming.WAYS, seconds) | transfer
+
+
 def lines(name: str, found: Figures) -> str:
     def line(way: str, x: Figures) -> str:
         parts = [
             f"{x['milliseconds']:.2f} ms" if "milliseconds" in x else "",
             f"{x['ratio']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if "ratio" in x else "",
             f"peak {x['peak bytes'] / 1e9:.3f} GB" if "peak bytes" in x else "",
+            f"host {x['host bytes'] / 1e9:.3f} GB" if "host bytes" in x else "",
             f"state {x['state bytes'] / 1e9:.3f} GB" if "state bytes" in x else "",
             f"compiled in {x['compile seconds']:.1f} s" if "compile seconds" in x else "",
             f"out of memory at {x['out of memory'] / 1e9:.2f} GB" if "out of memory" in x else "",
@@ -125,6 +139,10 @@ def lines(name: str, found: Figures) -> str:
 
     of_ways = [line(way, x) for way, x in found.get("ways", {}).items()]
     whole = "".join(f": {key}: {found[key]}" for key in ("left out", "error") if key in found)
+    of_ways += [
+        f"    {way}: the transfer alone takes at least {least:.2f} ms"
+        for way, least in found.get("least milliseconds", {}).items()
+    ]
     return "\n".join([name + whole, *of_ways])
 
 
@@ -202,12 +220,17 @@ def measure(tiny: bool, journal: Journal, only: list[str]) -> None:
     decoder = Decoder(tiny)
     seconds, reserve = (0.1, 0.0) if tiny else (8.0, 40.0)
     until = min(journal.end, journal.begin + 180)
-    planned: list[tuple[str, Callable[[], Figures], bool]] = [
-        (name, lambda case=case, ways=ways: stepped(case, ways, seconds), True)
-        for name, (case, ways) in step_cases(decoder).items()
-    ]
+    planned: list[tuple[str, Callable[[], Figures], bool]] = []
+    on_host = decoder.streamings()
+    for name, (case, ways) in step_cases(decoder).items():
+        of_case: Callable[[], Figures] = lambda case=case, ways=ways: stepped(case, ways, seconds)  # noqa: E731
+        if name in on_host:
+            # A step may take long, so this is as much time as the rounds need.
+            of_case = lambda x=on_host[name]: streamed(x, seconds / 2, journal.found)  # noqa: E731
+        planned.append((name, of_case, True))
     planned.insert(1, (EDITS, lambda: edits(*((2, 32) if tiny else (10, 3_200))), False))
     planned.insert(3, (BITS, lambda: tested_bits(2 if tiny else 1_000, until), False))
+    planned.insert(0, (BANDWIDTH, lambda: bandwidth(tiny), False))
     planned.insert(0, (DECODER, decoder.described, False))
     if not tiny:  # first, as this process must not hold the device meanwhile
         planned.insert(0, (PEAKS, lambda: peaks(tiny), False))

@@ -11,10 +11,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import results, rotation
+from benchmarks import results, rotation, streaming_report
 from benchmarks.decoder import FACTORS, FIRST, PARTITION, TURNS
-from benchmarks.gpu import BITS, DECODER, EDITS, PEAKS, failure
+from benchmarks.gpu import BANDWIDTH, BITS, DECODER, EDITS, PEAKS, failure
 from benchmarks.steps import BY_HAND
+from benchmarks.streaming import ON_HOST
 
 DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 PAGE = Path(__file__).with_name("gpu_page.md")
@@ -29,6 +30,8 @@ COLUMNS = [
     "state, GB",
 ]
 OUTSIDE, INSIDE = "clip outside", "clip inside"
+APART = (OUTSIDE, INSIDE, TURNS, FACTORS, ON_HOST)
+"""How the names of the cases end that have a table of their own."""
 COLORS = {"ours": "#1f77b4", PARTITION: "#d95f02"}
 Figures = dict[str, Any]
 
@@ -208,7 +211,9 @@ def missing(found: Figures) -> str:
     for name in (PEAKS, EDITS, BITS):
         why = reason(found.get(name, {"left out": "not measured"}))
         lines += [f"- {name}: {why}."] if why else []
-    return "\n".join([*lines, "- State and params in the host's memory."])
+    if why := reason(found.get(BANDWIDTH, {})):
+        lines.append(f"- {BANDWIDTH}: {why}.")
+    return "\n".join([*lines, "- State in the host's memory."])
 
 
 def drawn(steps: Figures) -> Figure:
@@ -275,8 +280,9 @@ def page(found: Figures) -> str:
         rounds=f"{fewest}" if fewest == most else f"{fewest} to {most}",
         outside=stepped(steps, lambda case: case.endswith(OUTSIDE)),
         inside=stepped(steps, lambda case: case.endswith(INSIDE)),
-        ours=stepped(steps, lambda case: not case.endswith((OUTSIDE, INSIDE, TURNS, FACTORS))),
+        ours=stepped(steps, lambda case: not case.endswith(APART)),
         turns=stepped(steps, lambda case: case.endswith((TURNS, FACTORS))),
+        on_host=streaming_report.section(steps, reason),
         first=FIRST,
         peaks=peaks(found),
         edited=found.get(EDITS, {}).get("params edited", 0),

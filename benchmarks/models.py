@@ -109,7 +109,7 @@ def block(x: jax.Array, layer: Any, head_width: int = 64) -> jax.Array:
     return x + jax.nn.gelu(norm(x, layer["norm_2"]) @ layer["up"]) @ layer["down"]
 
 
-def transformer_loss(params: Any, tokens: jax.Array) -> jax.Array:
+def transformer_loss(params: Any, tokens: jax.Array, block: Any = block) -> jax.Array:
     x = params["embed"][tokens[:, :-1]]
     for layer in params["layers"].values():
         x = block(x, layer)
@@ -122,19 +122,27 @@ def _token_loss(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def stacked_transformer(
-    depth: int, width: int, vocabulary: int, dtype: Any = jnp.float32
+    depth: int, width: int, vocabulary: int, dtype: Any = jnp.float32, rank: int = 0
 ) -> dict[str, Any]:
     """The transformer with its layers in one array."""
-    params = transformer(depth, width, vocabulary, dtype)
+    params = transformer(depth, width, vocabulary, dtype, rank)
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"].values())
     return {**params, "layers": layers}
 
 
-def stacked_transformer_loss(params: Any, tokens: jax.Array, scan: Any = jax.lax.scan) -> jax.Array:
-    """The loss of the stacked transformer, whose layers are rematerialised."""
+def stacked_transformer_loss(
+    params: Any, tokens: jax.Array, scan: Any = jax.lax.scan, block: Any = block
+) -> jax.Array:
+    """The loss of the stacked transformer, whose layers are rematerialised.
 
+    Params may have the last layers in a stack of their own, `"last_layers"`.
+    """
+
+    @jax.checkpoint
     def step(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         return block(x, layer), None
 
-    x, _ = scan(jax.checkpoint(step), params["embed"][tokens[:, :-1]], params["layers"])
+    x, _ = scan(step, params["embed"][tokens[:, :-1]], params["layers"])
+    if "last_layers" in params:
+        x, _ = jax.lax.scan(step, x, params["last_layers"])
     return _token_loss(params, x, tokens)

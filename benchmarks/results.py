@@ -31,11 +31,14 @@ def path(name: str) -> Path:
     return RESULTS / f"{name}.json"
 
 
-def write(to: str | Path, results: dict[str, Any]) -> None:
+def write(
+    to: str | Path, results: dict[str, Any], measured_on: dict[str, Any] | None = None
+) -> None:
     """Keeps the results of one benchmark, with the machine, under a name or in a file."""
+    on = measured_on or machine()
     file = path(to) if isinstance(to, str) else to
     file.parent.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine(), **results}, indent=1, ensure_ascii=False)
+    text = json.dumps({"machine": on, **results}, indent=1, ensure_ascii=False)
     file.write_text(text + "\n")
 
 

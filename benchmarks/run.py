@@ -21,7 +21,8 @@ class Run:
     Attributes:
       compile_seconds: What XLA took.
       state_bytes: The size of the optimizer's state.
-      held_bytes: The size of what lives between two steps.
+      held_bytes: The size of what lives between two steps, in device memory.
+      host_bytes: The size of the params and the state in host memory.
     """
 
     def __init__(self, case: Case, way: Callable[[Case], Parts]):
@@ -31,10 +32,13 @@ class Run:
         self._step = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
         params, state, *self._others = stage.args
+        _check_memory(self._step.output_shardings[:2], (params, state))
         self.state_bytes = _bytes(state)
-        self.held_bytes = _bytes(stage.args)
-        # Copies, as one buffer can't be donated twice, and the ways share what they start from.
-        self._carried = jax.tree.map(jnp.copy, (params, state))
+        self.host_bytes = _bytes([x for x in jax.tree.leaves((params, state)) if _on_host(x)])
+        self.held_bytes = _bytes(stage.args) - self.host_bytes
+        # Copies, as one buffer can't be donated twice, and the ways share what they start from. But
+        # what is in host memory a way has put there itself, and JAX copies it to the device.
+        self._carried = jax.tree.map(lambda x: x if _on_host(x) else jnp.copy(x), (params, state))
 
     def __call__(self) -> float:
         """The seconds of a step."""
@@ -46,18 +50,37 @@ class Run:
 
     @property
     def added_bytes(self) -> int:
-        """What XLA allots during a step, beside what lives between two."""
+        """What XLA allots during a step in device memory, beside what lives between two."""
         memory = self._step.memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """What XLA allots to arguments, outputs and temporary values together."""
+        """What XLA allots to arguments, outputs and temporary values together, on the device.
+
+        On a CPU XLA does not tell host memory from it.
+        """
         return self._step.memory_analysis().argument_size_in_bytes + self.added_bytes
 
 
 def _bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _on_host(x: jax.Array) -> bool:
+    return x.sharding.memory_kind == "pinned_host"
+
+
+def _check_memory(shardings: Any, carried: Any) -> None:
+    """Raises if a step would return something in another memory than it takes it from."""
+
+    def check(path: Any, x: jax.Array, sharding: jax.sharding.Sharding) -> None:
+        kinds = x.sharding.memory_kind, sharding.memory_kind
+        if kinds[0] != kinds[1]:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} is in {kinds[0]}, but the step returns it in {kinds[1]}")
+
+    jax.tree.map_with_path(check, carried, shardings)
 
 
 def in_turns(runs: dict[str, Run], rounds: int, seconds: float = float("inf")) -> Times:

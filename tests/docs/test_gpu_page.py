@@ -10,19 +10,22 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import gpu_report, results
-from benchmarks.gpu import BITS, DECODER, EDITS, failure
+from benchmarks import gpu_report, results, streaming_report
+from benchmarks.gpu import BANDWIDTH, BITS, DECODER, EDITS, failure
 from benchmarks.steps import BY_HAND, DROP_IN
+from benchmarks.streaming import MOVED, ON_DEVICE, STREAMED
 
 ROOT = Path(__file__).parents[2]
 ROWS = "100 rows of 1,024"
+ON_HOST = "LoRA in 4 layers, 8 tokens, base on the host"
+LAYER = 12 * 64**2 * 4 + 2 * 64 * 4  # float32, of width 64, with two norms
 
 
 @pytest.mark.slow
 def test_a_tiny_run_writes_finite_figures_of_each_case_and_they_make_a_page(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", out]
-    command += ["--only", DECODER, EDITS, BITS, ROWS]
+    command += ["--only", DECODER, EDITS, BITS, ROWS, BANDWIDTH, ON_HOST]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True, text=True)
 
@@ -32,12 +35,45 @@ def test_a_tiny_run_writes_finite_figures_of_each_case_and_they_make_a_page(tmp_
     assert found[EDITS]["thaw what was dropped"]["bytes made"] == 4 * 32 * 32 * 4
     assert found[EDITS]["thaw what was parked"]["bytes made"] == 0
     assert list(found[BITS].values()) == [{"frozen bits kept": True, "ulps": 0}] * 2
-    (case,) = found["steps"].values()
+    case, on_host = found["steps"].values()
     assert list(case["ways"]) == [BY_HAND, DROP_IN]
-    for figures in case["ways"].values():
+    assert list(on_host["ways"]) == [ON_DEVICE, STREAMED, MOVED]
+    for figures in (*case["ways"].values(), *on_host["ways"].values()):
         assert {"milliseconds", "ratio", "tokens per second", "peak bytes"} <= figures.keys()
         assert all(math.isfinite(x) and x > 0 for x in figures.values()), figures
-    assert ROWS in gpu_report.page(found)
+    held = [on_host["ways"][way].get("host bytes", 0) for way in (ON_DEVICE, STREAMED, MOVED)]
+    assert held == [0, 4 * LAYER, 4 * LAYER]
+    # LoRA needs the base in both passes; moved whole, it is copied once.
+    least = 4e3 * LAYER / on_host["bandwidth"]
+    assert on_host["least milliseconds"] == pytest.approx({STREAMED: 2 * least, MOVED: least})
+    page = gpu_report.page(found)
+    assert ROWS in page
+    assert f"- {ON_HOST}: step time to that" in page
+
+
+@pytest.mark.parametrize(
+    ("first", "streamed", "peak", "said"),
+    [
+        (100, 114, 90, ("in device memory 1.14, target 1.15: kept", "device 1.00, target 2: kept")),
+        (100, 116, 120, ("in device memory 1.16, target 1.15: MISSED", "4.00, target 2: MISSED")),
+        (50, 87, 90, ("of the transfer 1.09, target 1.1: kept", "1.00, target 2: kept")),
+        (50, 89, 90, ("of the transfer 1.11, target 1.1: MISSED", "1.00, target 2: kept")),
+    ],
+)
+def test_the_page_compares_a_streamed_step_with_whichever_takes_longer_alone(
+    first, streamed, peak, said
+):
+    found = {
+        "base bytes": 100,
+        "layer bytes": 10,
+        "least milliseconds": {STREAMED: 80.0, MOVED: 40.0},
+        "ways": {
+            ON_DEVICE: {"milliseconds": first, "ratio": 1.0, "peak bytes": 180},
+            STREAMED: {"milliseconds": streamed, "ratio": streamed / first, "peak bytes": peak},
+        },
+    }
+    verdict = streaming_report.verdict("a case", found)
+    assert all(text in verdict for text in said), verdict
 
 
 def test_the_page_is_that_of_the_stored_figures():
