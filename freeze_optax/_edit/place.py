@@ -21,8 +21,8 @@ def place(params: Any, frozen: Spec, memory: str = "pinned_host") -> Any:
     state call it again: only what is not in its place yet is moved.
 
     JAX computes nothing from arrays in different memories. So the loss brings frozen leaves to the
-    device where it uses them: stacked layers with `freeze_optax.scan(…, stream=True)`, the weights
-    of one call with `freeze_optax.streamed`.
+    device where it uses them: stacked layers with `freeze_optax.scan` and `stream=True`, the
+    weights of one call with `freeze_optax.streamed`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,9 +92,9 @@ def _has_memory(x: Any) -> bool:
 def place_state(state: Any, memory: str = "pinned_host") -> Any:
     """Moves the statistics of parked leaves to host memory.
 
-    Parked is what is frozen and keeps its state: `freeze_optax.freeze(…, keep_state=True)`. A step
-    does not compute with it. `thaw` brings it back to the memory where the others train, and what
-    is parked later joins it in host memory. The inverse is `memory="device"`.
+    Parked is what is frozen and keeps its state: `freeze_optax.freeze` with `keep_state=True`. A
+    step does not compute with it. `thaw` brings it back to the memory where the others train, and
+    what is parked later joins it in host memory. The inverse is `memory="device"`.
 
     Examples:
       >>> import jax

@@ -9,6 +9,7 @@ trip counts are values too, which a `lax.while_loop` takes, as nothing different
 backward pass, and each layer adds zeros to the gradient of all that train.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from freeze_optax._params.layer_passes import (
     with_constants,
 )
 from freeze_optax._params.layer_reading import LayerReader
+from freeze_optax._tree.memory import memory_of, put_in_memory
 
 
 class Layers(NamedTuple):
@@ -67,7 +69,7 @@ def scan_layers(
     start, stop = layers.start, layers.stop
     read, fetch = layers.reader.read, layers.reader.fetch
     first = read(layers.arrays, fetch(layers.arrays, start), start)
-    body, constants = with_constants(f, init, first)
+    body, constants = with_constants(functools.partial(_pair, f), init, first)
 
     def forward_loop(arrays: Any, fetched: Any, init: Any, apply: Callable[[Any, Any], Any]) -> Any:
         def step(state: Any, i: Any) -> Any:
@@ -128,7 +130,9 @@ def scan_layers(
         to_carry = backwards.whole_carry(state.carry) if any(map(any, perturbed)) else None
         remaining = iter(gradients)
         of_live = [next(remaining) if flag else None for flag in has_live]
-        return list(state.sums), to_carry, list(state.stacked), of_live, None
+        pairs = zip(state.sums, constants, strict=True)
+        sums = [None if x is None else put_in_memory(x, memory_of(like)) for x, like in pairs]
+        return sums, to_carry, list(state.stacked), of_live, None
 
     loop.defvjp(forward, backward, symbolic_zeros=True)
     return loop(constants, init, layers.arrays, layers.live, layers.rows)
@@ -210,7 +214,7 @@ class _Backwards:
         )
         gradients = jax.tree.leaves(to_layer)
         pairs = zip(state.sums, to_constants, strict=True)
-        sums = [None if total is None else total + x for total, x in pairs]
+        sums = [None if total is None else total + put_in_memory(x, None) for total, x in pairs]
         triples = zip(state.stacked, gradients, layers.places, strict=True)
         put = jax.lax.dynamic_update_index_in_dim
         stacked = [
@@ -221,8 +225,20 @@ class _Backwards:
         return _State(i, following, carry, sums, stacked), [g for g, flag in pairs if flag]
 
 
+def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, Any]:
+    result = f(carry, layer)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(
+            f"fo.scan needs a function that returns a pair, the next carry and an output (or "
+            f"None), not {result!r}"
+        )
+    return result[0], result[1]
+
+
 def _zeros_where(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:
-    return [jnp.zeros_like(x) if flag else None for x, flag in zip(arrays, flags, strict=True)]
+    """Returns zeros in device memory, where also the gradients of host arrays are summed."""
+    pairs = zip(arrays, flags, strict=True)
+    return [jnp.zeros_like(put_in_memory(x, None)) if flag else None for x, flag in pairs]
 
 
 def _at(x: Any, i: Any) -> Any:

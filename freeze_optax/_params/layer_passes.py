@@ -14,6 +14,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from freeze_optax._params.dependence import depends_on, without_effects
+
 
 @jax.tree_util.register_static
 class Static:
@@ -53,13 +55,10 @@ class LayerPasses:
         jaxpr, count = self._closed.jaxpr, len(shapes[1])
         self._count, first = count, len(jaxpr.outvars) - count
 
-        def is_of_carry(i: int) -> bool:
-            _, used = dce_jaxpr(jaxpr, [j == first + i for j in range(len(jaxpr.outvars))])
-            return any(used[weights:])
-
-        self._is_kept = [is_of_carry(i) for i in range(count)]
+        is_of_carry = [i >= weights for i in range(len(jaxpr.invars))]
+        self._is_kept = depends_on(jaxpr, is_of_carry)[first:]
         again = [False] * first + [not kept for kept in self._is_kept]
-        pruned, self._is_used = dce_jaxpr(jaxpr, again)
+        pruned, self._is_used = dce_jaxpr(without_effects(jaxpr), again)
         self._again = ClosedJaxpr(pruned, self._closed.consts)
 
     def forward(self, constants: Sequence[Any], layer: Any, carry: Any) -> tuple[Any, list[Any]]:

@@ -1,5 +1,6 @@
 """Reading of layers out of stacked arrays, whatever mesh and memory these are in."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,18 +19,27 @@ from freeze_optax._rows.meshes import (
 from freeze_optax._tree.memory import copied_to_device, memory_of
 
 
-def axes_and_length(arrays: Sequence[Any], axis: int) -> tuple[list[int], int]:
-    """Returns the axis of the layers in each array, and their number; raises if it differs."""
+def axes_and_length(
+    paths: Sequence[str], arrays: Sequence[Any], axis: int
+) -> tuple[list[int], int]:
+    """Returns the axis of the layers in each array, and their number; raises if it differs.
+
+    Args:
+      paths: The key paths of the arrays.
+      arrays: The stacked arrays.
+      axis: The axis as the user gave it.
+    """
     axes = [axis + np.ndim(x) if axis < 0 else axis for x in arrays]
     pairs = zip(arrays, axes, strict=True)
-    lengths = {np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs}
-    length = lengths.pop() if len(lengths) == 1 else None
-    if length is None:
+    lengths = [np.shape(x)[a] if 0 <= a < np.ndim(x) else None for x, a in pairs]
+    distinct = dict.fromkeys(lengths)
+    length = next(iter(distinct), None)
+    if length is None or len(distinct) > 1:
         which = "leading axis" if axis == 0 else f"length of axis {axis}"
-        raise ValueError(
-            f"fo.scan needs leaves with the same {which}, but they have the shapes "
-            f"{sorted({np.shape(x) for x in arrays})}"
-        )
+        examples = map(lengths.index, distinct)
+        shapes = ", ".join(f"{np.shape(arrays[i])} of {paths[i]!r}" for i in examples)
+        what = f"they have the shapes {shapes}" if arrays else "was given no array"
+        raise ValueError(f"fo.scan needs leaves with the same {which}, but {what}")
     return axes, length
 
 
@@ -57,6 +67,24 @@ def layer_at(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
     others = [*sharding.spec[:axis], *sharding.spec[axis + 1 :]]
     of_layer = sharding.update(spec=PartitionSpec(*others))
     return on_automatic_axes(_gather_layer, (axis,), of_layer, x, i)
+
+
+def _host_layer_at(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
+    """Returns one layer of an array that may be in host memory, also where `vmap` stacked that."""
+
+    @jax.custom_batching.custom_vmap
+    def read(x: jax.Array, i: jax.Array) -> jax.Array:
+        return layer_at(x, i, axis)
+
+    # JAX's own rule makes a gather, which it does not take beside indices in device memory.
+    @read.def_vmap
+    def _(_: int, is_stacked: Sequence[bool], x: Any, i: Any) -> tuple[jax.Array, bool]:
+        if is_stacked[1]:
+            in_axes = [0 if flag else None for flag in is_stacked]
+            return jax.vmap(functools.partial(layer_at, axis=axis), in_axes)(x, i), True
+        return _host_layer_at(x, i, axis + 1), True
+
+    return read(x, i)
 
 
 def _gather_layer(axis: int, x: jax.Array, i: jax.Array) -> jax.Array:
@@ -100,7 +128,7 @@ class LayerReader:
         """Returns what is streamed of layer `i`, on the device."""
         triples = zip(arrays, self._places, self._streamed, strict=True)
         return [
-            copied_to_device(layer_at(x, i - first, axis))
+            copied_to_device(_host_layer_at(x, i - first, axis))
             for x, (axis, first), is_streamed in triples
             if is_streamed
         ]

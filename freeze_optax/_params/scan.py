@@ -20,13 +20,19 @@ from freeze_optax._params.layer_reading import (
 )
 from freeze_optax._params.layer_stack import is_layer_stack
 from freeze_optax._params.reading_again import reading_again
-from freeze_optax._params.scans_reading_again import Options, Stack, scan_rotating, scan_streamed
+from freeze_optax._params.scans_reading_again import (
+    Options,
+    Stack,
+    flags_of_arrays,
+    scan_rotating,
+    scan_streamed,
+)
 from freeze_optax._rows.flags import flag_along
 from freeze_optax._select.selector import nothing
-from freeze_optax._select.specs import Spec, resolve
-from freeze_optax._tree.holes import is_hole
+from freeze_optax._select.specs import Spec
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
+from freeze_optax._tree.memory import put_tree_in_memory
 
 
 def scan(  # noqa: PLR0913
@@ -100,15 +106,17 @@ def scan(  # noqa: PLR0913
     """
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"the axis of the layers is an integer, not {axis!r}")
-    leaves = Leaves(xs, stop=_is_leaf)
+    # A hole is a node without leaves here, as it is for `jax.lax.scan`.
+    leaves = Leaves(xs, stop=is_layer_stack)
     if any(map(is_layer_stack, leaves.values)):
         return scan_rotating(f, init, leaves, frozen, Options(unroll, axis, stream))
-    axes, count = axes_and_length(leaves.values, axis)
-    axis_of = leaves.fill_leaves(axes)
+    axes, count = axes_and_length(leaves.paths, leaves.values, axis)
+    axis_of = leaves.rebuild(axes)
     if count == 0:
-        return jax.lax.scan(f, init, jax.tree.map(in_front, xs, axis_of), unroll=unroll)
+        empty = jax.tree.map(in_front, put_tree_in_memory(xs, None) if stream else xs, axis_of)
+        return jax.lax.scan(f, init, empty, unroll=unroll)
     is_frozen = np.ones(count, bool)
-    flags = resolve(frozen, leaves)
+    flags = flags_of_arrays(frozen, xs)
     for leaf, a, flag in zip(leaves.values, axes, flags, strict=True):
         if can_train(leaf):
             is_frozen &= flag_along(flag, a, np.shape(leaf))
@@ -149,7 +157,3 @@ def scan(  # noqa: PLR0913
         outputs.append(output)
         start = stop
     return carry, concatenate_outputs(outputs)
-
-
-def _is_leaf(x: Any) -> bool:
-    return is_hole(x) or is_layer_stack(x)

@@ -17,6 +17,7 @@ from freeze_optax._params.layer_reading import (
 from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
 from freeze_optax._rows.flags import Flag
 from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.memory import put_in_memory
 
@@ -41,6 +42,13 @@ class Options(NamedTuple):
     unroll: int | bool
     axis: int
     stream: bool
+
+
+def flags_of_arrays(frozen: Spec, xs: Any) -> list[Flag]:
+    """Returns which of the arrays in a tree are frozen; its holes are no arrays."""
+    leaves = Leaves(xs)
+    pairs = zip(leaves.values, resolve(frozen, leaves), strict=True)
+    return [flag for x, flag in pairs if not is_hole(x)]
 
 
 def scan_streamed(
@@ -92,8 +100,8 @@ def scan_rotating(
     """Scans where the layers that train are known as values, see `freeze_optax.rotating`."""
     whole = [x.whole if is_layer_stack(x) else x for x in leaves.values]
     unroll, axis, stream = options
-    axes, length = axes_and_length(whole, axis)
-    flags = resolve(frozen, Leaves(leaves.rebuild(whole)))
+    axes, length = axes_and_length(leaves.paths, whole, axis)
+    flags = flags_of_arrays(frozen, leaves.rebuild(whole))
     stacks = [x for x in leaves.values if is_layer_stack(x)]
     for stack, a in zip(leaves.values, axes, strict=True):
         if is_layer_stack(stack) and stack.axis != a:

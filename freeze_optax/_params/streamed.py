@@ -10,7 +10,6 @@ from freeze_optax._params.layer_passes import (
     LayerPasses,
     Static,
     instantiated,
-    is_float0,
     with_constants,
 )
 from freeze_optax._params.layer_reading import host_arrays
@@ -56,51 +55,56 @@ def streamed(f: Callable[..., Any]) -> Callable[..., Any]:
         if not any(on_host):
             return f(weights, *args, **kwargs)
 
-        def of_streamed(_: Any, arrays: Sequence[Any]) -> Any:
+        def of_arrays(_: Any, arrays: Sequence[Any]) -> Any:
             remaining = iter(arrays)
-            pairs = zip(leaves.values, on_host, strict=True)
-            whole = leaves.rebuild(next(remaining) if flag else x for x, flag in pairs)
+            whole = leaves.rebuild(next(remaining) if _is_array(x) else x for x in leaves.values)
             return f(whole, *args, **kwargs)
 
-        hosted = [x for x, flag in zip(leaves.values, on_host, strict=True) if flag]
-        return _call_streamed(of_streamed, hosted)
+        pairs = [pair for pair in zip(leaves.values, on_host, strict=True) if _is_array(pair[0])]
+        return _call_streamed(of_arrays, *map(list, zip(*pairs, strict=True)))
 
     return streamed_fn
 
 
-def _call_streamed(f: Callable[[Any, Any], Any], hosted: list[Any]) -> Any:
-    # What `f` closes over, whatever trains among it, is the "carry" of these passes.
-    body, constants = with_constants(f, (), list(map(copied_to_device, hosted)))
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+def _call_streamed(f: Callable[[Any, Any], Any], weights: list[Any], on_host: list[bool]) -> Any:
+    def fetch(weights: Sequence[Any]) -> list[Any]:
+        pairs = zip(weights, on_host, strict=True)
+        return [copied_to_device(x) if flag else x for x, flag in pairs]
+
+    # What `f` closes over, its other arguments among it, is the "carry" of these passes.
+    body, constants = with_constants(f, (), fetch(weights))
 
     def of_constants(constants: Any, arrays: Any) -> Any:
         return body((), arrays, *constants)
 
     @jax.custom_vjp
-    def call(hosted: Any, constants: Any) -> Any:
-        return of_constants(constants, list(map(copied_to_device, hosted)))
+    def call(weights: Any, constants: Any) -> Any:
+        return of_constants(constants, fetch(weights))
 
-    def forward(hosted: Any, constants: Any) -> Any:
-        perturbed = [x.perturbed for x in hosted]
-        hosted, constants = [x.value for x in hosted], [x.value for x in constants]
-        arrays = list(map(copied_to_device, hosted))
+    def forward(weights: Any, constants: Any) -> Any:
+        perturbed = [x.perturbed for x in weights]
+        weights, constants = [x.value for x in weights], [x.value for x in constants]
+        arrays = fetch(weights)
         passes = LayerPasses(of_constants, (), constants, arrays)
         outputs, kept = passes.forward((), arrays, constants)
-        return outputs, (hosted, kept, Static((passes, perturbed)))
+        return outputs, (weights, kept, Static((passes, perturbed)))
 
     def backward(saved: Any, cotangents: Any) -> Any:
-        hosted, kept, static = saved
+        weights, kept, static = saved
         passes, perturbed = static.value
-        leaves, structure = jax.tree.flatten(instantiated(cotangents))
-        real = [x for x in leaves if not is_float0(x)]
+        pairs = zip(weights, on_host, strict=True)
         # Or XLA would find the copies of the forward pass again, and keep them until here.
-        hosted = [jax.lax.optimization_barrier(x) for x in hosted]
-        remaining = iter(real)
-        cotangents = structure.unflatten(x if is_float0(x) else next(remaining) for x in leaves)
-        arrays = list(map(copied_to_device, hosted))
-        _, to_arrays, to_constants = passes.backward((), arrays, kept, cotangents)
-        triples = zip(to_arrays, hosted, perturbed, strict=True)
-        to_hosted = [put_in_memory(x, memory_of(h)) if flag else None for x, h, flag in triples]
-        return to_hosted, to_constants
+        again = [jax.lax.optimization_barrier(x) if flag else x for x, flag in pairs]
+        _, to_arrays, to_constants = passes.backward(
+            (), fetch(again), kept, instantiated(cotangents)
+        )
+        triples = zip(to_arrays, weights, perturbed, strict=True)
+        to_weights = [put_in_memory(x, memory_of(w)) if flag else None for x, w, flag in triples]
+        return to_weights, to_constants
 
     call.defvjp(forward, backward, symbolic_zeros=True)
-    return call(hosted, constants)
+    return call(weights, constants)

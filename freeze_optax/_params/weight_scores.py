@@ -73,7 +73,7 @@ def weight_scores(
         part is scored as a whole.
       stacked: Which leaves hold a layer at each index of their first axis, as `freeze_optax.scan`
         takes them: any spec. Each layer is a matrix of its own, and the leaf has the mean of their
-        scores. For a score for each layer, score `freeze_optax.unstack_layers(params["layers"])`.
+        scores. For a score for each layer, score what `freeze_optax.unstack_layers` gives.
       progress: Whether to show a progress bar on stderr.
 
     Returns:

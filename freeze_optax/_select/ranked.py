@@ -125,9 +125,9 @@ def top_leaves(
     leaves without a score too, since none of them is selected. The scores are given, so it works on
     abstract params, and gives the same leaves however the params change.
 
-    From Hartford et al., `Spectrum: Targeted Training on Signal to Noise Ratio
-    <https://arxiv.org/abs/2406.06623>`_, 2024 (`within="kind"`), and Saket, `Aletheia:
-    Gradient-Guided Layer Selection <https://arxiv.org/abs/2604.15351>`_, 2026 (over all).
+    From Hartford et al., `Spectrum <https://arxiv.org/abs/2406.06623>`_, 2024, which lets the
+    leaves of one kind compete, and Saket, `Aletheia <https://arxiv.org/abs/2604.15351>`_, 2026,
+    which lets all.
 
     Examples:
       >>> import freeze_optax as fo

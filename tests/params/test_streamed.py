@@ -130,3 +130,28 @@ def test_second_derivatives_and_vmap_work_and_forward_mode_is_an_error():
     np.testing.assert_allclose(batched, jax.vmap(jax.grad(plain))(many), atol=1e-6)
     with pytest.raises(TypeError, match=r"forward-mode|jvp"):
         jax.jvp(ours, (lora,), (lora,))
+
+
+def test_what_is_computed_of_weights_in_both_memories_is_not_kept_either():
+    params = make_params()["layer_0"]
+    base = {**params["base"], "qvalue": on_host(params["base"]["qvalue"])}
+    whole = params["base"]["qvalue"].astype(jnp.float32) * params["base"]["scale"]
+
+    def merged(p: Any, x: Any) -> Any:
+        w = p["base"]["qvalue"].astype(jnp.float32) * p["base"]["scale"]
+        return jnp.tanh(x @ w) @ (w + p["lora"])
+
+    def run(call: Any, base: Any) -> Any:
+        def loss(lora: Any, x: Any) -> Any:
+            return call({"base": base, "lora": lora}, x)
+
+        outputs, pull = jax.vjp(loss, params["lora"], X)
+        return pull, pull(outputs)
+
+    pull, actual = run(fo.streamed(merged), base)
+    for x, y in zip(actual, run(merged, params["base"])[1], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+    kept = [np.asarray(x) for x in jax.tree.leaves(pull) if x.shape == whole.shape]
+    assert kept, "of the weights, those of the call itself are kept"
+    for floats in (whole, whole + params["lora"]):
+        assert not any(np.array_equal(x, floats) for x in kept)
