@@ -76,7 +76,9 @@ def test_params_and_the_arrays_of_a_state_count_in_the_memory_that_they_are_in(p
     assert summary.streamed_bytes == 2 * params["b"].nbytes
 
 
-@pytest.mark.parametrize("inner", [ADAM, optax.sgd(0.1), optax.adafactor(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "inner", [ADAM, optax.sgd(0.1), optax.adafactor(0.1)], ids=["adam", "sgd", "adafactor"]
+)
 @pytest.mark.parametrize("form", [lambda x: x, abstract], ids=["arrays", "abstract"])
 def test_the_state_of_an_optimizer_counts_where_its_init_makes_it(inner, form):
     params = hosted(layers(), "layer_0", "layer_1")
