@@ -24,17 +24,22 @@ def new_table(columns: Sequence[str], left: int = 0) -> Table:
     return table
 
 
-def console_text(shown: Any, console: Console, rows: Sequence[Sequence[str]], least: int) -> str:
+def console_text(
+    shown: Any, console: Console, rows: Sequence[Sequence[str]], least: int, name: int = _LEAST_NAME
+) -> str:
     """Returns the text that a console would print, without a line break at its end.
+
+    The lines are longer than the console if it is too narrow for the table.
 
     Args:
       shown: What to print.
       console: The console. Its width is set to that of the table, if it is narrower.
       rows: The rows of cells after the names, with the headers.
       least: The least width.
+      name: The least width of the column of names.
     """
     widths = [max(map(len, column)) + _PADDING for column in zip(*rows, strict=True)]
-    console.width = max(console.width, _LEAST_NAME + sum(widths), least)
+    console.width = max(console.width, name + sum(widths), least)
     with console.capture() as capture:
         console.print(shown)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -94,7 +94,8 @@ class Scores(Mapping[str, Score]):
     def __repr__(self) -> str:
         rows = [_COLUMNS, *map(_cells, self.values())]
         console = Console(color_system=None, force_jupyter=False)
-        return console_text(self, console, rows, len(self._headline))
+        longest = max((len(printable(path) or ROOT) for path in self), default=0)
+        return console_text(self, console, rows, len(self._headline), min(longest, _LONGEST))
 
     def _repr_html_(self) -> str:
         rows = [
@@ -103,6 +104,9 @@ class Scores(Mapping[str, Score]):
         ]
         return table_as_html(_COLUMNS, rows, [], self._headline, has_status=False)
 
+
+_LONGEST = 80
+"""The longest path that is not folded. Paths are whole, as code gives them to other functions."""
 
 _COLUMNS = [*(name.replace("_", " ") for name in MEASURES), "steps"]
 

@@ -67,6 +67,14 @@ measured: 3"""
     assert list(none) == ["layer_0/w"]
 
 
+def test_a_path_is_on_one_line_unless_it_is_very_long():
+    path = "encoder/layers/attention/query/kernel"
+    params = {path: jnp.ones(4), "x" * 100: jnp.ones(4)}
+    lines = str(fo.scores(state_of(params))).splitlines()
+    assert any(line.startswith(f"{path}  ") for line in lines)
+    assert max(map(len, lines)) < 160
+
+
 def test_names_cannot_control_a_terminal_or_a_page():
     params = {"\x1b[31m": jnp.ones(2), "<b>&": jnp.ones(2), "[red]": jnp.ones(2)}
     found = fo.scores(state_of(params))
