@@ -68,7 +68,7 @@ def runs(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("distributed")
     for mode in ("whole", "resume"):
         run(mode, folder)
-    return {mode: load(mode, folder) for mode in ("whole", "resume")}
+    return {mode: load(mode, folder) for mode in ("whole", "resume", "scores")}
 
 
 def test_fresh_processes_go_on_bitwise_from_a_checkpoint_made_after_a_thaw(runs):
@@ -104,6 +104,14 @@ def test_two_processes_end_where_one_device_and_a_loop_by_hand_end(runs):
     for held in runs["whole"]:
         for path, leaf in zip(by_hand.paths(expected), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(held[f"whole {path}"], leaf, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_have_the_scores_of_one_device(runs):
+    params = jax.tree.map(jax.numpy.asarray, distributed_worker.make_params())
+    expected = distributed_worker.scores(params, distributed_worker.make_batch(0))
+    for held in runs["scores"]:
+        assert list(held) == list(expected)
+        np.testing.assert_allclose([*held.values()], [*expected.values()], rtol=1e-5)
 
 
 def thawed_at(path: str) -> int:

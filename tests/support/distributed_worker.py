@@ -112,6 +112,14 @@ def shards(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
+def scores(params: Any, batch: Any) -> dict[str, float]:
+    """The scores of weights and of gradients, under the names of both."""
+    found = {"weights": fo.weight_scores(params, "stable_rank")}
+    for score in ("norm", "relative", "fisher"):
+        found[score] = fo.gradient_scores(loss, params, [batch], score)
+    return {f"{kind} {path}": x for kind, row in found.items() for path, x in row.items()}
+
+
 def rotating_params() -> Any:
     random = np.random.default_rng(0)
     draw = lambda *shape: random.normal(size=shape).astype(np.float32) / 2  # noqa: E731
@@ -170,6 +178,8 @@ def main(process: int, port: str, mode: str, folder: pathlib.Path) -> None:
         tree = train(tx, mesh, tree, SAVED, folder)
     else:
         params = jax.tree.map(lambda x, spec: place(mesh, x, spec), make_params(), SPLIT)
+        batch = place(mesh, make_batch(0), PartitionSpec("data", None))
+        np.savez(folder / f"scores-{process}.npz", **scores(params, batch))
         tree = train(tx, mesh, {"params": params, "state": tx.init(params)}, 0, folder)
     whole = jax.tree.leaves_with_path(process_allgather(tree["params"], tiled=True))
     held = {f"whole {jax.tree_util.keystr(p, simple=True, separator='/')}": x for p, x in whole}
