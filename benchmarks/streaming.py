@@ -1,4 +1,7 @@
-"""A frozen base in host memory, streamed layer by layer or moved whole, against device memory."""
+"""A frozen base in host memory, streamed layer by layer or moved whole, against device memory.
+
+It needs JAX 0.8: before, a jitted function returned in device memory what it took from the host.
+"""
 
 import dataclasses
 import statistics

@@ -38,16 +38,26 @@ def test_a_tiny_run_writes_finite_figures_of_each_case_and_they_make_a_page(tmp_
     case, on_host = found["steps"].values()
     assert list(case["ways"]) == [BY_HAND, DROP_IN]
     assert list(on_host["ways"]) == [ON_DEVICE, STREAMED, MOVED]
-    for figures in (*case["ways"].values(), *on_host["ways"].values()):
+    page = gpu_report.page(found)
+    assert ROWS in page
+    measured = [*case["ways"].values(), on_host["ways"][ON_DEVICE]]
+    if jax.__version_info__ >= (0, 8):
+        measured += [on_host["ways"][STREAMED], on_host["ways"][MOVED]]
+        _check_streamed(on_host, page)
+    else:  # a way that fails is an error of that way alone
+        assert "the step returns it in device" in on_host["ways"][STREAMED]["error"]
+        assert f"- {ON_HOST}, {STREAMED}: ValueError" in page
+    for figures in measured:
         assert {"milliseconds", "ratio", "tokens per second", "peak bytes"} <= figures.keys()
         assert all(math.isfinite(x) and x > 0 for x in figures.values()), figures
+
+
+def _check_streamed(on_host, page):
     held = [on_host["ways"][way].get("host bytes", 0) for way in (ON_DEVICE, STREAMED, MOVED)]
     assert held == [0, 4 * LAYER, 4 * LAYER]
     # LoRA needs the base in both passes; moved whole, it is copied once.
     least = 4e3 * LAYER / on_host["bandwidth"]
     assert on_host["least milliseconds"] == pytest.approx({STREAMED: 2 * least, MOVED: least})
-    page = gpu_report.page(found)
-    assert ROWS in page
     assert f"- {ON_HOST}: step time to that" in page
 
 
