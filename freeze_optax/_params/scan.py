@@ -62,7 +62,8 @@ def scan(  # noqa: PLR0913
     layer is copied to the device while the layer before it is computed, and once more in the
     backward pass. So at most two layers are on the device at a time. Nothing of frozen weights is
     kept for the backward pass, nor what `f` computes of them alone: of quantized layers the stored
-    integers travel, and no floats are kept. A layer may have weights that train, adapters say, in
+    integers travel, and no floats are kept. Only what `f` mixes with the carry may be kept (in a
+    `jax.lax.cond` on it, say): rematerialise `f` there (`jax.checkpoint`). A layer may have weights that train, adapters say, in
     device memory; those of its leaves that are frozen are streamed.
 
     Examples:
@@ -92,7 +93,8 @@ def scan(  # noqa: PLR0913
         MaxText and `nn.scan(variable_axes={"params": 1})` stack layers along axis 1. The layers
         that train are copied, with this axis in front, as `jax.lax.scan` needs them.
       stream: Whether to copy frozen leaves that are in host memory to the device layer by layer.
-        JAX can't differentiate the result in forward mode then (`jax.jvp`).
+        JAX can't differentiate the result in forward mode then (`jax.jvp`). A leaf in host memory
+        that `frozen` does not select goes to the device as a whole.
 
     Returns:
       A pair of the last carry and the outputs, stacked along a leading axis, as `jax.lax.scan`

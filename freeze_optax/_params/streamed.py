@@ -21,8 +21,9 @@ def streamed(f: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `f`, with the weights that are in host memory on the device during the call.
 
     In the backward pass they are copied to the device again. So between the two nothing of them
-    fills the memory of the device, and neither does what `f` computes of them alone (the floats of
-    quantized weights). `freeze_optax.scan` does the same for stacked layers, with `stream=True`.
+    fills the memory of the device, and neither does what `f` computes of its weights alone (the
+    floats of quantized weights, the sum of a weight and its adapter). `freeze_optax.scan` does the
+    same for stacked layers, with `stream=True`.
 
     Examples:
       >>> import jax
