@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import freeze_optax as fo
 
@@ -62,3 +64,44 @@ def assert_close(found: Mapping[str, fo.Score], expected: Mapping[str, fo.Score]
         np.testing.assert_allclose(
             found[name][2:4], one[2:4], rtol=1e-6, atol=1e-6 * scale, err_msg=name
         )
+
+
+# A run of Adam.
+
+ADAM = optax.adam(0.1)
+TX = fo.freezable(fo.measured(ADAM))
+
+
+def make_params() -> Any:
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"a": draw(4, 2), "b/c": draw(3), "d": {"kernel": draw(2, 2), "steps": jnp.arange(2)}}
+
+
+PARAMS = make_params()
+NAMES = ["a", "b/c", "d/kernel"]
+
+
+def gradient(step: int, params: Any = PARAMS) -> Any:
+    return jax.tree.map(lambda x: x * jnp.asarray(1 + step % 3, x.dtype), params)
+
+
+class Run:
+    """A run that records the gradient and the update of each step."""
+
+    def __init__(self, tx: Any = TX, params: Any = PARAMS, state: Any = None):
+        self.tx, self.params = tx, params
+        self.state = tx.init(params) if state is None else state
+        self.history: list[Any] = []
+
+    def train(self, steps: int) -> Any:
+        for _ in range(steps):
+            grads = gradient(len(self.history), self.params)
+            updates, self.state = self.tx.update(grads, self.state, self.params)
+            self.history.append((grads, updates))
+        return self
+
+    def check(self, *names: str, **since: int) -> None:
+        """Compares the scores of these leaves, each since the step in which it began."""
+        expected = by_hand(self.history, since={k.replace("_", "/"): x for k, x in since.items()})
+        assert_close(fo.scores(self.state), {name: expected[name] for name in names})

@@ -1,68 +1,32 @@
-"""Norms through edits, parts of leaves, checkpoints and wrappers: each leaf has its own steps."""
+"""Norms through edits, parts of leaves and wrappers: each leaf has its own steps."""
 
-import io
-import pickle
 from typing import Any
 
-import flax.serialization
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 import freeze_optax as fo
-import freeze_optax.linen
 from freeze_optax import nnx as fnnx
 from tests.support import measuring
-from tests.support.measuring import assert_close, by_hand
+from tests.support.measuring import (
+    ADAM,
+    NAMES,
+    PARAMS,
+    TX,
+    Run,
+    assert_close,
+    by_hand,
+    gradient,
+)
 from tests.support.memories import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-HOLE = optax.MaskedNode()
-ADAM = optax.adam(0.1)
-TX = fo.freezable(fo.measured(ADAM))
-
-
-def make_params() -> Any:
-    random = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
-    return {"a": draw(4, 2), "b/c": draw(3), "d": {"kernel": draw(2, 2), "steps": jnp.arange(2)}}
-
-
-PARAMS = make_params()
-NAMES = ["a", "b/c", "d/kernel"]
-
-
-def gradient(step: int, params: Any = PARAMS) -> Any:
-    return jax.tree.map(lambda x: x * jnp.asarray(1 + step % 3, x.dtype), params)
-
-
-class Run:
-    """A run that records the gradient and the update of each step."""
-
-    def __init__(self, tx: Any = TX, params: Any = PARAMS, state: Any = None):
-        self.tx, self.params = tx, params
-        self.state = tx.init(params) if state is None else state
-        self.history: list[Any] = []
-
-    def train(self, steps: int) -> Any:
-        for _ in range(steps):
-            grads = gradient(len(self.history), self.params)
-            updates, self.state = self.tx.update(grads, self.state, self.params)
-            self.history.append((grads, updates))
-        return self
-
-    def check(self, *names: str, **since: int) -> None:
-        """Compares the scores of these leaves, each since the step in which it began."""
-        expected = by_hand(self.history, since={k.replace("_", "/"): x for k, x in since.items()})
-        assert_close(fo.scores(self.state), {name: expected[name] for name in names})
 
 
 def test_a_leaf_is_measured_from_its_own_first_step():
@@ -147,61 +111,6 @@ def test_each_part_of_a_leaf_has_a_vector_and_the_leaf_the_norm_of_all(first, re
     assert sorted(float(x[0]) for x in parts) == [1.0, 3.0, 3.0]
     assert len({x.unsafe_buffer_pointer() for x in parts}) == 3
     np.testing.assert_allclose(fo.scores(state)["a"].gradient, expected, rtol=1e-6)
-
-
-# Stored.
-
-
-def trained() -> Any:
-    """A state with cohorts, a leaf in parts and a parked one."""
-    run = Run(fo.freezable(fo.measured(ADAM), fo.rows("a", [0, 1]))).train(2)
-    run.state = fo.thaw(run.state, PARAMS, fo.rows("a", [0]))
-    run.train(1)
-    return fo.freeze(run.state, PARAMS, "b/c", keep_state=True)
-
-
-def through_orbax(exported: Any, folder: Any) -> Any:
-    checkpointer = ocp.StandardCheckpointer()
-    checkpointer.save(folder / "exported", exported)
-    checkpointer.wait_until_finished()
-    return checkpointer.restore(folder / "exported")
-
-
-def through_numpy(exported: Any, _: Any) -> Any:
-    file = io.BytesIO()
-    np.savez(file, **flax.traverse_util.flatten_dict(exported, sep="//"))
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as arrays:
-        return flax.traverse_util.unflatten_dict(dict(arrays), sep="//")
-
-
-@pytest.mark.parametrize("through", [through_orbax, through_numpy])
-def test_an_export_comes_back_with_every_norm(through, tmp_path):
-    state = trained()
-    restored = fo.import_state(TX, PARAMS, through(fo.export_state(state), tmp_path))
-    assert_same_bits(restored, state)
-    assert_close(fo.scores(restored), fo.scores(state))
-    moved = fo.import_state(TX, PARAMS, fo.export_state(state), frozen="a")
-    assert_same_bits(moved, fo.set_frozen(state, PARAMS, "a"))
-    steps = [Run(state=one).train(1).state for one in (state, restored)]
-    assert_same_bits(*steps)
-
-
-def test_a_checkpoint_from_before_names_what_it_lacks():
-    for source, target in ((fo.freezable(ADAM), TX), (TX, fo.freezable(ADAM))):
-        exported = fo.export_state(source.init(PARAMS))
-        with pytest.raises(ValueError, match="norms/a"):
-            fo.import_state(target, PARAMS, exported)
-
-
-def test_pickle_and_flax_serialization_bring_back_every_bit():
-    for state in (trained(), fo.measured(ADAM, by=lambda _: "all").init(PARAMS)):
-        assert_same_bits(pickle.loads(pickle.dumps(state)), state)
-        target = jax.tree.map(jnp.zeros_like, state)
-        data = flax.serialization.to_bytes(state)
-        assert_same_bits(flax.serialization.from_bytes(target, data), state)
-    scores = fo.scores(trained())
-    assert repr(pickle.loads(pickle.dumps(scores))) == repr(scores)
 
 
 # Inside of others, and around them.
