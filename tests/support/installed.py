@@ -30,7 +30,8 @@ LAST_LINE = "trainable: 4 of 16 parameters (25.00%)"
 def has(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
+    # A module below another imports that one, which says with an ImportError what it lacks.
+    except ImportError:
         return False
 
 
