@@ -28,6 +28,8 @@ from freeze_optax._params.stacking import stack_layers as stack_layers
 from freeze_optax._params.stacking import unstack_layers as unstack_layers
 from freeze_optax._params.streamed import streamed as streamed
 from freeze_optax._params.weight_scores import weight_scores as weight_scores
+from freeze_optax._policy.convergence import Convergence as Convergence
+from freeze_optax._policy.decision import Decision as Decision
 from freeze_optax._report.score_plot import plot_scores as plot_scores
 from freeze_optax._report.scores import Score as Score
 from freeze_optax._report.scores import Scores as Scores

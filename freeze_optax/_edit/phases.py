@@ -49,7 +49,7 @@ class Phases:
             raise ValueError(
                 "Phases needs a phase; to freeze nothing write Phases({0: fo.nothing})"
             )
-        steps = {_as_int(step): spec for step, spec in specs.items()}
+        steps = {as_step(step): spec for step, spec in specs.items()}
         self.starts: tuple[int, ...] = tuple(sorted(steps))
         self.specs: tuple[Spec, ...] = tuple(steps[start] for start in self.starts)
         if self.starts[0] < 0:
@@ -76,7 +76,7 @@ class Phases:
           TypeError: If the step is not an integer, or is traced. Under jit use
             `freeze_optax.scheduled`.
         """
-        index = bisect.bisect_right(self.starts, _as_int(step)) - 1
+        index = bisect.bisect_right(self.starts, as_step(step)) - 1
         if index < 0:
             raise ValueError(
                 f"step {step} is before the first phase, which begins at {self.starts[0]}"
@@ -121,7 +121,7 @@ class Phases:
         return f"Phases({dict(zip(self.starts, self.specs, strict=True))!r})"
 
 
-def _as_int(step: Any) -> int:
+def as_step(step: Any) -> int:
     """Returns a step as an `int`; raises TypeError for anything but a known integer."""
     try:
         return operator.index(step)

@@ -185,7 +185,7 @@ def _by_group(norms: Any, trees: Sequence[Any], by: Any) -> tuple[Triples, Any]:
 
 def _next_vector(vector: Any, grads: list[Any], updates: list[Any], decay: Any) -> Any:
     """Returns the vector of norms after a step."""
-    last = jnp.stack([_norm(grads), _norm(updates)])
+    last = jnp.stack([norm_of(grads), norm_of(updates)])
     steps, averages, changes, before = vector[:1] + 1, vector[1:3], vector[3:5], vector[5:]
     averages = averages + _weight(steps, decay) * (last - averages)
     # The first step has nothing to change from.
@@ -195,7 +195,7 @@ def _next_vector(vector: Any, grads: list[Any], updates: list[Any], decay: Any) 
     return jnp.where(jnp.isfinite(last).all(), new, vector)
 
 
-def _norm(arrays: list[Any]) -> Any:
+def norm_of(arrays: Sequence[Any]) -> Any:
     """Returns the norm of all numbers in some arrays, in float32."""
     sums = [square for x in arrays for square in _sums_of_squares(x)]
     widest = jnp.float64 if any(x.dtype == jnp.float64 for x in sums) else jnp.float32
