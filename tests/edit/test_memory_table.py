@@ -130,6 +130,8 @@ TABLE: dict[str, tuple[Any, str]] = {
 
 # They return no arrays, or are a part of the rows above.
 WITHOUT_ARRAYS = {
+    "Convergence",
+    "Decision",
     "FreezeState",
     "Phases",
     "Score",
