@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,14 +76,9 @@ def measured(
     """
     inner = as_transformation("measured", inner)
     _check_decay(decay)
-    # Traced once for all leaves of one shape. A step that is not jitted compiles it.
+    # Traced once for all leaves of one shape. A step that is not jitted compiles them.
+    sums_of_squares = jax.jit(_sums_of_squares, inline=True)
     next_vector = jax.jit(functools.partial(_next_vector, decay=decay), inline=True)
-
-    def after_step(vector: Any, grads: list[Any], updates: list[Any]) -> Any:
-        grads, updates = ([x for x in arrays if can_train(x)] for arrays in (grads, updates))
-        if is_hole(vector) or not grads or not updates:
-            return vector
-        return next_vector(vector, grads, updates)
 
     def init_fn(params: optax.Params) -> Any:
         if is_placeholder(params):
@@ -101,7 +96,17 @@ def measured(
         triples, treedef = (
             _by_leaf(state.norms, trees) if by is None else _by_group(state.norms, trees, by)
         )
-        norms = jax.tree.unflatten(treedef, [after_step(*triple) for triple in triples])
+        vectors = [vector for vector, _, _ in triples]
+        squares: dict[int, Any] = {}
+        for i, (vector, *trees) in enumerate(triples):
+            grads, new = ([x for x in arrays if can_train(x)] for arrays in trees)
+            if not is_hole(vector) and grads and new:
+                squares[i] = sums_of_squares(grads, new)
+        for indices in _of_one_type(vectors, squares):
+            stacked = [(vectors[i], *squares[i]) for i in indices]
+            for i, vector in zip(indices, _next_vectors(next_vector, stacked), strict=True):
+                vectors[i] = vector
+        norms = jax.tree.unflatten(treedef, vectors)
         return new_updates, MeasuredState(norms, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -183,9 +188,41 @@ def _by_group(norms: Any, trees: Sequence[Any], by: Any) -> tuple[Triples, Any]:
     return [groups[label] for label in labels], treedef
 
 
-def _next_vector(vector: Any, grads: list[Any], updates: list[Any], decay: Any) -> Any:
-    """Returns the vector of norms after a step."""
-    last = jnp.stack([norm_of(grads), norm_of(updates)])
+def _sums_of_squares(grads: list[Any], updates: list[Any]) -> tuple[Any, Any]:
+    """Returns the sums of the squares of the gradient and of the update of a step, of one dtype."""
+    sums = _sum_of_squares(grads), _sum_of_squares(updates)
+    widest = jnp.promote_types(sums[0].dtype, sums[1].dtype)
+    return sums[0].astype(widest), sums[1].astype(widest)
+
+
+def _of_one_type(vectors: Sequence[Any], squares: dict[int, Any]) -> list[list[int]]:
+    """Returns the indices of the vectors that `_next_vectors` may stack, in lists."""
+    lists: dict[Any, list[int]] = {}
+    for i, sums in squares.items():
+        arrays = vectors[i], *sums
+        # Eager arrays may be on different devices.
+        is_traced = all(isinstance(x, Tracer) for x in arrays)
+        lists.setdefault(tuple(map(jax.typeof, arrays)) if is_traced else i, []).append(i)
+    return list(lists.values())
+
+
+def _next_vectors(
+    next_vector: Callable[..., Any], stacked: Sequence[tuple[Any, Any, Any]]
+) -> Sequence[Any]:
+    """Returns the vectors of norms after a step, each from a vector and two sums of squares.
+
+    They are computed as one array. XLA compiles a few kernels for each array, which would be
+    thousands for hundreds of leaves.
+    """
+    if len(stacked) == 1:
+        return [next_vector(*stacked[0])]
+    new = jax.vmap(next_vector)(*map(jnp.stack, zip(*stacked, strict=True)))
+    return [new[i] for i in range(len(stacked))]
+
+
+def _next_vector(vector: Any, grads: Any, updates: Any, decay: Any) -> Any:
+    """Returns the vector of norms after a step, of which the sums of squares are known."""
+    last = jnp.sqrt(jnp.stack([grads, updates])).astype(jnp.float32)
     steps, averages, changes, before = vector[:1] + 1, vector[1:3], vector[3:5], vector[5:]
     averages = averages + _weight(steps, decay) * (last - averages)
     # The first step has nothing to change from.
@@ -197,13 +234,17 @@ def _next_vector(vector: Any, grads: list[Any], updates: list[Any], decay: Any) 
 
 def norm_of(arrays: Sequence[Any]) -> Any:
     """Returns the norm of all numbers in some arrays, in float32."""
-    sums = [square for x in arrays for square in _sums_of_squares(x)]
+    return jnp.sqrt(_sum_of_squares(arrays)).astype(jnp.float32)
+
+
+def _sum_of_squares(arrays: Sequence[Any]) -> Any:
+    """Returns the sum of the squares of all numbers in some arrays, in float32 or float64."""
+    sums = [square for x in arrays for square in _squares_of(x)]
     widest = jnp.float64 if any(x.dtype == jnp.float64 for x in sums) else jnp.float32
-    total = sum((x.astype(widest) for x in sums[1:]), sums[0].astype(widest))
-    return jnp.sqrt(total).astype(jnp.float32)
+    return sum((x.astype(widest) for x in sums[1:]), sums[0].astype(widest))
 
 
-def _sums_of_squares(x: Any) -> list[Any]:
+def _squares_of(x: Any) -> list[Any]:
     """Returns the sum of the squares of an array; of complex numbers, those of both parts."""
     parts = (x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
     return [jnp.sum(jnp.square(_widened(part))) for part in parts]
