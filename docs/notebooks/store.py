@@ -23,7 +23,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 def execute(notebook, folder):
     """Executes in place, and leaves out all that differs from one machine or run to the next."""
-    options = {"timeout": 1800, "kernel_name": "python3", "record_timing": False}
+    options = {"timeout": 3600, "kernel_name": "python3", "record_timing": False}
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, resources=resources, coalesce_streams=True, **options).execute()
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})

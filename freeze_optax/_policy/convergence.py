@@ -33,17 +33,20 @@ from freeze_optax._tree.variables import unwrap_variable
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Convergence:
-    """Freezes what has converged: what hardly moves any more, relative to its size.
+    """Freezes what has converged: what has a small gradient, relative to its size.
 
-    Every few steps it compares how large the update of a step is, on average, relative to the
-    params. What moves less than a threshold, or less than most others, is frozen. The optimizer is
-    measured: `fo.freezable(fo.measured(optimizer))`. A decision depends only on the step, the state
-    and the params. So a run that was killed and resumed from a checkpoint decides the same.
+    Every few steps it compares the norms of the gradients, averaged over the last steps, relative
+    to the norms of the params. Where this number is below a threshold, or below that of most
+    others, the params are frozen. The optimizer is measured:
+    `fo.freezable(fo.measured(optimizer))`. A decision depends only on the step, the state and the
+    params. So a run that was killed and resumed from a checkpoint decides the same.
 
     The order from input to output is that of AutoFreeze: only a prefix of the groups is frozen, so
     the backward pass gets shorter. From Liu et al., `AutoFreeze
     <https://arxiv.org/abs/2102.01386>`_, 2021, which freezes what is below a quantile, and Wang et
-    al., `Egeria <https://arxiv.org/abs/2201.06227>`_, 2022, which waits with patience and thaws.
+    al., `Egeria <https://arxiv.org/abs/2201.06227>`_, 2022, which waits with patience and thaws. The
+    number that is compared is that of Lee et al., `Surgical Fine-Tuning
+    <https://arxiv.org/abs/2210.11466>`_, 2022, which trains what has a large one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,8 +77,7 @@ class Convergence:
         is below this quantile of the scores of all groups that train. Not the last one, nor are
         equal scores, since none of them is below.
       patience: How many steps each leaf of a group has to be measured before the group can be
-        frozen, 1 or more. A leaf that was thawed without a parked state counts from there. Let it
-        be longer than the warm-up of the learning rate, in which nothing moves far.
+        frozen, 1 or more. A leaf that was thawed without a parked state counts from there.
       every: How many steps are between two decisions. Only a decision that changes something
         compiles the training step anew.
       frozen: What is always frozen: any spec, see `freeze_optax.mask`.
@@ -84,8 +86,8 @@ class Convergence:
         converged again: a multiple of `every`. A frozen leaf has no gradient, so this is how the
         policy sees that it moves again. None: never.
       score: A function for what is compared, which takes the `Score` of a group and the norm of its
-        params, and returns a number: the lower, the more it has converged. None: `score.update /
-        norm`, and 0 where there is no update. A group whose number is NaN has not converged.
+        params, and returns a number: the lower, the more it has converged. None: `score.gradient /
+        norm`, and 0 where both are 0. A group whose number is NaN has not converged.
 
     Raises:
       TypeError: If a number is none, or `order` is a text, or no list.
@@ -109,9 +111,9 @@ class Convergence:
             _check_order(self.order)
         if (self.threshold is None) == (self.quantile is None):
             raise ValueError(
-                "Convergence takes a threshold or a quantile, and not both: threshold=1e-4 freezes "
-                "what moves by less than a ten-thousandth of its norm in a step, quantile=0.5 the "
-                "half that moves least"
+                "Convergence takes a threshold or a quantile, and not both: threshold=1e-3 freezes "
+                "what has a gradient below a thousandth of its norm, quantile=0.5 the half with "
+                "the smallest"
             )
         _check_number("threshold", self.threshold, math.inf)
         _check_number("quantile", self.quantile, 1)
@@ -278,7 +280,7 @@ class Convergence:
         numbers = [math.nan] * len(groups)
         for group, norm in zip(known, norms, strict=True):
             score: Any = joined[group]
-            number = (self.score or _relative_update)(score, norm)
+            number = (self.score or _relative_gradient)(score, norm)
             if not is_real(number) or np.ndim(number):
                 raise TypeError(
                     f"the function `score` of Convergence returned {number!r} for {score} and the "
@@ -310,8 +312,8 @@ class Convergence:
         return f"Convergence({order}{limit}, patience={self.patience}, every={self.every}{probe})"
 
 
-def _relative_update(score: Score, norm: float) -> float:
-    return score.update / norm if norm else score.update and math.inf
+def _relative_gradient(score: Score, norm: float) -> float:
+    return score.gradient / norm if norm else score.gradient and math.inf
 
 
 _norm = jax.jit(norm_of)

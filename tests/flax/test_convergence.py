@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ORDER = ["linear_0", "linear_1"]
 TX = fo.freezable(fo.measured(optax.sgd(0.05)))
-POLICY = fo.Convergence(ORDER, threshold=2e-2, patience=3, every=4)
+POLICY = fo.Convergence(ORDER, threshold=0.4, patience=3, every=4)
 
 
 class Model(nnx.Module):
