@@ -14,6 +14,9 @@ from freeze_optax._edit.place import place_state as place_state
 from freeze_optax._edit.rotating import rotating as rotating
 from freeze_optax._edit.scheduled import scheduled as scheduled
 from freeze_optax._export.export_state import export_state as export_state
+from freeze_optax._export.exported_programs import (
+    register_for_jax_export as register_for_jax_export,
+)
 from freeze_optax._export.import_state import import_state as import_state
 from freeze_optax._params.apply_updates import apply_updates as apply_updates
 from freeze_optax._params.assign import assign as assign

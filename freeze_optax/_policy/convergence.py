@@ -43,10 +43,10 @@ class Convergence:
 
     The order from input to output is that of AutoFreeze: only a prefix of the groups is frozen, so
     the backward pass gets shorter. From Liu et al., `AutoFreeze
-    <https://arxiv.org/abs/2102.01386>`_, 2021, which freezes what is below a quantile, and Wang et
-    al., `Egeria <https://arxiv.org/abs/2201.06227>`_, 2022, which waits with patience and thaws. The
-    number that is compared is that of Lee et al., `Surgical Fine-Tuning
-    <https://arxiv.org/abs/2210.11466>`_, 2022, which trains what has a large one.
+    <https://arxiv.org/abs/2102.01386>`_, 2021, which freezes what is below a quantile; Wang et al.,
+    `Egeria <https://arxiv.org/abs/2201.06227>`_, 2022, which waits with patience and thaws; and Lee
+    et al., `Surgical Fine-Tuning <https://arxiv.org/abs/2210.11466>`_, 2022, which compares
+    gradients relative to weights, to train where they are large.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -152,7 +152,20 @@ class PlanContext:
             self.inner, self._count = inner, len(leaves.values)
             self._params = leaves.treedef if params is leaves.tree else _structure(params)
 
+    @classmethod
+    def without_transformation(
+        cls, leaf_kinds: tuple[LeafKind | None, ...] | None
+    ) -> "PlanContext":
+        """Returns the context of a state that was stored, which `recover_inner` completes."""
+        context = cls.__new__(cls)
+        vars(context).update(_stored_fields(leaf_kinds))
+        return context
+
     def __getstate__(self) -> dict[str, Any]:
-        # Transformations are made of closures, which pickle refuses.
-        without_inner: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
-        return {**without_inner, "_layouts": {}, "_count": 0, "leaf_kinds": self.leaf_kinds}
+        return _stored_fields(self.leaf_kinds)
+
+
+def _stored_fields(leaf_kinds: tuple[LeafKind | None, ...] | None) -> dict[str, Any]:
+    # Transformations are made of closures, which can't be stored.
+    without_inner: dict[str, Any] = {"inner": None, "_params": None, "treedefs": []}
+    return {**without_inner, "_layouts": {}, "_count": 0, "leaf_kinds": leaf_kinds}

@@ -158,6 +158,7 @@ WITHOUT_ARRAYS = {
     "plot_scores",
     "rates",
     "regex",
+    "register_for_jax_export",
     "rows",
     "scores",
     "since_thaw",
