@@ -23,7 +23,7 @@ def test_each_way_applies_all_layers_in_order(way):
         for _ in range(host_copies.PRODUCTS):
             expected = np.tanh(expected @ kernel)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    weights = jax.device_put(stack, sharding)
+    weights = stack if way is host_copies.on_the_device else jax.device_put(stack, sharding)
     if way is host_copies.whole_arrays:
         weights = [jax.device_put(kernel, sharding) for kernel in stack]
     np.testing.assert_allclose(jax.jit(way)(weights, x), expected, rtol=1e-4)
