@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
+.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks examples docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -39,6 +39,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Each checks itself, and takes less than a minute on two cores.
+examples: $(VENV)/.test
+	$(BIN)/python examples/fsdp.py
 
 # Whether the stored notebooks are those of their sources. `make docs` executes the sources.
 notebooks: $(VENV)/.notebooks
