@@ -36,6 +36,7 @@ def only_state(verb: str, tree: Any) -> FreezeState:
 def _example_call(verb: str, state: str) -> str:
     """Returns the code of a call of `verb`, for error messages."""
     arguments = {
+        "Convergence.at": f"step, {state}, params",
         "export_state": state,
         "import_state": "tx, params, exported",
         "place_state": state,

@@ -19,8 +19,9 @@ from freeze_optax._state.measured_state import MeasuredState
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.rates_state import RatesState
 from freeze_optax._state.rotation import RotatingState, Rotation
+from freeze_optax._transform.since_thaw import SinceThawState
 
-_OUR_TUPLES = ScheduledState, RotatingState, RatesState, MeasuredState
+_OUR_TUPLES = ScheduledState, RotatingState, RatesState, SinceThawState, MeasuredState
 _TRANSFORMATIONS = optax.GradientTransformation, optax.GradientTransformationExtraArgs
 
 

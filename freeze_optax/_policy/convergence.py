@@ -1,34 +1,33 @@
 """`Convergence`: a policy that freezes what has converged."""
 
 import dataclasses
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
 from freeze_optax._edit.phases import as_step
 from freeze_optax._edit.state_holders import editable_state
 from freeze_optax._policy.decision import Decision
-from freeze_optax._report.scores import Score, scores
+from freeze_optax._policy.group_scores import (
+    inclusive_quantile,
+    joined_score,
+    norms_of_training,
+    scores_by_leaf,
+)
+from freeze_optax._report.scores import Score
 from freeze_optax._rows.flags import Flag, flag_or
 from freeze_optax._select.first_match import FirstMatch
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec, as_selector, is_function, resolve
 from freeze_optax._state.rotation import RotatingState
-from freeze_optax._transform.measured import norm_of
 from freeze_optax._transform.scaling import is_real
 from freeze_optax._tree.key_paths import natural_order
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import put_in_memory
-from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.node_types import nodes_of_type
-from freeze_optax._tree.variables import unwrap_variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +68,8 @@ class Convergence:
       order: The groups, from the input of the model to its output: a list of specs, such as
         `["embed", "layers/0", "layers/1"]`. A group is frozen when it and all groups before it have
         converged. The norm of a group is the root of the sum of the squares of those of its leaves.
-        A leaf that several specs select is in the group of the first. A leaf that none selects,
+        Of a leaf that trains in part both norms are of this part. A leaf that several specs select
+        is in the group of the first. A leaf that none selects,
         such as the head, is never frozen. With None each leaf is frozen for itself, which saves
         state and updates, and of the backward pass the gradient of the leaf alone.
       threshold: A group has converged when its score is below this number.
@@ -87,7 +87,8 @@ class Convergence:
         policy sees that it moves again. None: never.
       score: A function for what is compared, which takes the `Score` of a group and the norm of its
         params, and returns a number: the lower, the more it has converged. None: `score.gradient /
-        norm`, and 0 where both are 0. A group whose number is NaN has not converged.
+        norm`, and 0 where both are 0. A group whose number is NaN, or whose params are not finite,
+        has not converged, nor has one of which a leaf is not measured.
 
     Raises:
       TypeError: If a number is none, or `order` is a text, or no list.
@@ -188,7 +189,7 @@ class Convergence:
     def at(self, step: int, state: Any, params: Any) -> Decision:
         """Returns what is frozen from a step on.
 
-        Call it before each step, and give `freeze_optax.set_frozen` what it returns. Where no
+        Call it once before each step, and give `freeze_optax.set_frozen` what it returns. Where no
         decision is due, it reads nothing from the device.
 
         Examples:
@@ -233,7 +234,7 @@ class Convergence:
         leaves = param_leaves(params)
         now = freeze_state.plan.flags(leaves, "params")
         after = self._frozen_after(number, state, leaves, now) if due else now
-        return _decision(number, leaves.paths, now, after)
+        return _decision(number, leaves, now, after)
 
     def _frozen_after(
         self, step: int, state: Any, leaves: Leaves, now: Sequence[Flag]
@@ -242,7 +243,8 @@ class Convergence:
         always = resolve(self.frozen, leaves)
         columns = zip(always, now, map(np.shape, leaves.values), strict=True)
         thawed = [x if y is True else flag_or(x, y, shape) for x, y, shape in columns]
-        groups = self._groups(leaves, always)  # at step 0 too, so that a typo raises there
+        # At step 0 too, so that a typo, or a state that is not measured, raises there.
+        groups, by_leaf = self._groups(leaves, always), scores_by_leaf(state, leaves)
         if step == 0:
             return [y is True or x for x, y in zip(thawed, now, strict=True)]
         policy_froze = [a is True and b is not True for a, b in zip(now, always, strict=True)]
@@ -250,8 +252,8 @@ class Convergence:
             return thawed
         after = [flag or x for flag, x in zip(policy_froze, thawed, strict=True)]
         training = [[i for i in group if after[i] is not True] for group in groups]
-        numbers = self._numbers(training, _scores_by_leaf(state, leaves), leaves)
-        for i in self._converged(training, numbers):
+        norms = norms_of_training(leaves, now, training)
+        for i in self._converged(training, self._numbers(training, by_leaf, norms)):
             after[i] = True
         return after
 
@@ -271,23 +273,28 @@ class Convergence:
         ]
 
     def _numbers(
-        self, groups: Sequence[Sequence[int]], by_leaf: dict[int, Score], leaves: Leaves
+        self, groups: Sequence[Sequence[int]], by_leaf: dict[int, Score], norms: dict[int, float]
     ) -> list[float]:
-        """Returns the number of each group that is compared; NaN if it is not known yet."""
-        joined = [_joined([by_leaf[i] for i in group if i in by_leaf]) for group in groups]
-        known = [i for i, x in enumerate(joined) if x and x.steps >= self.patience]
-        norms = _norms([[leaves.values[i] for i in groups[group]] for group in known])
+        """Returns the number of each group that is compared; NaN if it is not known."""
         numbers = [math.nan] * len(groups)
-        for group, norm in zip(known, norms, strict=True):
-            score: Any = joined[group]
-            number = (self.score or _relative_gradient)(score, norm)
-            if not is_real(number) or np.ndim(number):
-                raise TypeError(
-                    f"the function `score` of Convergence returned {number!r} for {score} and the "
-                    f"norm {norm}, not a number; lower means that more has converged"
-                )
-            numbers[group] = float(number)
+        for number, group in enumerate(groups):
+            if not group or not all(i in by_leaf for i in group):
+                continue
+            score = joined_score([by_leaf[i] for i in group])
+            norm = math.hypot(*(norms[i] for i in group))
+            # Infinite params have diverged, and any gradient is small beside them.
+            if score.steps >= self.patience and math.isfinite(norm):
+                numbers[number] = self._number(score, norm)
         return numbers
+
+    def _number(self, score: Score, norm: float) -> float:
+        number: Any = (self.score or _relative_gradient)(score, norm)
+        if not is_real(number) or np.ndim(number):
+            raise TypeError(
+                f"the function `score` of Convergence returned {number!r} for {score} and the norm "
+                f"{norm}, not a number; lower means that more has converged"
+            )
+        return float(number)
 
     def _converged(
         self, groups: Sequence[Sequence[int]], numbers: Sequence[float]
@@ -295,8 +302,8 @@ class Convergence:
         """Yields the leaves of the groups that have converged."""
         limit: Any = self.threshold
         if self.quantile is not None:
-            known = [x for x in numbers if not math.isnan(x)]
-            limit = np.quantile(known, self.quantile) if known else math.nan
+            known = sorted(x for x in numbers if not math.isnan(x))
+            limit = inclusive_quantile(known, self.quantile)
         for group, number in zip(groups, numbers, strict=True):
             if number < limit:
                 yield from group
@@ -316,46 +323,13 @@ def _relative_gradient(score: Score, norm: float) -> float:
     return score.gradient / norm if norm else score.gradient and math.inf
 
 
-_norm = jax.jit(norm_of)
-
-
-def _norms(groups: Sequence[Sequence[Any]]) -> list[float]:
-    """Returns the norm of the params of each group."""
-    arrays = [[put_in_memory(unwrap_variable(x), None) for x in group] for group in groups]
-    for x in itertools.chain(*arrays):
-        if isinstance(x, Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(
-                "Convergence.at reads numbers, but the params are traced, or shapes alone; call it "
-                "outside of jax.jit, on the params that the step returns"
-            )
-    return [float(x) for x in jax.device_get([_norm(group) for group in arrays])]
-
-
-def _joined(measured: Sequence[Score]) -> Score | None:
-    """Returns the score of several leaves together, with the steps of the last measured one."""
-    if not measured:
-        return None
-    *columns, steps = zip(*measured, strict=True)
-    return Score(*(math.hypot(*column) for column in columns), steps=min(steps))
-
-
-def _scores_by_leaf(state: Any, leaves: Leaves) -> dict[int, Score]:
-    found = scores(state)
-    index = {path: i for i, path in enumerate(leaves.paths)}
-    unknown = [path for path in found if path not in index]
-    if unknown:
-        raise ValueError(
-            f"the norms in the state are those of {quoted_list(map(str, unknown))}, which are no "
-            "leaves of the params; measure each leaf, with fo.measured(optimizer) and no by=, and "
-            "give the groups to Convergence(order=…)"
-        )
-    return {index[path]: score for path, score in found.items()}
-
-
-def _decision(
-    step: int, paths: Sequence[str], now: Sequence[Flag], after: Sequence[Flag]
-) -> Decision:
-    changes = [(path, b is True) for path, a, b in zip(paths, now, after, strict=True) if a != b]
+def _decision(step: int, leaves: Leaves, now: Sequence[Flag], after: Sequence[Flag]) -> Decision:
+    paths, shapes = leaves.paths, map(np.shape, leaves.values)
+    changes = [
+        (path, flag_or(a, b, shape) == b)
+        for path, a, b, shape in zip(paths, now, after, shapes, strict=True)
+        if a != b
+    ]
     froze = sorted((path for path, frozen in changes if frozen), key=natural_order)
     thawed = sorted((path for path, frozen in changes if not frozen), key=natural_order)
     return Decision(step, dict(zip(paths, after, strict=True)), froze, thawed)

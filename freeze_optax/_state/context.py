@@ -89,7 +89,8 @@ class PlanContext:
         """The function that makes the inner state for params with holes."""
         if self.inner is None:
             raise ValueError(
-                "this state was unpickled without its transformation, which pickle can't store; "
+                "this state was unpickled without its transformation, which pickle can't store, or "
+                "returned by a program that jax.export loaded; "
                 "run an update before you edit the state (outside of jit, if "
                 "optax.inject_hyperparams makes the freezable), or store the state with "
                 "fo.export_state instead of pickle"

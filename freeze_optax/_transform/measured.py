@@ -199,11 +199,21 @@ def _of_one_type(vectors: Sequence[Any], squares: dict[int, Any]) -> list[list[i
     """Returns the indices of the vectors that `_next_vectors` may stack, in lists."""
     lists: dict[Any, list[int]] = {}
     for i, sums in squares.items():
-        arrays = vectors[i], *sums
+        kinds = [_kind_of_tracer(x) for x in (vectors[i], *sums)]
         # Eager arrays may be on different devices.
-        is_traced = all(isinstance(x, Tracer) for x in arrays)
-        lists.setdefault(tuple(map(jax.typeof, arrays)) if is_traced else i, []).append(i)
+        lists.setdefault(i if None in kinds else tuple(kinds), []).append(i)
     return list(lists.values())
+
+
+def _kind_of_tracer(x: Any) -> Any:
+    """Returns what two tracers have in common that may be stacked; None for an eager array.
+
+    A stack of which `jax.vmap` maps one array is mapped as a whole, and with it those that are not.
+    Their types do not tell.
+    """
+    if not isinstance(x, Tracer):
+        return None
+    return jax.typeof(x), type(x), id(getattr(x, "_trace", None))
 
 
 def _next_vectors(
@@ -222,7 +232,10 @@ def _next_vectors(
 
 def _next_vector(vector: Any, grads: Any, updates: Any, decay: Any) -> Any:
     """Returns the vector of norms after a step, of which the sums of squares are known."""
-    last = jnp.sqrt(jnp.stack([grads, updates])).astype(jnp.float32)
+    squares = jnp.stack([grads, updates])
+    # The slope of the root is infinite at 0, where it would meet the zeros of other leaves.
+    is_zero = squares == 0
+    last = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares))).astype(jnp.float32)
     steps, averages, changes, before = vector[:1] + 1, vector[1:3], vector[3:5], vector[5:]
     averages = averages + _weight(steps, decay) * (last - averages)
     # The first step has nothing to change from.

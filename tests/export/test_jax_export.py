@@ -29,6 +29,7 @@ NAMES = [
     "in turns at random",
     "measured",
     "rates",
+    "since thaw",
     "in a chain",
     "MultiSteps",
     "parked, two cohorts",

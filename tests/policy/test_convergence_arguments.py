@@ -111,7 +111,9 @@ STATES = [
 ]
 
 
-@pytest.mark.parametrize(("tx", "kind", "message"), STATES, ids=str)
+@pytest.mark.parametrize(
+    ("tx", "kind", "message"), STATES, ids=["no state", "not measured", "groups", "phases"]
+)
 def test_a_state_that_it_cannot_read_or_edit_is_an_error(tx, kind, message):
     with pytest.raises(kind, match=message):
         POLICY.at(2, after_a_step(tx), PARAMS)

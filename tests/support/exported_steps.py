@@ -63,6 +63,9 @@ def cases() -> dict[str, tuple[Any, Any]]:
         "in turns at random": fo.rotating(ADAM, "layers", count=1, every=2, key=jax.random.key(0)),
         "measured": fo.freezable(fo.measured(ADAM), "encoder"),
         "rates": fo.freezable(optax.chain(ADAM, fo.rates({"head": 0.5}, default=1.0)), "encoder"),
+        "since thaw": fo.freezable(
+            optax.chain(ADAM, fo.since_thaw(optax.linear_schedule(0.0, 1.0, 4))), "encoder"
+        ),
         "in a chain": optax.chain(optax.clip(1.0), encoder, optax.scale(0.5)),
         "MultiSteps": optax.MultiSteps(encoder, 2),
     }
