@@ -69,9 +69,9 @@ class Convergence:
         `["embed", "layers/0", "layers/1"]`. A group is frozen when it and all groups before it have
         converged. The norm of a group is the root of the sum of the squares of those of its leaves.
         Of a leaf that trains in part both norms are of this part. A leaf that several specs select
-        is in the group of the first. A leaf that none selects,
-        such as the head, is never frozen. With None each leaf is frozen for itself, which saves
-        state and updates, and of the backward pass the gradient of the leaf alone.
+        is in the group of the first. A leaf that none selects, such as the head, is never frozen.
+        With None each leaf is frozen for itself, which saves state and updates, and of the backward
+        pass the gradient of the leaf alone.
       threshold: A group has converged when its score is below this number.
       quantile: In place of a threshold, a number from 0 to 1: a group has converged when its score
         is below this quantile of the scores of all groups that train. Not the last one, nor are
