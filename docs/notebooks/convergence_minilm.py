@@ -228,10 +228,11 @@ if not SHORT:
 # - Who knows which layers to freeze does better: the four layers and the embeddings, fixed from the
 #   first step, are better than everything here, and the fastest. A policy is for when you do not
 #   know.
-# - It is one small task and one rate. Two other numbers were tried for one seed, with a quantile
-#   too: `gradient_change / gradient`, with which embeddings and two layers were frozen after two
-#   thirds of the run, and `update / norm`, with which the embeddings were frozen, and no layer. With
-#   a quantile of 0.5 the relative gradient took three decisions to freeze as much.
+# - It is one small task and one rate. Two other numbers were tried for one seed, with the same
+#   quantile: `gradient_change / gradient`, with which the embeddings and one layer were frozen after
+#   two thirds of the run, and `update / norm`, with which the embeddings were frozen and no layer.
+#   With a quantile of 0.5 the relative gradient froze the embeddings and four layers, in three
+#   decisions.
 #
 # The figures are of a machine with two cores that did other work too. This repeats them:
 # `python docs/notebooks/store.py --write convergence_minilm`.
