@@ -229,7 +229,7 @@ if not SHORT:
 #   first step, are better than everything here, and the fastest. A policy is for when you do not
 #   know.
 # - It is one small task and one rate. Two other numbers were tried for one seed, with the same
-#   quantile: `gradient_change / gradient`, with which the embeddings and one layer were frozen after
+#   quantile: `gradient_change / gradient`, with which embeddings and one layer were frozen after
 #   two thirds of the run, and `update / norm`, with which the embeddings were frozen and no layer.
 #   With a quantile of 0.5 the relative gradient froze the embeddings and four layers, in three
 #   decisions.
