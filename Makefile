@@ -43,6 +43,7 @@ format: $(VENV)/.dev
 # Each checks itself, and takes less than a minute on two cores.
 examples: $(VENV)/.test
 	$(BIN)/python examples/fsdp.py
+	$(BIN)/python examples/actor_critic.py
 
 # Whether the stored notebooks are those of their sources. `make docs` executes the sources.
 notebooks: $(VENV)/.notebooks
