@@ -6,6 +6,7 @@ from freeze_optax._edit.state_holders import only_state
 from freeze_optax._export.encoded_subset import encoded_subset
 from freeze_optax._export.encoding import encode_leaf, pack_text
 from freeze_optax._state.freeze_state import FreezeState, states_in
+from freeze_optax._state.plan import Plan
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.modules import children_of
@@ -55,16 +56,19 @@ def export_state(state: Any) -> dict[str, Any]:
         if array.size:  # Orbax stores no array without elements
             arrays[f"{len(entries):06d}"] = array
         entries.append({"path": path, **entry})
-    about = {
+    return {"about": pack_text({**described_plan(plan), "leaves": entries}), "leaves": arrays}
+
+
+def described_plan(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as the entries that the text of an export has of it."""
+    return {
         "paths": plan.paths,
         "frozen": plan.frozen,
         "cohorts": plan.cohorts,
         "schedule": plan.schedule,
         "parts": plan.part_table
         and [(leaf, encoded_subset(subset)) for leaf, subset in plan.part_table.parts],
-        "leaves": entries,
     }
-    return {"about": pack_text(about), "leaves": arrays}
 
 
 def _check_holders(tree: Any) -> None:

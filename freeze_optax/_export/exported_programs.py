@@ -12,6 +12,7 @@ from jax import export
 
 from freeze_optax._export.encoded_subset import decoded_subset, encoded_subset
 from freeze_optax._export.encoding import pack_text, unpack_text
+from freeze_optax._export.export_state import described_plan
 from freeze_optax._rows.parts import Parts, PartTable
 from freeze_optax._state.context import PlanContext
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState
@@ -97,13 +98,8 @@ def _is_of_optax(module: str) -> bool:
 
 
 def _encoded_plan(plan: Plan) -> bytes:
-    table = plan.part_table
     about = {
-        "paths": list(plan.paths),
-        "frozen": list(plan.frozen),
-        "cohorts": list(plan.cohorts),
-        "schedule": [[step, list(frozen)] for step, frozen in plan.schedule],
-        "parts": table and [[leaf, encoded_subset(subset)] for leaf, subset in table.parts],
+        **described_plan(plan),
         "leaves": [],
         "kinds": plan.leaf_kinds,
         "rotation": plan.rotation and dataclasses.asdict(plan.rotation),
