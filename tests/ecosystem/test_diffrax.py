@@ -1,0 +1,60 @@
+"""Diffrax: gradients through a solved differential equation, of a part of its vector field."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import freeze_optax as fo
+from tests.support.bare_steps import DECAYING_ADAM, assert_same_bits, bare_steps
+
+diffrax = pytest.importorskip("diffrax", reason="make lane-ecosystem installs it")
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+ADJOINTS = [
+    diffrax.RecursiveCheckpointAdjoint,
+    diffrax.DirectAdjoint,
+    diffrax.BacksolveAdjoint,
+]
+
+
+def new_field():
+    return eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda x: x.__name__)
+def test_a_vector_field_that_trains_in_part_moves_as_by_hand(adjoint):
+    def loss_of(field):
+        arrays, static = eqx.partition(field, eqx.is_array)
+
+        def velocity(t, y, arrays):
+            return eqx.combine(arrays, static)(y)
+
+        solved = diffrax.diffeqsolve(
+            diffrax.ODETerm(velocity),
+            diffrax.Tsit5(),
+            t0=0.0,
+            t1=1.0,
+            dt0=0.25,
+            y0=jnp.ones(2),
+            args=arrays,
+            adjoint=adjoint(),
+            max_steps=8,
+        )
+        return (solved.ys**2).sum()
+
+    field = new_field()
+    tx = fo.freezable(DECAYING_ADAM, "layers/0")
+
+    @eqx.filter_jit
+    def step(field, state):
+        updates, state = tx.update(fo.grad(loss_of, frozen=state)(field), state, field)
+        return fo.apply_updates(field, updates, frozen=state), state
+
+    trained, state = field, tx.init(field)
+    for _ in range(3):
+        trained, state = step(trained, state)
+    expected = bare_steps(loss_of, field, lambda path: path.startswith("layers/1"))
+    fo.testing.assert_frozen(field, trained, "layers/0")
+    assert_same_bits(trained, expected)
