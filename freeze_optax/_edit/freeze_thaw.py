@@ -8,10 +8,11 @@ from typing import Any
 
 from freeze_optax._edit.fresh_state import abstract_init, check_batch_axis, init_leaves
 from freeze_optax._edit.repartition import repartition_state
+from freeze_optax._edit.repeated_edit import repeated_edit
 from freeze_optax._edit.state_holders import editable_state, params_of_state, replace_state
 from freeze_optax._edit.transition import apply_transition
 from freeze_optax._rows.flags import Flag, combine_flags, flag_minus, flag_or
-from freeze_optax._select.selector import can_thaw
+from freeze_optax._select.selector import Selector, can_thaw
 from freeze_optax._select.specs import Spec, as_selector, resolve
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
@@ -61,12 +62,12 @@ def freeze(state: Any, params: Any, where: Spec, keep_state: bool = False) -> An
       IndexError: If `fo.layers(pattern)[i]` names a layer that does not exist.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        selected = plan.in_plan_order(leaves, as_selector(where).flags(leaves))
+    def target(plan: Plan, leaves: Leaves, selector: Selector) -> list[Flag]:
+        selected = plan.in_plan_order(leaves, selector.flags(leaves))
         values = plan.in_plan_order(leaves, leaves.values)
         return combine_flags(flag_or, plan.mask, selected, values)
 
-    return _edit("freeze", state, params, target, keep_state)
+    return _edit("freeze", state, params, where, target, keep_state)
 
 
 def thaw(state: Any, params: Any, where: Spec) -> Any:
@@ -105,8 +106,8 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
       TypeError, ValueError, IndexError: As for `freeze`.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        flags = as_selector(where).flags(leaves)
+    def target(plan: Plan, leaves: Leaves, selector: Selector) -> list[Flag]:
+        flags = selector.flags(leaves)
         selected = plan.in_plan_order(leaves, flags)
         trainable = plan.in_plan_order(leaves, can_thaw(flags, leaves))
         values = plan.in_plan_order(leaves, leaves.values)
@@ -114,7 +115,7 @@ def thaw(state: Any, params: Any, where: Spec) -> Any:
         triples = zip(plan.mask, thawed, trainable, strict=True)
         return [after if can_be_trained else frozen for frozen, after, can_be_trained in triples]
 
-    return _edit("thaw", state, params, target, keep_state=False)
+    return _edit("thaw", state, params, where, target, keep_state=False)
 
 
 def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) -> Any:
@@ -146,26 +147,32 @@ def set_frozen(state: Any, params: Any, frozen: Spec, keep_state: bool = False) 
       TypeError, ValueError, IndexError: As for `freeze`.
     """
 
-    def target(plan: Plan, leaves: Leaves) -> list[Flag]:
-        return plan.in_plan_order(leaves, resolve(frozen, leaves))
+    def target(plan: Plan, leaves: Leaves, selector: Selector) -> list[Flag]:
+        return plan.in_plan_order(leaves, resolve(selector, leaves))
 
-    return _edit("set_frozen", state, params, target, keep_state)
+    return _edit("set_frozen", state, params, frozen, target, keep_state)
 
 
 def _edit(
     verb: str,
     tree: Any,
     params: Any,
-    target: Callable[[Plan, Leaves], list[Flag]],
+    spec: Spec,
+    target: Callable[[Plan, Leaves, Selector], list[Flag]],
     keep_state: bool,
 ) -> Any:
     """Edits the one state in a tree; `target` gives the frozen flags of its leaves afterwards."""
-    state = editable_state(verb, tree)
+    state, selector = editable_state(verb, tree), as_selector(spec)
+    repeated = repeated_edit(verb, selector, state.plan, params)
+    if repeated is not None and repeated.keeps_plan():
+        return tree
     params = params_of_state(tree, params)
     leaves = param_leaves(params)
     state.plan.flags(leaves, "params")
-    mask = tuple(target(state.plan, leaves))
+    mask = tuple(target(state.plan, leaves, selector))
     if mask == state.plan.mask:
+        if repeated is not None:
+            repeated.remember()
         return tree
     _check_rotation(verb, state.plan, mask)
     check_mask(state.plan, leaves, mask, state.plan.layout.ties)

@@ -1,18 +1,20 @@
 """Where an imported state goes: the statistics of a param beside the param."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from freeze_optax._rows.meshes import sharding_of_rows
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
-from freeze_optax._tree.memory import memory_of, put_in_memory
+from freeze_optax._tree.memory import home_of, memory_of, put_in_memory
 from freeze_optax._tree.variables import is_variable, rewrap_variable, unwrap_variable
 
 
@@ -20,19 +22,21 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
     """Puts the statistics of each param where `init` makes them: beside the param.
 
     They get the devices and the memory of the param; one that was exported from host memory stays
-    there. If the param is in an NNX Variable, they get one of its kind.
+    there. If the param is in an NNX Variable, they get one of its kind. Counters that an export has
+    on several devices go to those of the params.
     """
     leaves = param_leaves(params)
     boxes = Leaves(leaves.tree, stop=lambda x: is_hole(x) or is_variable(x)).values
     boxes = state.plan.in_plan_order(
         leaves, boxes if len(boxes) == len(leaves.values) else leaves.values
     )
-    params_and_state = [*leaves.values, *jax.tree.leaves(state.inner)]
-    if not any(is_variable(box) or is_sharded(box) for box in boxes) and not any(
-        map(memory_of, params_and_state)
+    params_and_state = [*leaves.values, *jax.tree.leaves(state)]
+    if not any(map(is_variable, boxes)) and not any(
+        is_sharded(x) or memory_of(x) for x in params_and_state
     ):
         return state  # so a transformation that mixes leaves, and has no layout, can pass
     layout, table = state.plan.layout, state.plan.part_table
+    home = home_of(leaves.values)
 
     def beside(x: Any, param: Any) -> Any:
         memory = memory_of(x)
@@ -44,20 +48,38 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
             if isinstance(param, Tracer):
                 return put_in_memory(jnp.asarray(x), memory_of(param))
             return jax.device_put(x, _host_sharding(x, param))
-        return x
+        return put_at_home(x, home_of([param]))
 
     def placed(place: Any, owner: int, prefix: Any) -> Any:
         if owner < 0:
-            return place
+            return jax.tree.map(lambda x: put_at_home(x, home), place)
         box = boxes[table.parts[owner][0] if table else owner]
-        # Factors and norms stay where they are, as counters do.
-        if prefix not in layout.scalars:
+        # Factors and norms are scalars, and go where counters go.
+        if prefix in layout.scalars:
+            place = jax.tree.map(lambda x: put_at_home(x, home), place)
+        else:
             place = jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place)
         return rewrap_variable(box, place)
 
     triples = zip(layout.places(state.inner), layout.owners, layout.prefixes, strict=True)
     inner = layout.rebuild([placed(*triple) for triple in triples])
-    return FreezeState(inner, state.ages, state.plan)
+    ages = jax.tree.map(lambda x: put_at_home(x, home), state.ages)
+    return FreezeState(inner, ages, state.plan)
+
+
+def put_at_home(x: Any, home: Sharding | None) -> Any:
+    """Returns an array whole on the devices of `home`; `x` itself if it is not on several others.
+
+    Args:
+      x: An array, or anything else.
+      home: A sharding of the params. If None, they are on the default device.
+    """
+    if not is_sharded(x) or (home and home.device_set == x.sharding.device_set):
+        return x
+    if home is not None:
+        return jax.device_put(x, home)
+    # As `init` makes it, it is committed to no device, so that jit may use it beside any params.
+    return jnp.asarray(np.asarray(x)) if x.is_fully_addressable else x
 
 
 def is_sharded(x: Any) -> bool:
@@ -77,7 +99,23 @@ def _sharding_beside(x: Any, param: Any) -> Any:
     if len(axes) > 1:
         return None
     of_rows = sharding_of_rows(x.shape[axes[0]], axes[0], param)
-    return of_rows and NamedSharding(param.sharding.mesh, of_rows.spec)
+    if of_rows is not None:
+        return NamedSharding(param.sharding.mesh, of_rows.spec)
+    is_elsewhere = is_sharded(x) and x.sharding.device_set != param.sharding.device_set
+    # On the same devices XLA chose the sharding in a step.
+    return _sharding_of_rows_by_xla(x.shape[axes[0]], axes[0], param) if is_elsewhere else None
+
+
+def _sharding_of_rows_by_xla(count: int, axis: int, param: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of some rows of a param on a mesh whose axes are not explicit."""
+    if not isinstance(param.sharding, NamedSharding):
+        return None
+    mesh, spec = param.sharding.mesh, list(param.sharding.spec)
+    names = spec[axis] if axis < len(spec) else None
+    names = names if isinstance(names, tuple) else (names,) if names else ()
+    if count % math.prod(mesh.shape[name] for name in names):
+        spec[axis] = None
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _host_sharding(x: Any, param: jax.Array) -> jax.sharding.Sharding:

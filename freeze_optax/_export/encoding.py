@@ -220,6 +220,8 @@ def encode_leaf(leaf: Any, path: str) -> tuple[Any, dict[str, Any]]:
     # A user may have set a Python number. It gets the dtype that the next update would give it.
     array = as_array(leaf, path)
     entry = describe_leaf(array)
+    if isinstance(array, jax.ShapeDtypeStruct):  # of the target of a restore, say
+        return jax.eval_shape(lambda x: encode_leaf(x, path)[0], array), entry
     if _is_key(array):
         return jax.random.key_data(array), entry
     stored = _stored_dtype(array.dtype)

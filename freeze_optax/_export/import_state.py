@@ -12,7 +12,7 @@ from jax.core import Tracer
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, params_of_state, replace_state
-from freeze_optax._export.beside_params import is_sharded, place_beside
+from freeze_optax._export.beside_params import is_sharded, place_beside, put_at_home
 from freeze_optax._export.encoded_subset import decoded_subset, shape_in
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
@@ -30,6 +30,7 @@ from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import can_train, is_array
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_leaves
+from freeze_optax._tree.memory import home_of
 from freeze_optax._tree.messages import few_clauses, path_differences, quoted_list
 from freeze_optax._tree.overwritten import optimized_params
 
@@ -68,7 +69,8 @@ def import_state(
 
     Returns:
       The state, or the tree with it. Its statistics have the sharding of their parameters, and are
-      in their memory; an array that `exported` has in host memory stays there. A statistic that
+      in their memory; an array that `exported` has in host memory stays there. Counters that
+      `exported` has on several other devices go to those of the parameters. A statistic that
       gradients of a wider dtype had widened keeps that dtype.
 
     Raises:
@@ -85,11 +87,16 @@ def import_state(
     like, groups = _tree_like(tx, params)
     params = params_of_state(like, params)
     plan = _plan(about, only_state("import_state", like).plan, params)
-    template = Leaves(replace_state(like, _abstract_state(plan, params)))
+    state, home = _abstract_state(plan, params), home_of(param_leaves(params).values)
+    template, in_state = Leaves(replace_state(like, state)), set(map(id, jax.tree.leaves(state)))
     values = iter(decoded_leaves(about["leaves"], exported.get("leaves"), template))
-    tree = template.rebuild(
-        x if is_hole(x) else _as_before(next(values), x) for x in template.values
-    )
+
+    def restored(new: Any, old: Any) -> Any:
+        new = _as_before(new, old)
+        # Beside the state, as the count of a schedule around it. `place_beside` is for the state.
+        return new if id(old) in in_state or is_sharded(old) else put_at_home(new, home)
+
+    tree = template.rebuild(x if is_hole(x) else restored(next(values), x) for x in template.values)
     tree = replace_state(tree, place_beside(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, variables, frozen)

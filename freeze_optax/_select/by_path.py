@@ -61,6 +61,10 @@ class _Regex(Selector):
     def __init__(self, patterns: tuple[str, ...]):
         self._regexes = [re.compile(pattern) for pattern in patterns]
 
+    @property
+    def is_by_path(self) -> bool:
+        return True
+
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)
         for regex in self._regexes:
@@ -140,6 +144,10 @@ class Layers(Selector):
     # The number of nodes depends on the tree. Without this line, Python would iterate by indexing
     # with 0, 1, 2 … for ever.
     __iter__ = None
+
+    @property
+    def is_by_path(self) -> bool:
+        return True
 
     def flags(self, leaves: Leaves) -> list[bool]:
         return leaves.flags_below(set(self.nodes(leaves)))

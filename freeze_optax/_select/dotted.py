@@ -16,6 +16,10 @@ class Dotted(Selector):
     def __init__(self, spec: Spec):
         self._selector = as_selector(spec)
 
+    @property
+    def is_by_path(self) -> bool:
+        return self._selector.is_by_path
+
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         return self._selector.flags(dotted_leaves(leaves))
 

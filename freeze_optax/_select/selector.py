@@ -45,6 +45,11 @@ class Selector(abc.ABC):
       >>> decay = optax.add_decayed_weights(1e-2, mask=~fo.path("**/bias"))
     """
 
+    @property
+    def is_by_path(self) -> bool:
+        """Whether its text, with the paths and kinds of the leaves, says all that it selects."""
+        return False
+
     @abc.abstractmethod
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         """Returns for each leaf, of any dtype, whether it is selected, or which part of it is."""
@@ -162,6 +167,11 @@ class _Combined(Selector):
     ):
         self._symbol, self._function, self._left, self._right = symbol, function, left, right
 
+    @property
+    def is_by_path(self) -> bool:
+        first, others = self._chain()
+        return first.is_by_path and all(other._right.is_by_path for other in others)
+
     def flags(self, leaves: Leaves) -> list[Flag]:
         first, others = self._chain()
         flags = list(first.flags(leaves))
@@ -189,6 +199,10 @@ class _Not(Selector):
     def __init__(self, inner: Selector):
         self._inner = inner
 
+    @property
+    def is_by_path(self) -> bool:
+        return self._inner.is_by_path
+
     def flags(self, leaves: Leaves) -> list[Flag]:
         return list(map(flag_not, self._inner.flags(leaves)))
 
@@ -210,6 +224,10 @@ class _All(Selector):
 
     def __init__(self, selected: bool):
         self._selected = selected
+
+    @property
+    def is_by_path(self) -> bool:
+        return True
 
     def flags(self, leaves: Leaves) -> list[bool]:
         return [self._selected] * len(leaves.values)
@@ -318,6 +336,10 @@ class Path(Selector):
     def __init__(self, patterns: tuple[str, ...]):
         self._patterns = patterns
         self._regexes = [compile_glob(pattern) for pattern in patterns]
+
+    @property
+    def is_by_path(self) -> bool:
+        return True
 
     def flags(self, leaves: Leaves) -> list[bool]:
         selected = [False] * len(leaves.paths)

@@ -40,6 +40,10 @@ class _Union(Selector):
     def __init__(self, specs: Sequence[Any]):
         self._parts = [as_selector(spec) for spec in specs]
 
+    @property
+    def is_by_path(self) -> bool:
+        return all(part.is_by_path for part in self._parts)
+
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
         columns = [part.flags(leaves) for part in self._parts]
         if not columns:

@@ -1,7 +1,8 @@
 """`PlanContext`: what the plans of one optimizer state share."""
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ class PlanContext:
     """
 
     leaf_kinds: tuple[LeafKind | None, ...] | None = None
+    _masks: Mapping[Hashable, tuple[Any, Any]] = types.MappingProxyType({})
 
     def __init__(self, inner: Any, params: Any, leaves: Leaves):
         self.inner: optax.GradientTransformationExtraArgs | None = inner
@@ -140,6 +142,25 @@ class PlanContext:
         del treedefs[1 : 1 - _MOST_REMEMBERED]
         # One assignment, as another thread may be iterating over the list.
         self.treedefs = treedefs
+
+    def remember_mask(self, edit: Hashable, params: Any, mask: Any) -> None:
+        """Keeps what an edit came to, for a loop that repeats it in each step.
+
+        Args:
+          edit: What tells the edit from others.
+          params: What it depends on beside that. It is compared, and not hashed.
+          mask: What is frozen of each leaf afterwards.
+        """
+        masks = {**self._masks, edit: (params, mask)}
+        for old in list(masks)[:-_MOST_REMEMBERED]:
+            del masks[old]
+        # One assignment, as in `remember_structure`.
+        self._masks = masks
+
+    def known_mask(self, edit: Hashable, params: Any) -> Any:
+        """Returns what an edit came to, or None if that is not known."""
+        known, mask = self._masks.get(edit, (None, None))
+        return mask if known == params else None
 
     def recover_inner(self, inner: Any, params: Any, leaves: Leaves) -> None:
         """Restores what pickle could not store, from the transformation that updates the state.

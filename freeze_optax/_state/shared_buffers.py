@@ -1,6 +1,7 @@
 """Groups of leaves that share one buffer, or that `tie` keeps equal."""
 
 import contextlib
+import functools
 from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -72,7 +73,7 @@ def _group_by_key(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:
 
 def _address(leaf: Any) -> Any:
     """Returns a key that is equal for leaves that share memory, and may be equal for others."""
-    if isinstance(leaf, Tracer):
+    if _is_tracer_type(type(leaf)):
         return None
     try:
         return leaf.unsafe_buffer_pointer()
@@ -80,6 +81,11 @@ def _address(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             return leaf.__array_interface__["data"][0]
         return _pointers(leaf) if isinstance(leaf, jax.Array) else None
+
+
+@functools.cache
+def _is_tracer_type(cls: type) -> bool:
+    return issubclass(cls, Tracer)
 
 
 def _buffer(leaf: Any) -> Any:

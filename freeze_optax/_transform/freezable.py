@@ -160,6 +160,7 @@ def freezable(
                 return inner.update(live_grads, inner_state, live_params, **inner_extra)
             except (ValueError, TypeError) as error:
                 _explain_memories(error, live_grads, inner_state, live_params)
+                _explain_missing(error, inner_state, plan)
                 check_not_stacked(plan, inner_state)
                 raise
 
@@ -234,6 +235,22 @@ def _explain_memories(error: Exception, grads: Any, state: Any, params: Any) -> 
         clause = mixed_memories({name: tree for name, tree in trees.items() if tree is not None})
         if clause:
             raise ValueError(f"the update mixes memories: {clause}") from error
+
+
+def _explain_missing(error: Exception, inner_state: Any, plan: Plan) -> None:
+    """Raises, with the paths, if the state has None where the plan has statistics."""
+    try:
+        layout = plan.layout
+        triples = list(zip(layout.paths, layout.owners, layout.places(inner_state), strict=True))
+    except ValueError:  # it can't be edited, or is of another structure
+        return
+    missing = [path for path, owner, x in triples if owner >= 0 and x is None]
+    if missing:
+        raise ValueError(
+            f"the state has None at {quoted_list(missing)}, where its plan has statistics; a "
+            "checkpointer has restored it onto a state of another plan: make that with the edits "
+            "that the stored one had, or store fo.export_state(state), which has the plan"
+        ) from error
 
 
 def _with_frozen_updates(

@@ -1,5 +1,6 @@
 """Inner states that `update` gives another structure than `init`."""
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +63,12 @@ def settled_state(
 
 
 def _is_empty(x: Any) -> bool:
-    return x is None or (isinstance(x, Mapping | list) and not x)
+    return x is None or (_may_grow(type(x)) and not x)
+
+
+@functools.cache  # as a check against an abstract class takes time, and there is one for each node
+def _may_grow(cls: type) -> bool:
+    return issubclass(cls, Mapping | list)
 
 
 def _filled(after: Any, state: Any) -> Any:

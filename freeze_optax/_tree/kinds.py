@@ -4,6 +4,7 @@ import contextlib
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -32,6 +33,8 @@ def number_kind(leaf: Any) -> str:
     Returns:
       `"inexact"` (float, complex), `"exact"` (integer, bool) or `"other"`.
     """
+    if _is_plain_array_type(type(leaf)):
+        return _dtype_kind(leaf.dtype)
     if is_array(leaf):
         kind = _dtype_kind(leaf.dtype)
         return "other" if _is_ref_type(type(leaf)) is not False and is_ref(leaf) else kind
@@ -40,8 +43,17 @@ def number_kind(leaf: Any) -> str:
     return "exact" if isinstance(leaf, int) else "other"
 
 
+@functools.cache
+def _is_plain_array_type(cls: type) -> bool:
+    """Whether all of a class are arrays and no references, so that no attribute has to tell it."""
+    is_array_type = issubclass(cls, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return is_array_type and _is_ref_type(cls) is False
+
+
 def is_array(leaf: Any) -> bool:
     """Returns whether `leaf` has a shape and a dtype, as JAX, NumPy and abstract arrays have."""
+    if _is_plain_array_type(type(leaf)):
+        return True
     # Classes such as jnp.float32 have these attributes too.
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 

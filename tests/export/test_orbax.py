@@ -56,9 +56,6 @@ def step(tree: Any) -> Any:
     return {"params": fo.apply_updates(tree["params"], updates, frozen=state), "state": state}
 
 
-donated_step = jax.jit(step, donate_argnums=0)
-
-
 def edited(params: Any) -> Any:
     """A state with a hole, a second cohort, and a leaf in parts of which one is parked."""
     state = fo.freeze(TX.init(params), params, OLD_ROWS, keep_state=True)
