@@ -111,7 +111,8 @@ lane-newest:
 lane-ecosystem:
 	$(MAKE) .venv-ecosystem/.ecosystem VENV=.venv-ecosystem CONSTRAINTS="-c tests/ecosystem.txt"
 	FREEZE_OPTAX_LANE=ecosystem .venv-ecosystem/bin/python -m pytest -n 2 --dist worksteal \
-		tests/ecosystem tests/flax/test_qwix.py tests/peers/test_interop.py
+		tests/ecosystem tests/flax/test_qwix.py tests/peers/test_interop.py \
+		tests/export/test_orbax.py tests/export/test_orbax_v1.py
 
 # The wheel as users install it, without an extra, then with one more each time. The order is that
 # of tests/support/installed.py, which checks that no extra brings what a later one is to bring. The
