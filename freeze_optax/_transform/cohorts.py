@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from freeze_optax._state.freeze_state import FreezeState
@@ -46,6 +45,7 @@ def update_cohorts(run: Run, state: FreezeState) -> tuple[Any, FreezeState]:
     layout = plan.layout
     before = layout.places(state.inner)
     counters_before = cohort_counters(state, before)
+    _check_count(state, counters_before)
     run = _trace_once(run, state)
     updates: dict[int, Leaves] = {}
     after: dict[int, list[Any]] = {}
@@ -99,25 +99,23 @@ def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     Those of the first cohort are in the inner state, those of the others in `ages`.
     """
     first = [places[place] for place in state.plan.layout.counters]
-    later_cohorts = _later_cohorts(state, first)
+    later_cohorts = state.ages[0].shape[0] if state.ages else 0
     # Not `age[i]`: on a mesh that is a gather, which JAX refuses for an array in host memory.
     row = functools.partial(jax.lax.index_in_dim, keepdims=False)
     ages = list(map(unwrap_variable, state.ages))
     return [first, *([row(age, i) for age in ages] for i in range(later_cohorts))]
 
 
-def _later_cohorts(state: FreezeState, first: list[Any]) -> int:
-    """Returns the number of cohorts after the first; raises ValueError if the plan has others."""
-    count = state.ages[0].shape[0] if state.ages else 0
-    of_plan = max(state.plan.cohorts, default=0)
-    has_one_axis_more = state.ages and np.ndim(state.ages[0]) == np.ndim(first[0]) + 1
-    if has_one_axis_more and count != of_plan:
+def _check_count(state: FreezeState, counters: list[list[Any]]) -> None:
+    """Raises ValueError if a state has the counters of more or fewer cohorts than its plan."""
+    # Within an edit a cohort may be left that no leaf belongs to any more, but not between edits.
+    count = max(0, *state.plan.cohorts) + 1
+    if state.ages and len(counters) != count:
         raise ValueError(
-            f"the state has the counters of {count + 1} cohorts, but its plan has {of_plan + 1}; a "
+            f"the state has the counters of {len(counters)} cohorts, but its plan has {count}; a "
             "checkpointer has restored it onto a state of another plan: make that with the edits "
             "that the stored one had, or store fo.export_state(state), which has the plan"
         )
-    return count
 
 
 def stack_ages(counters: list[list[Any]]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Edits of an `nnx.Optimizer` in place."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax
 from freeze_optax._edit import freeze_thaw as _edit
 from freeze_optax._edit.adjust import adjust as adjust_state
 from freeze_optax._select.specs import Spec
+from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.variables import is_variable, unwrap_variable
 from freeze_optax.nnx._flax import AS_GRAPH, nnx
 from freeze_optax.nnx._specs import OnModel
@@ -127,7 +129,9 @@ def adjust(optimizer: nnx.Optimizer[Any], model: nnx.Module, where: Spec, factor
     """
     check_optimizer("adjust", optimizer)
     state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt, **AS_GRAPH)
-    edited = adjust_state(state, params, OnModel(where, model), factor)
+    selector = OnModel(where, model)
+    with _explaining_wrt(selector, model, params):
+        edited = adjust_state(state, params, selector, factor)
     pairs = zip(*(jax.tree.leaves(x, is_leaf=is_variable) for x in (state, edited)), strict=True)
     for old, new in pairs:
         value = unwrap_variable(new)
@@ -142,10 +146,34 @@ def _edit_in_place(
     check_optimizer(edit.__name__, optimizer)
     selector = OnModel(where, model)
     state, params = optimizer.opt_state, nnx.state(model, optimizer.wrt, **AS_GRAPH)
-    edited = edit(state, params, selector, **options)
+    with _explaining_wrt(selector, model, params):
+        edited = edit(state, params, selector, **options)
     if edited is not state:
         optimizer.opt_state = nnx.data(edited)
         renew_step_count(optimizer)
+
+
+@contextlib.contextmanager
+def _explaining_wrt(selector: OnModel, model: nnx.Module, params: Any) -> Generator[None]:
+    """Adds to an error that the model has what a spec names, where the optimizer has it not."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        whole = nnx.state(model, nnx.Param, **AS_GRAPH)
+        if _fits(selector, params) or not _fits(selector, whole):
+            raise
+        raise type(error)(
+            f"{error}; the model has it among its nnx.Params, but the optimizer was made without: "
+            "make it with nnx.Optimizer(model, tx, wrt=nnx.Param), and freeze the others by a spec"
+        ) from error
+
+
+def _fits(selector: OnModel, tree: Any) -> bool:
+    try:
+        selector.flags(Leaves(tree))
+    except (ValueError, IndexError):
+        return False
+    return True
 
 
 def check_optimizer(name: str, optimizer: Any) -> None:

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax import linen, nnx
 
 import freeze_optax as fo
 from freeze_optax import nnx as fnnx
-
-qwix = pytest.importorskip("qwix", reason="in the newest lane alone")
 
 # qwix mixes int8 with float32.
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -34,5 +34,3 @@ def test_counters_of_more_or_fewer_cohorts_are_an_error(update):
         broken = fo.FreezeState(state.inner, ages, state.plan)
         with pytest.raises(ValueError, match=f"the counters of {counts}; a checkpointer"):
             update(PARAMS, broken, PARAMS)
-        with pytest.raises(ValueError, match=f"the counters of {counts}; a checkpointer"):
-            fo.set_frozen(broken, PARAMS, "c")
