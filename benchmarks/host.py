@@ -23,6 +23,7 @@ import freeze_optax as fo
 from benchmarks import results
 
 FROZEN = fo.regex(r".*/w[1-9]")
+AS_PREDICATE = fo.where(lambda path, _: path[-1] != "0")
 OURS, PARTITION_STYLE = "freeze_optax", "freeze_optax, partition style"
 PEER, BARE, BARE_WHOLE = "optax.partition", "bare", "bare, rest returned"
 BARE_HOLES = "bare, with holes"
@@ -149,6 +150,9 @@ def once(tree: Any) -> dict[Key, Task]:
         ("freeze half", OURS): lambda: fo.freeze(everything, tree, half),
         ("park half", OURS): lambda: fo.freeze(everything, tree, half, keep_state=True),
         ("thaw the other nine tenths", OURS): lambda: fo.thaw(state, tree, fo.everything),
+        # As a loop does in each step. A predicate is called each time, as it may read the leaves.
+        ("repeat an edit by path", OURS): lambda: fo.set_frozen(state, tree, FROZEN),
+        ("repeat an edit by predicate", OURS): lambda: fo.set_frozen(state, tree, AS_PREDICATE),
     }
     return {key: Task(lambda run=run: jax.block_until_ready(run())) for key, run in runs.items()}
 
@@ -192,7 +196,13 @@ RATIOS: list[tuple[Key, Key]] = [
     *((("init", OURS), ("init", who)) for who in (BARE, PEER)),
     *(
         ((what, OURS), ("init of all leaves", PEER))
-        for what in ("freeze half", "park half", "thaw the other nine tenths")
+        for what in (
+            "freeze half",
+            "park half",
+            "thaw the other nine tenths",
+            "repeat an edit by path",
+            "repeat an edit by predicate",
+        )
     ),
 ]
 

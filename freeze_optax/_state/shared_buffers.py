@@ -55,9 +55,21 @@ def first_of_buffer(leaves: Leaves) -> dict[int, int]:
 
 def _groups(leaves: Leaves) -> list[list[int]]:
     """Returns the indices of the leaves that share a buffer, in groups."""
+    if _has_own_addresses(leaves.values):  # as in nearly all trees
+        return []
     # First by the address alone: few leaves share one, and the other properties take time to read.
     same_address = _group_by_key((i, _address(leaf)) for i, leaf in enumerate(leaves.values))
     return _group_by_key((i, _buffer(leaves.values[i])) for group in same_address for i in group)
+
+
+def _has_own_addresses(values: list[Any]) -> bool:
+    """Whether all are arrays on one device, each at an address of its own; False if in doubt."""
+    if any(map(_is_tracer_type, set(map(type, values)))):
+        return False
+    try:
+        return len({x.unsafe_buffer_pointer() for x in values}) == len(values)
+    except Exception:  # noqa: BLE001
+        return False
 
 
 def _group_by_key(keys: Iterable[tuple[int, Any]]) -> list[list[int]]:

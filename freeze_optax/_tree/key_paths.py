@@ -73,7 +73,11 @@ def leaf_key_paths(
     # The key that a transparent node adds is left out here, where the node is known, and not in the
     # text of the path: there, a user's field named `value` looks the same, and it must stay.
     start = 1 if _is_transparent(type(tree)) else 0
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    if not prefix and not start and not any(map(_is_transparent, {type(x) for _, x in pairs})):
+        yield from (keys for keys, _ in pairs)  # as in nearly all trees
+        return
+    for keys, node in pairs:
         entries = (*prefix, *keys[start:]) if prefix or start else keys
         if _is_transparent(type(node)) and not stop(node) and node is not tree:
             yield from leaf_key_paths(node, stop, entries)
