@@ -17,6 +17,11 @@ class Dotted(Selector):
         self._selector = as_selector(spec)
 
     @property
+    def selector(self) -> Selector:
+        """The selector of the spec, for paths with slashes."""
+        return self._selector
+
+    @property
     def is_by_path(self) -> bool:
         return self._selector.is_by_path
 

@@ -338,6 +338,11 @@ class Path(Selector):
         self._regexes = [compile_glob(pattern) for pattern in patterns]
 
     @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs."""
+        return self._patterns
+
+    @property
     def is_by_path(self) -> bool:
         return True
 

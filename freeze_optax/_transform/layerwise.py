@@ -1,13 +1,16 @@
 """`layerwise`: factors that decay from the last layer to the first."""
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
 
 from freeze_optax._select.by_path import Layers, layers
-from freeze_optax._select.selector import Selector
+from freeze_optax._select.dotted import Dotted, dotted_leaves
+from freeze_optax._select.selector import Path, Selector
 from freeze_optax._transform.scaling import LARGEST, is_real
 from freeze_optax._tree.key_paths import ancestors
 from freeze_optax._tree.leaves import Leaves
@@ -15,10 +18,17 @@ from freeze_optax._tree.leaves import Leaves
 
 @final
 class LayerFactors:
-    """The factor of each leaf below some layers: a power of `decay`, by the rank of its layer."""
+    """The factor of each leaf below some layers: a power of `decay`, by the rank of its layer.
 
-    def __init__(self, patterns: Sequence[Layers], decay: float):
+    Args:
+      patterns: The layers, from the lowest to the highest.
+      decay: The factor from one layer to the one below it.
+      is_dotted: Whether the patterns are for paths in which dots separate components too.
+    """
+
+    def __init__(self, patterns: Sequence[Layers], decay: float, is_dotted: bool):
         self._patterns, self._decay = patterns, decay
+        self._is_dotted = is_dotted
 
     def of_leaves(self, leaves: Leaves) -> list[float]:
         """Returns a factor for each leaf; that of a leaf in no layer has no meaning.
@@ -26,6 +36,7 @@ class LayerFactors:
         Raises:
           ValueError: If a layer is in another one, naming both.
         """
+        leaves = dotted_leaves(leaves) if self._is_dotted else leaves
         nodes = [node for pattern in self._patterns for node in pattern.nodes(leaves)]
         rank = {node: i for i, node in enumerate(nodes)}
         _check_apart(nodes)
@@ -84,7 +95,9 @@ def layerwise(
     Args:
       pattern: A glob that names the layers, as for `freeze_optax.layers`; or layers of it,
         `fo.layers("layer_*")[4:]`; or a list of these, from the lowest to the highest, as
-        `["embed", "layer_*", "head"]`. Layers that are stacked in one leaf have one factor.
+        `["embed", "layer_*", "head"]`. Layers that are stacked in one leaf have one factor. In a
+        flat dict with dots in its names each is inside of `freeze_optax.dotted`:
+        `fo.dotted("encoder/layer/*")`.
       decay: The factor from one layer to the one below it: a finite number, 0 or more.
 
     Returns:
@@ -94,7 +107,8 @@ def layerwise(
 
     Raises:
       TypeError: If `decay` is no number, or a pattern is neither a string nor `fo.layers(…)`.
-      ValueError: If `decay` is negative or not finite, or if there is no pattern.
+      ValueError: If `decay` is negative or not finite, if there is no pattern, or if some patterns
+        are dotted and others are not.
 
     Source: ULMFiT (arXiv 1801.06146), whose factor from layer to layer is 1 / 2.6; ELECTRA (arXiv
     2003.10555) and BEiT (arXiv 2106.08254), which have it for all layers and the embeddings.
@@ -111,13 +125,24 @@ def layerwise(
     parts = list(map(_as_layers, listed))
     if not parts:
         raise ValueError("fo.layerwise needs a pattern: fo.layerwise('layer_*', 0.9)")
-    selector: Selector = parts[0]
-    for part in parts[1:]:
-        selector |= part
-    return [(selector, LayerFactors(parts, float(decay)))]
+    dotted = {isinstance(part, Dotted) for part in listed}
+    if len(dotted) > 1:
+        plain = next(part for part in listed if not isinstance(part, Dotted))
+        raise ValueError(
+            f"fo.layerwise has dotted patterns, and {plain!r}, which is not; write "
+            f"fo.dotted({plain!r})"
+        )
+    selector: Selector = functools.reduce(operator.or_, parts)
+    (is_dotted,) = dotted
+    factors = LayerFactors(parts, float(decay), is_dotted)
+    return [(Dotted(selector) if is_dotted else selector, factors)]
 
 
 def _as_layers(pattern: Any) -> Layers:
+    if isinstance(pattern, Dotted):
+        inner = pattern.selector
+        is_glob = isinstance(inner, Path) and len(inner.patterns) == 1
+        return _as_layers(inner.patterns[0] if is_glob else inner)
     if isinstance(pattern, Layers):
         return pattern
     if isinstance(pattern, str):

@@ -78,6 +78,29 @@ def test_slices_of_layers_and_braces_are_patterns_too():
     ]
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [fo.dotted("embed"), fo.dotted("encoder/layer/*"), fo.dotted("head")],
+        [fo.dotted(fo.path("embed")), fo.dotted(fo.layers("encoder/layer/*")), fo.dotted("head")],
+    ],
+    ids=["globs", "layers"],
+)
+def test_dotted_names_have_the_factors_of_the_nested_tree(patterns):
+    nested = {"embed": 1.0, "encoder": {"layer": {str(i): {"w": 1.0} for i in range(11)}}}
+    nested["head"] = {"w": 1.0}
+    flat = {path.replace("/", "."): x for path, x in factors([("**", 1.0)], nested).items()}
+    expected = factors(fo.layerwise(["embed", "encoder/layer/*", "head"], 0.5), nested)
+    found = factors(fo.layerwise(patterns, 0.5), flat, default=None)
+    assert {path.replace(".", "/"): x for path, x in found.items()} == expected
+    assert expected["encoder/layer/10/w"] == 0.5 == 2 * expected["encoder/layer/9/w"]
+
+
+def test_dotted_patterns_beside_others_are_an_error():
+    with pytest.raises(ValueError, match=r"'head', which is not; write fo.dotted\('head'\)"):
+        fo.layerwise([fo.dotted("encoder/layer/*"), "head"], 0.5)
+
+
 def test_it_is_one_rule_that_joins_others_by_the_first_match():
     rules = [
         ("**/bias", 3.0),
