@@ -21,7 +21,7 @@ from tqdm import tqdm
 import freeze_optax as fo
 
 FIXED, FREED, RATE = 400, 200, 2e-3
-FREEDOM, LOCATION_AND_SCALE = "base_dist/base_dist", "base_dist/bijection"
+DEGREES_OF_FREEDOM, LOCATION_AND_SCALE = "base_dist/base_dist", "base_dist/bijection"
 LOSS = MaximumLikelihoodLoss()
 TX = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(RATE))
 
@@ -42,7 +42,7 @@ def new_flow(width):
 
 
 def split(flow):
-    """Splits off what no optimizer owns, and what a wrapper of FlowJAX holds fixed, as it does."""
+    """Separates what trains from what does not, as FlowJAX does: by dtype, and by its wrapper."""
     is_wrapper = lambda x: isinstance(x, paramax.NonTrainable)  # noqa: E731
     return eqx.partition(flow, eqx.is_inexact_array, is_leaf=is_wrapper)
 
@@ -72,8 +72,8 @@ if __name__ == "__main__":
     params, static = split(flow)
     tx = fo.freezable(TX, "base_dist")
     fixed, state = train(params, tx.init(params), static, rows, tx, FIXED)
-    state = fo.thaw(state, params, FREEDOM)
-    once, _ = train(fixed, state, static, rows, tx, 1)
+    state = fo.thaw(state, fixed, DEGREES_OF_FREEDOM)
+    once, _ = train(fixed, state, static, rows, tx, 1)  # for the check at the end alone
     freed, state = train(fixed, state, static, rows, tx, FREED)
 
     print(fo.summary(freed, state, depth=2))
@@ -90,9 +90,9 @@ if __name__ == "__main__":
 
     # The same bits as with FlowJAX's wrapper and no `freezable`.
     wrapped = eqx.tree_at(lambda x: x.base_dist, flow, replace_fn=paramax.non_trainable)
-    others, wrapper = split(wrapped)
-    others, _ = train(others, TX.init(others), wrapper, rows, TX, FIXED)
-    fo.testing.assert_frozen(others.bijection, fixed.bijection, fo.everything)
+    by_wrapper, wrapper = split(wrapped)
+    by_wrapper, _ = train(by_wrapper, TX.init(by_wrapper), wrapper, rows, TX, FIXED)
+    fo.testing.assert_frozen(by_wrapper.bijection, fixed.bijection, fo.everything)
     fo.testing.assert_frozen(params, fixed, "base_dist")
     fo.testing.assert_frozen(params, freed, LOCATION_AND_SCALE)
     # A thawed leaf steps as with a new Adam, whose first step is its rate.

@@ -107,17 +107,19 @@ def docstrings():
 def step(params, opt_state, batch):
     grads = fo.grad(loss_fn, frozen=opt_state)(params, *batch)
     updates, opt_state = TX.update(grads, opt_state, params)
-    some = {path: x.ravel()[:4] for path, x in grads.items()}
-    return fo.apply_updates(params, updates, frozen=opt_state), opt_state, some
+    first_four = {path: x.ravel()[:4] for path, x in grads.items()}
+    return fo.apply_updates(params, updates, frozen=opt_state), opt_state, first_four
 
 
 def check(start, params, grads):
-    """Repeats the recipe in NumPy, for some elements of each leaf, to the rounding of float32."""
+    """Repeats the recipe in NumPy, with its numbers again, for four elements of each leaf."""
     fo.testing.assert_frozen(start, params, "embeddings")
     for path in [x for x in params if not x.startswith("embeddings")]:
         depth = 0 if path.startswith("head") else 6 - int(path.split("/")[2])
         thawed = 15 * ((depth + 1) // 2)
-        np.testing.assert_array_equal(grads[path].any(axis=1), np.arange(STEPS) >= thawed, path)
+        assert not grads[path][:thawed].any(), path
+        # That of the bias of a key is rounding alone, as attention does not depend on it.
+        assert grads[path][thawed:].any(axis=1).all() or path.endswith("key/bias"), path
         x, m, v = np.float64(start[path].ravel()[:4]), 0.0, 0.0
         for n, g in enumerate(np.float64(grads[path][thawed:])):
             m, v = 0.7 * m + 0.3 * g, 0.99 * v + 0.01 * g**2
@@ -138,10 +140,10 @@ if __name__ == "__main__":
             accuracies.append(accuracy(params, *test))
         opt_state = fo.set_frozen(opt_state, params, PHASES.at(i))
         rows = np.random.default_rng(i).integers(len(train[1]), size=BATCH)
-        params, opt_state, some = step(params, opt_state, [x[rows] for x in train])
-        grads.append(some)
+        params, opt_state, first_four = step(params, opt_state, [x[rows] for x in train])
+        grads.append(first_four)
     accuracies.append(accuracy(params, *test))
     print(fo.summary(params, opt_state))
     print("accuracy before each phase, and at the end:", *(f"{x:.0%}" for x in accuracies))
     check(new_params(), params, jax.tree.map(lambda *x: np.stack(x), *grads))
-    assert accuracies[-1] > 0.3 + np.bincount(test[1]).max() / len(test[1])
+    assert accuracies[-1] > max(accuracies[1], 0.3 + np.bincount(test[1]).max() / len(test[1]))

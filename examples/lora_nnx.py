@@ -133,16 +133,17 @@ if __name__ == "__main__":
     fresh = Transformer(nnx.Rngs(1))
     with tempfile.TemporaryDirectory() as folder:
         base_file, trained_file = Path(folder, "base.npz"), Path(folder, "trained.npz")
-        whole, trained = save(base_file, base, nnx.LoRAParam), save(trained_file, model, optimizer)
+        base_bytes = save(base_file, base, nnx.LoRAParam)
+        trained_bytes = save(trained_file, model, optimizer)
         for file in (base_file, trained_file):
             with np.load(file) as arrays:
                 nnx.update(fresh, fo.assign(nnx.state(fresh, nnx.Param), dict(arrays)))
     fo.testing.assert_frozen(logits(model, turned), logits(fresh, turned), fo.everything)
 
     print(fo.summary(nnx.state(model, nnx.Param), optimizer, depth=1))
-    print(f"file of the base: {whole:,} bytes; of what was trained on it: {trained:,} bytes")
+    print(f"file of the base: {base_bytes:,} bytes; of what was trained: {trained_bytes:,} bytes")
     print(f"accuracy of the base on upright digits: {accuracy(base, upright, labels):.1%}")
     before, between, after = (accuracy(x, turned, labels) for x in stages)
     print(f"on turned ones: {before:.1%}, with adapters {between:.1%}, with norms too {after:.1%}")
-    assert trained < whole / 5
+    assert trained_bytes < base_bytes / 5
     assert after > before + 0.5

@@ -149,7 +149,8 @@ def _description(exported: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"this is no export of fo.export_state, or damaged: its 'about' can't be read "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error}); a state that was stored as it is, restore onto a "
+            "state with the same plan"
         ) from error
     return about
 

@@ -112,9 +112,9 @@ def _check_count(state: FreezeState, counters: list[list[Any]]) -> None:
     count = max(0, *state.plan.cohorts) + 1
     if state.ages and len(counters) != count:
         raise ValueError(
-            f"the state has the counters of {len(counters)} cohorts, but its plan has {count}; a "
-            "checkpointer has restored it onto a state of another plan: make that with the edits "
-            "that the stored one had, or store fo.export_state(state), which has the plan"
+            f"the state has the counters of {len(counters)} cohorts, but its plan has {count}; "
+            "it was restored onto a state of another plan: make that with the edits that the "
+            "stored one had, or store fo.export_state(state), which has the plan"
         )
 
 

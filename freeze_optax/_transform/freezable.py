@@ -247,9 +247,9 @@ def _explain_missing(error: Exception, inner_state: Any, plan: Plan) -> None:
     missing = [path for path, owner, x in triples if owner >= 0 and x is None]
     if missing:
         raise ValueError(
-            f"the state has None at {quoted_list(missing)}, where its plan has statistics; a "
-            "checkpointer has restored it onto a state of another plan: make that with the edits "
-            "that the stored one had, or store fo.export_state(state), which has the plan"
+            f"the state has None at {quoted_list(missing)}, where its plan has statistics; it "
+            "was restored onto a state of another plan: make that with the edits that the stored "
+            "one had, or store fo.export_state(state), which has the plan"
         ) from error
 
 

@@ -163,8 +163,8 @@ def _explaining_wrt(selector: OnModel, model: nnx.Module, params: Any) -> Genera
         if _fits(selector, params) or not _fits(selector, whole):
             raise
         raise type(error)(
-            f"{error}; the model has it among its nnx.Params, but the optimizer was made without: "
-            "make it with nnx.Optimizer(model, tx, wrt=nnx.Param), and freeze the others by a spec"
+            f"{error}; the model has it among its nnx.Params, but the wrt of the optimizer leaves "
+            "it out: make one with nnx.Optimizer(model, tx, wrt=nnx.Param), and freeze by a spec"
         ) from error
 
 

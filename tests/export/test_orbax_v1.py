@@ -253,3 +253,24 @@ def test_other_numbers_of_cohorts_are_restored_in_silence_by_pytree_restore(orde
     assert restored.plan == other.plan != one.plan
     assert_same_bits(restored.ages, one.ages)
     assert restored.ages[0].shape != other.ages[0].shape
+
+
+def with_shardings(state: Any) -> Any:
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+
+
+@pytest.mark.parametrize("as_target", [with_shardings, lambda x: x], ids=["shardings", "arrays"])
+@pytest.mark.parametrize("case", ["trains in the target", "another one frozen"])
+def test_a_target_with_shardings_gets_none_from_standard_restore_too(case, as_target, tmp_path):
+    stored, wanted = numbered(PLANS[case][0]()), PLANS[case][1]()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", stored)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", as_target(wanted))
+    assert restored.plan == wanted.plan
+    assert plan_text(stored) != plan_text(wanted)
+    assert any(x is None for x in by_path(restored).values())
+    params = make_params()
+    with pytest.raises(ValueError, match=r"None at .* where its plan has statistics"):
+        fo.freezable(ADAM).update(params, restored, params)

@@ -33,7 +33,7 @@ def optimizer(model):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_error_says_to_make_the_optimizer_with_all_params(spec, edit, optimizer, model):
     state = optimizer.opt_state
-    with pytest.raises(ValueError, match=r"made without: make it with .* wrt=nnx.Param"):
+    with pytest.raises(ValueError, match=r"wrt of the optimizer leaves it out: .* wrt=nnx.Param"):
         edit(optimizer, model, spec)
     assert optimizer.opt_state is state
 
@@ -42,7 +42,7 @@ def test_factors_too(model):
     wrt = nnx.All(nnx.Param, lambda path, _: "norm" not in path)
     tx = fo.freezable(optax.chain(optax.adam(0.1), fo.rates({"head": 0.5})))
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
-    with pytest.raises(ValueError, match=r"made without: make it with .* wrt=nnx.Param"):
+    with pytest.raises(ValueError, match=r"wrt of the optimizer leaves it out: .* wrt=nnx.Param"):
         fnnx.adjust(optimizer, model, "norm", 0.1)
 
 

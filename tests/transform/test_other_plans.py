@@ -32,5 +32,5 @@ def test_counters_of_more_or_fewer_cohorts_are_an_error(update):
     three = fo.thaw(fo.thaw(TX.init(PARAMS), PARAMS, "a"), PARAMS, "b")
     for state, ages, counts in [(two, three.ages, "3 .* has 2"), (three, two.ages, "2 .* has 3")]:
         broken = fo.FreezeState(state.inner, ages, state.plan)
-        with pytest.raises(ValueError, match=f"the counters of {counts}; a checkpointer"):
+        with pytest.raises(ValueError, match=f"the counters of {counts}; it was restored"):
             update(PARAMS, broken, PARAMS)
