@@ -12,8 +12,9 @@ from freeze_optax._edit.repeated_edit import repeated_edit
 from freeze_optax._edit.state_holders import editable_state, params_of_state, replace_state
 from freeze_optax._edit.transition import apply_transition
 from freeze_optax._rows.flags import Flag, combine_flags, flag_minus, flag_or
-from freeze_optax._select.selector import Selector, can_thaw
+from freeze_optax._select.selector import Selector
 from freeze_optax._select.specs import Spec, as_selector, resolve
+from freeze_optax._select.untrainable import can_thaw
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, check_ties
 from freeze_optax._transform.elementwise import check_takes_elements

@@ -1,11 +1,11 @@
 """Where an imported state goes: the statistics of a param beside the param."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -34,9 +34,13 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
     if not any(map(is_variable, boxes)) and not any(
         is_sharded(x) or memory_of(x) for x in params_and_state
     ):
-        return state  # so a transformation that mixes leaves, and has no layout, can pass
-    layout, table = state.plan.layout, state.plan.part_table
+        return state
     home = home_of(leaves.values)
+    try:
+        layout, table = state.plan.layout, state.plan.part_table
+        places = layout.places(state.inner)
+    except ValueError:  # It mixes the leaves in one array, so no parameter says where that goes.
+        return jax.tree.map(lambda x: put_at_home(x, home), state)
 
     def beside(x: Any, param: Any) -> Any:
         memory = memory_of(x)
@@ -61,7 +65,7 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
             place = jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place)
         return rewrap_variable(box, place)
 
-    triples = zip(layout.places(state.inner), layout.owners, layout.prefixes, strict=True)
+    triples = zip(places, layout.owners, layout.prefixes, strict=True)
     inner = layout.rebuild([placed(*triple) for triple in triples])
     ages = jax.tree.map(lambda x: put_at_home(x, home), state.ages)
     return FreezeState(inner, ages, state.plan)
@@ -71,15 +75,35 @@ def put_at_home(x: Any, home: Sharding | None) -> Any:
     """Returns an array whole on the devices of `home`; `x` itself if it is not on several others.
 
     Args:
-      x: An array, or anything else.
-      home: A sharding of the params. If None, they are on the default device.
+      x: An array, or anything else. It stays in its memory.
+      home: A sharding of the params. If None, they are committed to no device, so jit takes them
+        along to those of `x`.
     """
-    if not is_sharded(x) or (home and home.device_set == x.sharding.device_set):
+    if home is None or not is_sharded(x):
         return x
-    if home is not None:
-        return jax.device_put(x, home)
-    # As `init` makes it, it is committed to no device, so that jit may use it beside any params.
-    return jnp.asarray(np.asarray(x)) if x.is_fully_addressable else x
+    if isinstance(home, NamedSharding) and isinstance(x.sharding, NamedSharding):
+        is_there = x.sharding.mesh == home.mesh
+    else:
+        is_there = x.sharding.device_set == home.device_set
+    memory = memory_of(x)
+    return x if is_there else jax.device_put(x, home.with_memory_kind(memory) if memory else home)
+
+
+def put_beside_namesake(x: Any, path: str, params: Mapping[str, Any], home: Sharding | None) -> Any:
+    """Returns an array with the sharding of the param that its path ends with, or else at home.
+
+    Args:
+      x: An array of a tree that holds a state, and not in the state itself.
+      path: Its path.
+      params: The params by path.
+      home: As for `put_at_home`.
+    """
+    while is_sharded(x) and path:
+        param: Any = params.get(path)
+        if is_sharded(param) and param.shape == x.shape:
+            return jax.device_put(x, param.sharding)
+        path = path.partition("/")[2]
+    return put_at_home(x, home)
 
 
 def is_sharded(x: Any) -> bool:
@@ -99,8 +123,9 @@ def _sharding_beside(x: Any, param: Any) -> Any:
     if len(axes) > 1:
         return None
     of_rows = sharding_of_rows(x.shape[axes[0]], axes[0], param)
+    kind = param.sharding.memory_kind
     if of_rows is not None:
-        return NamedSharding(param.sharding.mesh, of_rows.spec)
+        return NamedSharding(param.sharding.mesh, of_rows.spec, memory_kind=kind)
     is_elsewhere = is_sharded(x) and x.sharding.device_set != param.sharding.device_set
     # On the same devices XLA chose the sharding in a step.
     return _sharding_of_rows_by_xla(x.shape[axes[0]], axes[0], param) if is_elsewhere else None
@@ -115,7 +140,8 @@ def _sharding_of_rows_by_xla(count: int, axis: int, param: jax.Array) -> NamedSh
     names = names if isinstance(names, tuple) else (names,) if names else ()
     if count % math.prod(mesh.shape[name] for name in names):
         spec[axis] = None
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    kind = param.sharding.memory_kind
+    return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
 
 def _host_sharding(x: Any, param: jax.Array) -> jax.sharding.Sharding:

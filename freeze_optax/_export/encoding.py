@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from freeze_optax._export.encoded_subset import is_encoded_subset, is_former_form
 from freeze_optax._tree.kinds import is_array, number_kind
@@ -222,7 +223,7 @@ def encode_leaf(leaf: Any, path: str) -> tuple[Any, dict[str, Any]]:
     array = as_array(leaf, path)
     entry = describe_leaf(array)
     if isinstance(array, jax.ShapeDtypeStruct):  # of the target of a restore, say
-        return jax.eval_shape(lambda x: encode_leaf(x, path)[0], array), entry
+        return _encode_abstract(array, path), entry
     if _is_key(array):
         return jax.random.key_data(array), entry
     stored = _stored_dtype(array.dtype)
@@ -232,6 +233,19 @@ def encode_leaf(leaf: Any, path: str) -> tuple[Any, dict[str, Any]]:
         return array.astype(stored), entry
     bits = jax.lax.bitcast_convert_type(array, f"uint{jnp.finfo(array.dtype).bits}")
     return bits.astype(stored), entry
+
+
+def _encode_abstract(leaf: jax.ShapeDtypeStruct, path: str) -> jax.ShapeDtypeStruct:
+    """Returns the form of an encoded leaf, with the sharding of the leaf."""
+    plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    encoded = jax.eval_shape(lambda x: encode_leaf(x, path)[0], plain)
+    if (encoded.shape, encoded.dtype) == (leaf.shape, leaf.dtype):
+        return leaf
+    # The words of a key are one more axis, of which these two say nothing.
+    fits_any_rank = isinstance(leaf.sharding, NamedSharding | SingleDeviceSharding)
+    is_of_rank = len(encoded.shape) == len(leaf.shape)
+    sharding = leaf.sharding if fits_any_rank or is_of_rank else None
+    return jax.ShapeDtypeStruct(encoded.shape, encoded.dtype, sharding=sharding)
 
 
 def decode_leaf(array: Any, leaf: Any, path: str) -> Any:

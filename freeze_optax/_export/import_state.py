@@ -12,7 +12,7 @@ from jax.core import Tracer
 from freeze_optax._edit.freeze_thaw import check_mask, set_frozen
 from freeze_optax._edit.fresh_state import abstract_init, init_leaves
 from freeze_optax._edit.state_holders import only_state, params_of_state, replace_state
-from freeze_optax._export.beside_params import is_sharded, place_beside, put_at_home
+from freeze_optax._export.beside_params import is_sharded, place_beside, put_beside_namesake
 from freeze_optax._export.encoded_subset import decoded_subset, shape_in
 from freeze_optax._export.encoding import as_array, decode_leaf, describe_leaf, unpack_text
 from freeze_optax._export.former_paths import with_present_paths
@@ -87,16 +87,23 @@ def import_state(
     like, groups = _tree_like(tx, params)
     params = params_of_state(like, params)
     plan = _plan(about, only_state("import_state", like).plan, params)
-    state, home = _abstract_state(plan, params), home_of(param_leaves(params).values)
+    leaves = param_leaves(params)
+    state, home = _abstract_state(plan, params), home_of(leaves.values)
     template, in_state = Leaves(replace_state(like, state)), set(map(id, jax.tree.leaves(state)))
     values = iter(decoded_leaves(about["leaves"], exported.get("leaves"), template))
+    param_by_path = dict(zip(leaves.paths, leaves.values, strict=True))
 
-    def restored(new: Any, old: Any) -> Any:
+    def restored(path: str, new: Any, old: Any) -> Any:
         new = _as_before(new, old)
-        # Beside the state, as the count of a schedule around it. `place_beside` is for the state.
-        return new if id(old) in in_state or is_sharded(old) else put_at_home(new, home)
+        if id(old) in in_state or is_sharded(old):  # `place_beside` is for the state
+            return new
+        # Beside the state: the count of a schedule around it, or the sums of `optax.MultiSteps`.
+        return put_beside_namesake(new, path, param_by_path, home)
 
-    tree = template.rebuild(x if is_hole(x) else restored(next(values), x) for x in template.values)
+    tree = template.rebuild(
+        x if is_hole(x) else restored(path, next(values), x)
+        for path, x in zip(template.paths, template.values, strict=True)
+    )
     tree = replace_state(tree, place_beside(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, variables, frozen)

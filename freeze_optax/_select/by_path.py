@@ -59,7 +59,7 @@ def check_patterns(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
 @final
 class _Regex(Selector):
     def __init__(self, patterns: tuple[str, ...]):
-        self._regexes = [re.compile(pattern) for pattern in patterns]
+        self._regexes = [re.compile(str.__str__(pattern)) for pattern in patterns]
 
     @property
     def is_by_path(self) -> bool:
@@ -110,8 +110,8 @@ class Layers(Selector):
     """
 
     def __init__(self, pattern: str, index: int | slice | None = None):
-        self._pattern, self._index = pattern, index
-        self._regex = compile_glob(pattern, whole=True)
+        self._pattern, self._index = str.__str__(pattern), index
+        self._regex = compile_glob(self._pattern, whole=True)
 
     def __getitem__(self, index: int | slice) -> Selector:
         """Selects some of the nodes, by their rank in natural order.

@@ -14,11 +14,10 @@ from freeze_optax._select.by_variable import ByVariable, is_variable_filter
 from freeze_optax._select.selector import (
     Path,
     Selector,
-    check_not_lost,
     everything,
     nothing,
-    with_untrainable,
 )
+from freeze_optax._select.untrainable import check_not_lost, with_untrainable
 from freeze_optax._state.freeze_state import FreezeState, ScheduledState, schedules_in, states_in
 from freeze_optax._state.plan import Plan
 from freeze_optax._state.rotation import RotatingState

@@ -246,10 +246,11 @@ def _explain_missing(error: Exception, inner_state: Any, plan: Plan) -> None:
         return
     missing = [path for path, owner, x in triples if owner >= 0 and x is None]
     if missing:
+        # The optimizer may keep None there by itself, so its own words come first.
         raise ValueError(
-            f"the state has None at {quoted_list(missing)}, where its plan has statistics; it "
-            "was restored onto a state of another plan: make that with the edits that the stored "
-            "one had, or store fo.export_state(state), which has the plan"
+            f"{error}; the state has None at {quoted_list(missing)}, where its plan has "
+            "statistics: if it was restored onto a state of another plan, make that with the edits "
+            "that the stored one had, or store fo.export_state(state), which has the plan"
         ) from error
 
 

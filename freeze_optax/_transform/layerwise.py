@@ -141,8 +141,9 @@ def layerwise(
 def _as_layers(pattern: Any) -> Layers:
     if isinstance(pattern, Dotted):
         inner = pattern.selector
-        is_glob = isinstance(inner, Path) and len(inner.patterns) == 1
-        return _as_layers(inner.patterns[0] if is_glob else inner)
+        if isinstance(inner, Path) and len(inner.patterns) == 1:
+            return layers(*inner.patterns)
+        return _as_layers(inner)
     if isinstance(pattern, Layers):
         return pattern
     if isinstance(pattern, str):

@@ -162,7 +162,8 @@ def _explaining_wrt(selector: OnModel, model: nnx.Module, params: Any) -> Genera
         whole = nnx.state(model, nnx.Param, **AS_GRAPH)
         if _fits(selector, params) or not _fits(selector, whole):
             raise
-        raise type(error)(
+        kind = IndexError if isinstance(error, IndexError) else ValueError
+        raise kind(
             f"{error}; the model has it among its nnx.Params, but the wrt of the optimizer leaves "
             "it out: make one with nnx.Optimizer(model, tx, wrt=nnx.Param), and freeze by a spec"
         ) from error
@@ -171,7 +172,7 @@ def _explaining_wrt(selector: OnModel, model: nnx.Module, params: Any) -> Genera
 def _fits(selector: OnModel, tree: Any) -> bool:
     try:
         selector.flags(Leaves(tree))
-    except (ValueError, IndexError):
+    except Exception:  # noqa: BLE001 (of a predicate, say)
         return False
     return True
 

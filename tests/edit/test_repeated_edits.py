@@ -1,5 +1,6 @@
 """An edit that a loop repeats in each step is resolved once, and never where it could differ."""
 
+import enum
 import pickle
 
 import jax
@@ -132,3 +133,26 @@ def test_the_last_eight_edits_are_kept():
     for i in range(50):
         assert fo.set_frozen(state, PARAMS, ["a"] * (i + 1)) is state
     assert len(state.plan.context._masks) == 8
+
+
+def test_strings_of_enums_with_one_name_are_different_specs():
+    class A(enum.StrEnum):
+        NAME = "a"
+
+        def __repr__(self):
+            return self.name
+
+    class B(enum.StrEnum):
+        NAME = "b"
+
+        def __repr__(self):
+            return self.name
+
+    assert repr(A.NAME) == repr(B.NAME)
+    state = TX.init(PARAMS)
+    assert fo.set_frozen(state, PARAMS, A.NAME) is state
+    assert fo.mask(fo.set_frozen(state, PARAMS, B.NAME), PARAMS) == fo.mask("b", PARAMS)
+    layers = [fo.set_frozen(state, PARAMS, fo.layers(x.NAME)) for x in (A, B)]
+    assert fo.mask(layers[1], PARAMS) == fo.mask("b", PARAMS)
+    regexes = [fo.set_frozen(state, PARAMS, fo.regex(x.NAME)) for x in (A,)]
+    assert fo.mask(regexes[0], PARAMS) == fo.mask("a", PARAMS)

@@ -26,12 +26,17 @@ TRANSFORMATIONS = {
         fo.freezable(ADAM, "encoder"), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 9))
     ),
     "norms": fo.freezable(fo.measured(ADAM), "encoder"),
+    "a noise with a key": fo.freezable(
+        optax.chain(optax.add_noise(0.0, 0.5, jax.random.key(0)), ADAM), "encoder"
+    ),
+    "one vector of all leaves": fo.freezable(optax.flatten(ADAM)),
     "factors": fo.freezable(optax.chain(ADAM, fo.rates({"head": 0.5})), "encoder"),
 }
 
 
-def on_mesh(kind, count, tree):
-    mesh = jax.make_mesh((count,), ("x",), axis_types=(kind,), devices=jax.devices()[:count])
+def on_mesh(kind, count, tree, reverse=False):
+    devices = jax.devices()[:count][:: -1 if reverse else 1]
+    mesh = jax.make_mesh((count,), ("x",), axis_types=(kind,), devices=devices)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("x")))
 
 
@@ -45,7 +50,7 @@ HOMES = {
     "Auto": lambda: on_mesh(AxisType.Auto, 4, PARAMS),
     "Explicit": lambda: on_mesh(AxisType.Explicit, 4, PARAMS),
     "one device": lambda: jax.device_put(PARAMS, SingleDeviceSharding(jax.devices()[1])),
-    "no device in particular": lambda: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), PARAMS),
+    "the same devices in another order": lambda: on_mesh(AxisType.Auto, 8, PARAMS, reverse=True),
 }
 
 
@@ -55,7 +60,8 @@ HOMES = {
 def test_a_state_is_the_same_and_goes_on_on_the_devices_of_the_params(name, home, kind):
     tx, old = TRANSFORMATIONS[name], on_mesh(kind, 8, PARAMS)
     _, state = stepped(tx, old, tx.init(old))
-    state = fo.thaw(state, old, "encoder")
+    if name != "one vector of all leaves":
+        state = fo.thaw(state, old, "encoder")
     _, state = stepped(tx, old, state)
     assert any(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
 
@@ -81,3 +87,67 @@ def test_statistics_of_rows_are_sharded_as_their_leaf_where_the_mesh_divides_the
     (rows,) = jax.tree.leaves(moments["encoder"])
     assert rows.shape == (8, 8)
     assert rows.sharding.spec == PartitionSpec("x")
+
+
+def uncommitted(tree):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
+
+
+def with_shardings(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.mark.parametrize("name", ["a whole leaf", "rows", "a noise with a key"])
+@pytest.mark.parametrize("form", [uncommitted, jax.device_get, with_shardings])
+def test_beside_params_that_are_on_no_device_arrays_stay_where_the_export_has_them(form, name):
+    tx, old = TRANSFORMATIONS[name], on_mesh(AxisType.Auto, 8, PARAMS)
+    _, state = stepped(tx, old, tx.init(old))
+    imported = fo.import_state(tx, form(old), fo.export_state(state))
+    assert_same_bits(imported, state)
+    for x, before in zip(*map(jax.tree.leaves, (imported, state)), strict=True):
+        assert x.sharding == before.sharding
+
+
+@pytest.mark.parametrize("home", ["Auto", "Explicit", "one device"])
+def test_parked_moments_stay_in_host_memory_on_the_devices_of_the_params(home):
+    tx, old, new = fo.freezable(ADAM), on_mesh(AxisType.Auto, 8, PARAMS), HOMES[home]()
+    state = fo.freeze(tx.init(old), old, "encoder", keep_state=True)
+    exported = fo.export_state(fo.place_state(state))
+    moments = optax.tree_utils.tree_get(fo.import_state(tx, new, exported), "mu")
+    kinds = {name: x.sharding.memory_kind for name, x in moments.items()}
+    assert kinds == {"encoder": "pinned_host", "head": "device"}
+    for x in moments.values():
+        assert x.sharding.device_set == new["head"].sharding.device_set
+
+
+def test_moments_of_rows_go_to_the_host_memory_that_their_param_is_in():
+    tx, old = TRANSFORMATIONS["rows"], on_mesh(AxisType.Auto, 8, PARAMS)
+    exported = fo.export_state(stepped(tx, old, tx.init(old))[1])
+    hosted = jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")),
+        on_mesh(AxisType.Auto, 4, PARAMS),
+    )
+    moments = optax.tree_utils.tree_get(fo.import_state(tx, hosted, exported), "mu")
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {"pinned_host"}
+
+
+def test_sums_beside_the_state_are_sharded_as_the_params_of_their_names():
+    tx = optax.MultiSteps(fo.freezable(ADAM, "encoder"), 2)
+    old, new = on_mesh(AxisType.Auto, 8, PARAMS), on_mesh(AxisType.Auto, 4, PARAMS)
+    _, state = stepped(tx, old, tx.init(old))
+    imported = fo.import_state(tx, new, fo.export_state(state))
+    assert_same_bits(imported, state)
+    for name, x in imported.acc_grads.items():
+        assert x.sharding == new[name].sharding
+
+
+def test_the_export_of_an_abstract_state_has_the_shardings_of_the_state():
+    params = on_mesh(AxisType.Auto, 8, {**PARAMS, "half": PARAMS["head"].astype(jnp.bfloat16)})
+    state = TRANSFORMATIONS["a noise with a key"].init(params)
+    exported = fo.export_state(with_shardings(state))
+    expected = fo.export_state(state)
+    assert (exported["about"] == expected["about"]).all()
+    for number, x in expected["leaves"].items():
+        found = exported["leaves"][number]
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        assert found.sharding.is_equivalent_to(x.sharding, x.ndim)

@@ -50,3 +50,15 @@ def test_a_typo_is_no_such_case(optimizer, model):
     with pytest.raises(ValueError, match=r"pattern 'nrom' selects no leaf") as raised:
         fnnx.thaw(optimizer, model, "nrom")
     assert "wrt" not in str(raised.value)
+
+
+def test_an_error_of_a_predicate_keeps_its_own_class(optimizer, model):
+    class OddError(ValueError):
+        def __init__(self, path, why):
+            super().__init__(f"{path}: {why}")
+
+    def predicate(path, leaf):
+        raise OddError(path, "unknown")
+
+    with pytest.raises(OddError, match="head/bias: unknown"):
+        fnnx.thaw(optimizer, model, fo.where(predicate))

@@ -80,6 +80,9 @@ def test_a_linen_model_with_nothing_frozen_trains_no_part_of_its_base(dtype):
     assert "frozen as a whole: 'a/kernel/array', 'b/kernel/array'" in str(fo.summary(params))
 
 
+@pytest.mark.skipif(
+    not hasattr(nnx.Variable, "get_raw_value"), reason="qwix 0.1.8 calls what this Flax has not"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_nnx_model_with_nothing_frozen_trains_no_part_of_its_base(dtype):
     model = qwix.apply_lora_to_model(Nnx(nnx.Rngs(0)), provider(dtype), X, rngs=nnx.Rngs(1))

@@ -34,3 +34,17 @@ def test_counters_of_more_or_fewer_cohorts_are_an_error(update):
         broken = fo.FreezeState(state.inner, ages, state.plan)
         with pytest.raises(ValueError, match=f"the counters of {counts}; it was restored"):
             update(PARAMS, broken, PARAMS)
+
+
+def test_the_words_of_an_optimizer_that_keeps_none_by_itself_come_first():
+    def init(params):
+        return jax.tree.map(lambda x: jnp.zeros_like(x) if x.size > 2 else None, params)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("give me the params")
+        return updates, state
+
+    tx = fo.freezable(optax.GradientTransformation(init, update))
+    with pytest.raises(ValueError, match=r"^give me the params; the state has None at 'a'"):
+        tx.update(PARAMS, tx.init(PARAMS))
