@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import freeze_optax as fo
-from tests.support.bare_steps import DECAYING_ADAM, assert_same_bits, bare_steps
+from tests.support.bare_steps import DECAYING_ADAM, assert_same_bits, bare_steps, steps_with
 
 pytest.importorskip("flowjax", reason="make lane-ecosystem installs it")
 
@@ -31,33 +31,16 @@ def loss_of(flow):
 
 
 def trained(flow, spec):
-    tx = fo.freezable(DECAYING_ADAM, spec)
-
-    @eqx.filter_jit
-    def step(flow, state):
-        updates, state = tx.update(fo.grad(loss_of, frozen=state)(flow), state, flow)
-        return fo.apply_updates(flow, updates, frozen=state), state
-
-    state = tx.init(flow)
-    for _ in range(3):
-        flow, state = step(flow, state)
-    return flow
+    return steps_with(spec, loss_of, flow, eqx.filter_jit)
 
 
 @pytest.mark.parametrize("spec", ["base_dist", fo.of_type(Normal)], ids=["path", "type"])
 def test_a_base_distribution_is_held_and_the_rest_trains_as_by_hand(spec):
     flow = new_flow()
-    trains = jax.tree_util.keystr
-
-    def floats(path):
-        return not path.startswith("base_dist") and path in live
-
-    live = {
-        trains(path, simple=True, separator="/")
-        for path, leaf in jax.tree.leaves_with_path(flow)
-        if eqx.is_inexact_array(leaf)
-    }
-    assert_same_bits(trained(flow, spec), bare_steps(loss_of, flow, floats))
+    entries = jax.tree.leaves_with_path(eqx.filter(flow, eqx.is_inexact_array))
+    floats = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in entries}
+    live = {path for path in floats if not path.startswith("base_dist")}
+    assert_same_bits(trained(flow, spec), bare_steps(loss_of, flow, live.__contains__))
 
 
 def test_what_it_marks_as_fixed_is_a_type_to_select():

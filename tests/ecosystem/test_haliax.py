@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import freeze_optax as fo
-from tests.support.bare_steps import DECAYING_ADAM, assert_same_bits, bare_steps
+from tests.support.bare_steps import assert_same_bits, bare_steps, steps_with
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it calls a function of Equinox that is deprecated
@@ -44,18 +44,7 @@ def loss_of(model):
 
 
 def trained(spec):
-    model = new_model()
-    tx = fo.freezable(DECAYING_ADAM, spec)
-
-    @eqx.filter_jit
-    def step(model, state):
-        updates, state = tx.update(fo.grad(loss_of, frozen=state)(model), state, model)
-        return fo.apply_updates(model, updates, frozen=state), state
-
-    state = tx.init(model)
-    for _ in range(3):
-        model, state = step(model, state)
-    return model
+    return steps_with(spec, loss_of, new_model(), eqx.filter_jit)
 
 
 @pytest.mark.parametrize(

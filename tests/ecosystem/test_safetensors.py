@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import freeze_optax as fo
-from tests.support.bare_steps import DECAYING_ADAM, assert_same_bits, bare_steps
+from tests.support.bare_steps import assert_same_bits, bare_steps, steps_with
 
 numpy_files = pytest.importorskip("safetensors.numpy", reason="it comes with the extra `cli`")
 
@@ -26,17 +26,7 @@ def loss_of(params):
 
 
 def trained(params):
-    tx = fo.freezable(DECAYING_ADAM, ENCODER)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(fo.grad(loss_of, frozen=state)(params), state, params)
-        return fo.apply_updates(params, updates, frozen=state), state
-
-    state = tx.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
-    return params
+    return steps_with(ENCODER, loss_of, params)
 
 
 def test_a_file_trains_as_by_hand_and_its_frozen_part_is_stored_again_to_the_bit(tmp_path):

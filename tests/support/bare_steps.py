@@ -1,4 +1,4 @@
-"""A reference for any library: trains some leaves of a tree, as a list, with a bare optimizer."""
+"""Trains some leaves of the tree of any library: by a spec, and as a list with a bare optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,33 @@ import jax
 import numpy as np
 import optax
 
+import freeze_optax as fo
+
 DECAYING_ADAM = optax.adamw(0.1, weight_decay=0.1)
+
+
+def steps_with(
+    frozen: Any, loss: Callable[[Any], Any], tree: Any, jit: Callable[..., Any] = jax.jit
+) -> Any:
+    """The tree after three steps of the decaying Adam with a spec of what is frozen.
+
+    Args:
+      frozen: The spec.
+      loss: A function of the tree.
+      tree: The params.
+      jit: Compiles a step; another one for trees with leaves that are no arrays.
+    """
+    tx = fo.freezable(DECAYING_ADAM, frozen)
+
+    @jit
+    def step(tree: Any, state: Any) -> Any:
+        updates, state = tx.update(fo.grad(loss, frozen=state)(tree), state, tree)
+        return fo.apply_updates(tree, updates, frozen=state), state
+
+    state = tx.init(tree)
+    for _ in range(3):
+        tree, state = step(tree, state)
+    return tree
 
 
 def bare_steps(
