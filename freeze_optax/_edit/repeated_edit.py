@@ -42,10 +42,10 @@ def repeated_edit(verb: str, selector: Selector, plan: Plan, params: Any) -> Rep
     Args:
       verb: The name of the edit.
       selector: The selector. One that looks at leaves or modules is asked in each step.
-      plan: The plan to edit. Parts of leaves, and layers that take turns, are no paths.
+      plan: The plan to edit. What a part of a leaf comes to depends on the other parts.
       params: The params.
     """
-    if not selector.is_by_path or plan.part_table is not None or plan.rotation is not None:
+    if not selector.is_by_path or plan.part_table is not None:
         return None
     # Without a function that says where to stop, as that would be called for each node.
     leaves, treedef = jax.tree.flatten(params)
@@ -57,9 +57,8 @@ def _forms(leaves: list[Any]) -> tuple[Any, ...] | None:
     """Returns the shape, dtype and class of each leaf; None if one is of a class of its own."""
     # Nearly all trees hold arrays of one class. Then no Python runs for each leaf. Those of the
     # next step have the same abstract values, so they compare as fast.
-    classes = set(map(type, leaves))
-    if all(map(_is_jax_array_type, classes)):
-        return (classes, *map(operator.attrgetter("aval"), leaves))
+    if all(map(_is_jax_array_type, set(map(type, leaves)))):
+        return tuple(map(operator.attrgetter("aval"), leaves))
     forms = tuple(map(_form, leaves))
     return None if None in forms else forms
 
@@ -67,7 +66,7 @@ def _forms(leaves: list[Any]) -> tuple[Any, ...] | None:
 def _form(leaf: Any) -> Any:
     cls = type(leaf)
     if _is_jax_array_type(cls):
-        return (cls, leaf.aval)
+        return leaf.aval
     if issubclass(cls, np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return (cls, leaf.shape, leaf.dtype)
     # A function among the params, or a number. What has a dtype is of a class that we do not know.

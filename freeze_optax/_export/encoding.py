@@ -239,8 +239,6 @@ def _encode_abstract(leaf: jax.ShapeDtypeStruct, path: str) -> jax.ShapeDtypeStr
     """Returns the form of an encoded leaf, with the sharding of the leaf."""
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     encoded = jax.eval_shape(lambda x: encode_leaf(x, path)[0], plain)
-    if (encoded.shape, encoded.dtype) == (leaf.shape, leaf.dtype):
-        return leaf
     # The words of a key are one more axis, of which these two say nothing.
     fits_any_rank = isinstance(leaf.sharding, NamedSharding | SingleDeviceSharding)
     is_of_rank = len(encoded.shape) == len(leaf.shape)

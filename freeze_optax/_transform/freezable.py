@@ -241,10 +241,10 @@ def _explain_missing(error: Exception, inner_state: Any, plan: Plan) -> None:
     """Raises, with the paths, if the state has None where the plan has statistics."""
     try:
         layout = plan.layout
-        triples = list(zip(layout.paths, layout.owners, layout.places(inner_state), strict=True))
+        pairs = list(zip(layout.paths, layout.places(inner_state), strict=True))
     except ValueError:  # it can't be edited, or is of another structure
         return
-    missing = [path for path, owner, x in triples if owner >= 0 and x is None]
+    missing = [path for path, x in pairs if x is None]
     if missing:
         # The optimizer may keep None there by itself, so its own words come first.
         raise ValueError(

@@ -79,13 +79,42 @@ def test_params_of_another_tree_are_still_refused():
         fo.set_frozen(state, {**PARAMS, "e": jnp.ones(2)}, "a")
 
 
-def test_a_leaf_that_became_an_integer_is_resolved_anew():
+def test_params_of_another_name_are_still_refused():
     state = TX.init(PARAMS)
     for _ in range(2):
         fo.set_frozen(state, PARAMS, "a")
-    changed = {**PARAMS, "b": {**PARAMS["b"], "c": jnp.ones(3, jnp.int32)}}
-    after = fo.set_frozen(state, changed, "a")
+    with pytest.raises(ValueError, match="different params: only in the params: 'b/e'"):
+        fo.set_frozen(state, {**PARAMS, "b": {"c": jnp.ones(3), "e": jnp.ones(3)}}, "a")
+
+
+class Duck:
+    """An array of a class that JAX does not know, and whose dtype may change."""
+
+    def __init__(self, dtype):
+        self.shape, self.dtype = (3,), np.dtype(dtype)
+
+
+@pytest.mark.parametrize("of", [jnp.ones, np.ones, None], ids=["JAX", "NumPy", "another"])
+def test_a_leaf_that_became_an_integer_is_resolved_anew(of):
+    c = Duck(np.float32) if of is None else of(3, np.float32)
+    params = {"a": PARAMS["a"], "b": {"c": c, "d": jnp.ones(3)}}
+    state = fo.freezable(optax.adam(0.1), ["a", "b/c"] if of is None else "a").init(params)
+    state = fo.FreezeState(state.inner, state.ages, TX.init(PARAMS).plan)
+    for _ in range(2):
+        assert fo.set_frozen(state, params, "a") is state
+    if of is None:
+        c.dtype = np.dtype(np.int32)
+    else:
+        params["b"]["c"] = of(3, np.int32)
+    after = fo.set_frozen(state, params, "a")
     assert fo.mask(after, PARAMS) == {"a": True, "b": {"c": True, "d": False}}
+
+
+def test_an_edit_is_not_taken_for_another_of_the_same_spec():
+    state = fo.freeze(TX.init(PARAMS), PARAMS, "b/c")
+    for _ in range(2):
+        assert fo.freeze(state, PARAMS, "a") is state
+    assert fo.mask(fo.set_frozen(state, PARAMS, "a"), PARAMS) == fo.mask("a", PARAMS)
 
 
 def test_the_same_edit_counts_again_after_another():

@@ -120,12 +120,13 @@ def test_parked_moments_stay_in_host_memory_on_the_devices_of_the_params(home):
         assert x.sharding.device_set == new["head"].sharding.device_set
 
 
-def test_moments_of_rows_go_to_the_host_memory_that_their_param_is_in():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_moments_of_rows_go_to_the_host_memory_that_their_param_is_in(kind):
     tx, old = TRANSFORMATIONS["rows"], on_mesh(AxisType.Auto, 8, PARAMS)
     exported = fo.export_state(stepped(tx, old, tx.init(old))[1])
     hosted = jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")),
-        on_mesh(AxisType.Auto, 4, PARAMS),
+        on_mesh(kind, 4, PARAMS),
     )
     moments = optax.tree_utils.tree_get(fo.import_state(tx, hosted, exported), "mu")
     assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {"pinned_host"}
@@ -151,3 +152,21 @@ def test_the_export_of_an_abstract_state_has_the_shardings_of_the_state():
         found = exported["leaves"][number]
         assert (found.shape, found.dtype) == (x.shape, x.dtype)
         assert found.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_beside_the_state_a_shape_or_a_sharding_of_its_own_counts_more_than_a_name():
+    tx = TRANSFORMATIONS["a whole leaf"]
+    old, new = on_mesh(AxisType.Auto, 8, PARAMS), on_mesh(AxisType.Auto, 4, PARAMS)
+    beside = {"column": {"head": old["head"][:, 0]}, "average": {"head": old["head"]}}
+    exported = fo.export_state({"state": tx.init(old), **beside})
+    mesh = new["head"].sharding.mesh
+    across = NamedSharding(mesh, PartitionSpec(None, "x"))
+    like = {
+        "state": tx.init(new),
+        "column": {"head": jax.ShapeDtypeStruct((16,), jnp.float32)},
+        "average": {"head": jax.device_put(jnp.zeros((16, 8)), across)},
+    }
+    imported = fo.import_state(like, new, exported)
+    assert_same_bits({name: imported[name] for name in beside}, beside)
+    assert imported["column"]["head"].sharding == NamedSharding(mesh, PartitionSpec())
+    assert imported["average"]["head"].sharding == across

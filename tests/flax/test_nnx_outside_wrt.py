@@ -46,6 +46,14 @@ def test_factors_too(model):
         fnnx.adjust(optimizer, model, "norm", 0.1)
 
 
+def test_another_error_of_an_edit_is_no_such_case(model):
+    tx = fo.freezable(optax.chain(optax.adam(0.1), fo.rates({"head": 0.5})))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with pytest.raises(ValueError, match="finite number, 0 or more") as raised:
+        fnnx.adjust(optimizer, model, "norm", -1.0)
+    assert "wrt" not in str(raised.value)
+
+
 def test_a_typo_is_no_such_case(optimizer, model):
     with pytest.raises(ValueError, match=r"pattern 'nrom' selects no leaf") as raised:
         fnnx.thaw(optimizer, model, "nrom")
