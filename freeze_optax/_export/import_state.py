@@ -107,7 +107,7 @@ def import_state(
     tree = replace_state(tree, place_beside(only_state("import_state", tree), params))
     if frozen is not None:
         tree = set_frozen(tree, variables, frozen)
-    plan, leaves = only_state("import_state", tree).plan, param_leaves(params)
+    plan = only_state("import_state", tree).plan
     for flags in [flags for _, flags in plan.schedule] or [plan.frozen]:
         check_mask(plan, leaves, plan.mask_of(flags), groups)
     return tree
