@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from freeze_optax._params.index_scan import needs_linear_indices, scan_indices, together
 from freeze_optax._params.layer_passes import (
     LayerPasses,
     Static,
@@ -66,22 +67,12 @@ def scan_layers(
       unroll: As for `jax.lax.scan`.
     """
     init = jax.tree.map(jnp.asarray, init)
-    start, stop = layers.start, layers.stop
+    start = layers.start
     read, fetch = layers.reader.read, layers.reader.fetch
     first = read(layers.arrays, fetch(layers.arrays, start), start)
     body, constants = with_constants(functools.partial(_pair, f), init, first)
 
-    def forward_loop(arrays: Any, fetched: Any, init: Any, apply: Callable[[Any, Any], Any]) -> Any:
-        def step(state: Any, i: Any) -> Any:
-            carry, fetched = state
-            # The copy of the next layer runs while this one is computed.
-            following = fetch(arrays, jnp.minimum(i + 1, stop - 1))
-            carry, output = apply(read(arrays, fetched, i), carry)
-            return (carry, following), output
-
-        indices = jnp.arange(start, stop, dtype=jnp.int32)
-        (carry, _), outputs = jax.lax.scan(step, (init, fetched), indices, unroll=unroll)
-        return carry, outputs
+    forward_loop = functools.partial(_forward_loop, layers, unroll)
 
     @jax.custom_vjp
     def loop(constants: Any, init: Any, arrays: Any, live: Any, rows: Any) -> Any:
@@ -91,7 +82,8 @@ def scan_layers(
         def apply(layer: Any, carry: Any) -> Any:
             return body(carry, layer, *constants)
 
-        return forward_loop(arrays, fetched, init, apply)
+        carry, ys, last = forward_loop(apply, arrays, fetched, init)
+        return carry, _with_last(ys, last)
 
     def forward(*primals: Any) -> Any:
         perturbed = tuple(tuple(x.perturbed for x in _primals(tree)) for tree in primals[:3])
@@ -105,8 +97,10 @@ def scan_layers(
             (carry, y), kept = passes.forward(constants, layer, carry)
             return carry, (y, kept)
 
-        carry, (ys, kept) = forward_loop(arrays, fetched, init, apply)
-        return (carry, ys), (constants, arrays, rows, kept, Static((passes, perturbed)))
+        carry, (ys, kept), last = forward_loop(apply, arrays, fetched, init)
+        last_y, last_kept = (None, None) if last is None else last
+        saved = constants, arrays, rows, (kept, last_kept), Static((passes, perturbed))
+        return (carry, _with_last(ys, last_y)), saved
 
     has_live = [x is not None for x in layers.live]
 
@@ -114,19 +108,23 @@ def scan_layers(
         constants, arrays, rows, kept, static = saved
         passes, perturbed = static.value
         carry, ys = instantiated(cotangents)
-        backwards = _Backwards(passes, layers, (constants, arrays, kept), (carry, ys))
+        backwards = _Backwards(passes, layers, (constants, arrays, *kept), (carry, ys))
         state = backwards.start(perturbed)
         gradients: Any = []
         if rows is None:
             state = backwards.through_all(state, unroll)
         else:
+            position = jnp.asarray(layers.stop, jnp.int32), state
 
-            def next_live(state: _State, row: Any) -> Any:
-                return backwards.layer(backwards.down_to(state, row + 1), has_live)
+            def next_live(position: Any, row: Any) -> Any:
+                i, state = backwards.down_to(position, row + 1)
+                state, gradients = backwards.layer(state, i - 1, has_live)
+                return (i - 1, state), gradients
 
-            state, gradients = jax.lax.scan(next_live, state, rows, reverse=True)
+            position, gradients = jax.lax.scan(next_live, position, rows, reverse=True)
             if any(map(any, perturbed)):
-                state = backwards.down_to(state, jnp.zeros((), jnp.int32))
+                position = backwards.down_to(position, jnp.zeros((), jnp.int32))
+            state = position[1]
         to_carry = backwards.whole_carry(state.carry) if any(map(any, perturbed)) else None
         remaining = iter(gradients)
         of_live = [next(remaining) if flag else None for flag in has_live]
@@ -138,18 +136,59 @@ def scan_layers(
     return loop(constants, init, layers.arrays, layers.live, layers.rows)
 
 
+def _looped(layers: Layers) -> range:
+    """Returns the layers of the loop forward: all, or all but the last, which comes after it.
+
+    The next layer is fetched ahead. From the last one there is none, and an index that stays where
+    it is would not be linear.
+    """
+    start, stop = layers.start, layers.stop
+    reads_ahead = layers.reader.streams and stop - start > 1 and needs_linear_indices()
+    # Layers in turns are found by index in the backward pass, so what they keep is in one stack.
+    return range(start, stop - 1 if reads_ahead and layers.rows is None else stop)
+
+
+def _forward_loop(
+    layers: Layers,
+    unroll: int | bool,
+    apply: Callable[[Any, Any], Any],
+    arrays: Any,
+    fetched: Any,
+    init: Any,
+) -> Any:
+    """Returns the last carry, the outputs of the loop, and those of the layer after it, or None."""
+    read, fetch, last = layers.reader.read, layers.reader.fetch, layers.stop - 1
+    looped = _looped(layers)
+    is_linear = last not in looped
+
+    def step(state: Any, i: Any) -> Any:
+        carry, fetched = state
+        # The copy of the next layer runs while this one is computed.
+        following = fetch(arrays, i + 1 if is_linear else jnp.minimum(i + 1, last))
+        carry, output = apply(read(arrays, fetched, i), carry)
+        if is_linear:
+            carry, output, following = together(carry, output, following)
+        return (carry, following), output
+
+    (carry, fetched), outputs = scan_indices(
+        step, (init, fetched), looped, unroll, linear=is_linear
+    )
+    if not is_linear:
+        return carry, outputs, None
+    carry, output = apply(read(arrays, fetched, last), carry)
+    return carry, outputs, output
+
+
 class _State(NamedTuple):
     """What the backward pass hands from layer to layer.
 
     Attributes:
-      i: The index of the layer above, an int32 scalar.
-      fetched: What was in host memory of the layer below that one.
+      fetched: What was in host memory of the next layer.
       carry: The cotangents of the carry, those of real and complex numbers alone.
       sums: The gradients of the constants so far; None where there is none to compute.
       stacked: The gradients of whole arrays so far; None where there is none to compute.
     """
 
-    i: jax.Array
     fetched: list[Any]
     carry: list[Any]
     sums: list[Any]
@@ -161,7 +200,7 @@ class _Backwards:
 
     def __init__(self, passes: LayerPasses, layers: Layers, saved: Any, cotangents: Any):
         self._passes, self._layers = passes, layers
-        self._constants, self._arrays, self._kept = saved
+        self._constants, self._arrays, self._kept, self._last_kept = saved
         self._carry, self._ys = cotangents
 
     def start(self, perturbed: Sequence[Sequence[bool]]) -> _State:
@@ -171,10 +210,8 @@ class _Backwards:
           perturbed: For constants, carry and stacked arrays, which of them are differentiated.
         """
         of_constants, _, of_arrays = perturbed
-        stop = self._layers.stop
         return _State(
-            jnp.asarray(stop, jnp.int32),
-            self._layers.reader.fetch(self._arrays, stop - 1),
+            self._layers.reader.fetch(self._arrays, self._layers.stop - 1),
             [_strong(x) for x in jax.tree.leaves(self._carry) if not is_float0(x)],
             _zeros_where(of_constants, self._constants),
             _zeros_where(of_arrays, self._arrays),
@@ -186,27 +223,63 @@ class _Backwards:
         remaining = iter(real)
         return structure.unflatten(x if is_float0(x) else next(remaining) for x in leaves)
 
-    def down_to(self, state: _State, row: Any) -> _State:
-        """Goes down through all layers from this one on, which do not train."""
-        return jax.lax.while_loop(
-            lambda state: state.i > row, lambda state: self.layer(state, ())[0], state
-        )
+    def down_to(self, position: tuple[Any, _State], row: Any) -> tuple[Any, _State]:
+        """Goes down through all layers from this one on, which do not train.
+
+        Args:
+          position: The index of the layer above, an int32 scalar, and the state there.
+          row: The index of the layer, an int32 scalar.
+        """
+
+        def step(position: tuple[Any, _State]) -> tuple[Any, _State]:
+            i = position[0] - 1
+            return i, self.layer(position[1], i, ())[0]
+
+        return jax.lax.while_loop(lambda position: position[0] > row, step, position)
 
     def through_all(self, state: _State, unroll: int | bool) -> _State:
-        """Goes down through all layers; other than `down_to`, it can be differentiated."""
-        count = self._layers.stop - self._layers.start
+        """Goes down through all layers; other than `down_to`, it can be differentiated.
 
-        def step(state: _State, _: Any) -> Any:
-            return self.layer(state, ())[0], None
+        Args:
+          state: The state above the last layer.
+          unroll: As for `jax.lax.scan`.
+        """
+        start, stop, looped = self._layers.start, self._layers.stop, _looped(self._layers)
 
-        return jax.lax.scan(step, state, None, count, unroll=unroll)[0]
+        def step(state: _State, i: Any) -> Any:
+            return self.layer(state, i, ())[0], None
 
-    def layer(self, state: _State, has_live: Sequence[bool]) -> tuple[_State, list[Any]]:
-        """Goes through the next layer; returns the gradients of its arrays where it is said."""
-        layers, i = self._layers, state.i - 1
-        following = layers.reader.fetch(self._arrays, jnp.maximum(i - 1, layers.start))
+        def step_ahead(state: _State, i: Any) -> Any:
+            following = self._layers.reader.fetch(self._arrays, i - 1)
+            state, _ = self._layer(state, i, self._kept_of(i), following, ())
+            carry, fetched = together(state.carry, state.fetched)
+            return state._replace(carry=carry, fetched=fetched), None
+
+        if stop - 1 in looped:
+            return scan_indices(step, state, looped[::-1], unroll, linear=False)[0]
+        # Or XLA would fetch this layer before the forward pass, as nothing tells it to wait.
+        carry, arrays = jax.lax.optimization_barrier((state.carry, self._arrays))
+        following = self._layers.reader.fetch(arrays, stop - 2)
+        state = state._replace(carry=carry)
+        state, _ = self._layer(state, stop - 1, self._last_kept, following, ())
+        if below := looped[:0:-1]:
+            state, _ = scan_indices(step_ahead, state, below, unroll, linear=True)
+        return self._layer(state, start, self._kept_of(start), [], ())[0]
+
+    def layer(self, state: _State, i: Any, has_live: Sequence[bool]) -> tuple[_State, list[Any]]:
+        """Goes through layer `i`; returns the gradients of its arrays where it is said."""
+        below = jnp.maximum(i - 1, self._layers.start)
+        following = self._layers.reader.fetch(self._arrays, below)
+        return self._layer(state, i, self._kept_of(i), following, has_live)
+
+    def _kept_of(self, i: Any) -> list[Any]:
+        return [_at(x, i - self._layers.start) for x in self._kept]
+
+    def _layer(
+        self, state: _State, i: Any, kept: Any, following: list[Any], has_live: Sequence[bool]
+    ) -> tuple[_State, list[Any]]:
+        layers = self._layers
         layer = layers.reader.read(self._arrays, state.fetched, i)
-        kept = [_at(x, i - layers.start) for x in self._kept]
         y = jax.tree.map(lambda x: _at(x, i - layers.start), self._ys)
         cotangents = self.whole_carry(state.carry), y
         to_constants, to_layer, to_carry = self._passes.backward(
@@ -222,7 +295,7 @@ class _Backwards:
         ]
         carry = [_strong(x) for x in jax.tree.leaves(to_carry) if not is_float0(x)]
         pairs = zip(gradients, has_live, strict=False)
-        return _State(i, following, carry, sums, stacked), [g for g, flag in pairs if flag]
+        return _State(following, carry, sums, stacked), [g for g, flag in pairs if flag]
 
 
 def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, Any]:
@@ -233,6 +306,13 @@ def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, An
             f"None), not {result!r}"
         )
     return result[0], result[1]
+
+
+def _with_last(stacked: Any, last: Any) -> Any:
+    """Returns the outputs of a loop and of the layer after it, stacked; if there is one."""
+    if last is None:
+        return stacked
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.expand_dims(y, 0)]), stacked, last)
 
 
 def _zeros_where(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:

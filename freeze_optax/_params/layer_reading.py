@@ -124,6 +124,11 @@ class LayerReader:
     ):
         self._rebuild, self._places, self._streamed = rebuild, places, streamed
 
+    @property
+    def streams(self) -> bool:
+        """Whether anything is copied to the device layer by layer."""
+        return any(self._streamed)
+
     def fetch(self, arrays: Sequence[Any], i: Any) -> list[Any]:
         """Returns what is streamed of layer `i`, on the device."""
         triples = zip(arrays, self._places, self._streamed, strict=True)

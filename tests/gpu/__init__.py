@@ -1,0 +1,1 @@
+"""What XLA compiles for a GPU, which need not be there."""

@@ -1,0 +1,162 @@
+"""Layers in host memory on a GPU: which layer each step of a loop copies, and by what."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import optax
+import pytest
+
+import freeze_optax as fo
+from freeze_optax._params.index_scan import needs_linear_indices
+from tests.support import absent_gpu
+from tests.support.absent_gpu import Reads
+
+DEPTH, WIDTH, TOKENS = 16, 4096, 512
+MISREADING = ("0.10.2", "0.11.0")
+LAYER = WIDTH * WIDTH
+SHAPES = {
+    "embed": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32),
+    "layers": {
+        "base": jax.ShapeDtypeStruct((DEPTH, WIDTH, WIDTH), jnp.float32),
+        "a": jax.ShapeDtypeStruct((DEPTH, WIDTH, 8), jnp.float32),
+        "b": jax.ShapeDtypeStruct((DEPTH, 8, WIDTH), jnp.float32),
+    },
+}
+X = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
+
+
+@pytest.fixture(params=[True, False], ids=["GPU by default", "CPU by default"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.fixture
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def with_base_on_host(params: Any) -> Any:
+    layers = params["layers"]
+    return {**params, "layers": {**layers, "base": absent_gpu.on_host(layers["base"])}}
+
+
+def layer(x: Any, p: Any) -> tuple[Any, None]:
+    return jnp.tanh(x @ p["base"] + x @ p["a"] @ p["b"]), None
+
+
+def quantized(x: Any, p: Any) -> tuple[Any, None]:
+    return layer(x, {**p, "base": p["base"].astype(jnp.float32) * 0.01})
+
+
+LAYERS = {"plain": layer, "rematerialised": jax.checkpoint(layer), "int8": quantized}
+SPECS = {"adapters": fo.path("layers/base"), "embeddings": fo.path("layers")}
+
+
+def step_of(f: Any, spec: Any) -> Any:
+    def loss(params: Any, x: Any) -> Any:
+        params = with_base_on_host(params)
+        mask = fo.mask(spec, params)["layers"]
+        return fo.scan(f, x @ params["embed"], params["layers"], mask, stream=True)[0].sum()
+
+    return fo.grad(loss, spec, holes=True)
+
+
+def shapes_for(f: Any) -> Any:
+    base = SHAPES["layers"]["base"]
+    dtype = jnp.int8 if f is quantized else base.dtype
+    return {**SHAPES, "layers": {**SHAPES["layers"], "base": base.update(dtype=dtype)}}
+
+
+def reads_of_layers(program: Any, of_layer: int) -> list[Reads]:
+    """The linear reads of one layer after the other, up or down; what else has that size is none."""
+    return sorted(x for x in absent_gpu.linear_reads(program) if abs(x.step) == of_layer)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("f", LAYERS.values(), ids=LAYERS)
+def test_each_step_copies_the_layer_that_the_next_step_applies(f, spec):
+    params = shapes_for(f)
+    of_layer = LAYER * params["layers"]["base"].dtype.itemsize
+    program = absent_gpu.compiled(step_of(f, spec), params, X)
+    # The first two layers from below, and from above, are fetched before a loop.
+    ahead = [Reads(of_layer, of_layer), Reads((DEPTH - 3) * of_layer, -of_layer)]
+    assert reads_of_layers(program, of_layer) == (ahead if needs_linear_indices() else [])
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_loops_bring_layers_in_by_copies_beside_what_is_computed(spec, tmp_path):
+    text = absent_gpu.commands(step_of(layer, spec), SHAPES, X, folder=tmp_path)
+    loops = [
+        [x for x in body.splitlines() if x.startswith("    ")]
+        for body in text.split("  body:\n")[1:]
+    ]
+    assert len(loops) == 2
+    for loop in loops:
+        # What is in no loop of a loop has four blanks; what is done beside the rest has more.
+        kinds = [re.sub(r"^( +)\d+: (\w+) .*", r"\1\2", x) for x in loop]
+        start, done = kinds.index("    kAsyncStart"), kinds.index("    kAsyncDone")
+        assert start < kinds.index("    kCublasLtMatmul") < done
+        beside = [x.strip() for x in kinds[start + 1 : done] if x.startswith("        ")]
+        is_copied = beside[:2] == ["kDynamicSliceFusion", "kCopy"]
+        assert is_copied or "wrapped_dynamic_slice" in loop[start + 1]
+        assert is_copied == needs_linear_indices()
+
+
+@pytest.mark.usefixtures("_backend")
+def test_where_layers_take_turns_no_layer_is_misread():
+    of_layer, frozen = 4 * LAYER, ["layers/a", "layers/b", "embed"]
+    tx = fo.rotating(optax.sgd(0.1), "layers", 2, 1, order="ascending", frozen=frozen)
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return fo.scan(layer, x @ params["embed"], params["layers"], stream=True)[0].sum()
+
+        params = with_base_on_host(params)
+        grads = fo.grad(loss, frozen=state)(params)
+        updates, state = tx.update(grads, state, params)
+        return updates, state
+
+    state = jax.eval_shape(tx.init, SHAPES)
+    assert reads_of_layers(absent_gpu.compiled(step, SHAPES, state, X), of_layer) == []
+
+
+def test_the_versions_that_misread_a_function_of_the_count_are_those_that_are_known():
+    def loop(stack: Any, x: Any) -> Any:
+        stack = absent_gpu.on_host(stack)
+
+        def step(state: Any, _: Any) -> Any:
+            x, i = state
+            row = jax.lax.dynamic_index_in_dim(stack, i + 1, keepdims=False)
+            return (jnp.tanh(x @ jax.device_put(row, jax.memory.Space.Device)), i + 1), None
+
+        return jax.lax.scan(step, (x, jnp.int32(0)), None, DEPTH - 1)[0][0]
+
+    program = absent_gpu.compiled(loop, SHAPES["layers"]["base"], X)
+    is_misread = jaxlib.version.__version__ in MISREADING
+    of_layer = 4 * LAYER
+    assert reads_of_layers(program, of_layer) == [Reads(0 if is_misread else of_layer, of_layer)]
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_of_the_base_two_layers_at_most_are_on_the_device(spec):
+    def on_the_device(params: Any, x: Any) -> Any:
+        def loss(params: Any) -> Any:
+            mask = fo.mask(spec, params)["layers"]
+            return fo.scan(layer, x @ params["embed"], params["layers"], mask)[0].sum()
+
+        return fo.grad(loss, spec, holes=True)(params)
+
+    def temporary(step: Any) -> int:
+        return absent_gpu.compiled(step, SHAPES, X).memory_analysis().temp_size_in_bytes
+
+    of_layer, of_carry = 4 * LAYER, 4 * TOKENS * WIDTH
+    # The layers beside the loops have carries of their own.
+    most = temporary(on_the_device) + 2 * of_layer + 4 * of_carry
+    assert temporary(step_of(layer, spec)) <= most

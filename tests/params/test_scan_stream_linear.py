@@ -1,0 +1,70 @@
+"""A streamed scan as it runs on a GPU, where its loops end one layer early: the same promises."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import freeze_optax as fo
+from freeze_optax._params import layer_loop
+from tests.params import test_scan_stream as streamed
+from tests.params import test_scan_stream_cases as of_functions
+from tests.support.jaxprs import copies_in_loops
+from tests.support.memories import assert_same_bits, on_host
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_loop, "needs_linear_indices", lambda: True)
+
+
+test_bits = streamed.test_value_and_gradients_have_the_bits_of_a_scan_on_the_device
+test_stacks = streamed.test_each_pass_copies_each_frozen_leaf_once_a_layer_and_keeps_no_stack
+test_one_pass = streamed.test_below_the_lowest_layer_that_trains_there_is_one_pass
+test_quantized = streamed.test_of_quantized_layers_the_integers_travel_and_no_floats_are_kept
+test_steps = streamed.test_a_training_step_leaves_the_base_in_host_memory_with_every_bit
+test_turns = streamed.test_layers_in_turns_stream_and_are_updated_in_host_memory
+test_meshes = streamed.test_on_a_mesh_each_device_copies_its_own_shard
+test_unrolled = streamed.test_layers_along_another_axis_unrolled_and_with_integers_in_the_carry
+test_vmap = streamed.test_under_vmap_and_in_second_derivatives_it_is_a_scan_like_any
+test_callbacks = (
+    of_functions.test_callbacks_run_once_a_layer_in_the_forward_pass_and_keep_no_weights
+)
+test_lists = of_functions.test_a_function_may_return_a_list_and_what_is_no_pair_is_an_error
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_stack_of_few_layers_has_the_bits_of_one_on_the_device(depth):
+    x = jnp.linspace(-1.0, 1.0, 4)
+    stack = jnp.linspace(-0.5, 0.5, depth * 16).reshape(depth, 4, 4)
+
+    def run(stream: bool) -> Any:
+        def loss(x: Any, stack: Any) -> Any:
+            def f(x: Any, w: Any) -> Any:
+                return jnp.tanh(x @ w), (x.sum(), jnp.argmax(x))
+
+            x, (sums, places) = fo.scan(f, x, stack, frozen=True, stream=stream)
+            return (x * sums.sum()).sum(), places
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    hosted = on_host(stack)
+    assert_same_bits(run(True)(x, hosted), run(False)(x, stack))
+    loops = copies_in_loops(run(True), x, hosted)
+    assert [[y.shape for y in loop] for loop in loops] == [[(4, 4)]] * {1: 2, 2: 1, 3: 2}[depth]
+
+
+def test_keys_of_random_numbers_may_be_outputs_and_carried():
+    stack, key = jnp.ones((3, 4)), jax.random.key(0)
+
+    def run(stream: bool, stack: Any) -> Any:
+        def f(carry: Any, w: Any) -> Any:
+            x, key = carry
+            key, own = jax.random.split(key)
+            return (x * w + jax.random.normal(own, x.shape), key), own
+
+        (x, key_after), keys = fo.scan(f, (jnp.ones(4), key), stack, True, stream=stream)
+        return x, jax.random.key_data(key_after), jax.random.key_data(keys)
+
+    assert_same_bits(jax.jit(run, static_argnums=0)(True, on_host(stack)), run(False, stack))
