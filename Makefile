@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?=
 
-.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks examples docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest lane-ecosystem wheel wheel-file wheel-venv mutants clean
+.PHONY: demo test test-rest test-rest-drawn test-all test-fast check format notebooks examples docs docs-serve docs-browse bench bench-gpu bench-tpu lane-oldest lane-newest lane-ecosystem lane-gpu wheel wheel-file wheel-venv mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -112,6 +112,20 @@ lane-ecosystem:
 	FREEZE_OPTAX_LANE=ecosystem .venv-ecosystem/bin/python -m pytest -n 2 --dist worksteal \
 		tests/ecosystem tests/flax/test_qwix.py tests/peers/test_interop.py \
 		tests/export/test_orbax.py tests/export/test_orbax_v1.py
+
+# What XLA compiles for a GPU, with its compiler alone: nothing of CUDA, no GPU. VENV=.venv-newest
+# takes the newest JAX, after lane-newest. Programs for a GPU that is absent can't be cached.
+CUDA := build/cuda-$(notdir $(VENV))
+
+lane-gpu: $(CUDA)/.installed
+	FREEZE_OPTAX_LANE=gpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(CUDA) $(PYTEST) tests/gpu
+
+$(CUDA)/.installed: $(VENV)/.test
+	rm -rf $(CUDA)
+	jaxlib=$$($(BIN)/python -c "import jaxlib.version; print(jaxlib.version.__version__)") && \
+		$(PIP) install --quiet --no-deps --target $(CUDA) \
+		jax-cuda12-pjrt==$$jaxlib jax-cuda12-plugin==$$jaxlib
+	touch $@
 
 # The wheel as users install it, without an extra, then with one more each time. The order is that
 # of tests/support/installed.py, which checks that no extra brings what a later one is to bring. The

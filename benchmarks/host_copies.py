@@ -1,5 +1,7 @@
 """How XLA brings layers from host memory: out of a stack, or as whole arrays.
 
+Each way keeps what every layer returns, as the forward pass of training does.
+
 `python -m benchmarks.host_copies` prints, for each way, the milliseconds of a call and, on a GPU,
 what a profile shows on each of its streams: copies between memories (`MemcpyH2D`) on a stream of
 their own, or a kernel on the stream that computes. `--tiny` tries it on a CPU.
@@ -35,24 +37,34 @@ def _apply(x: Any, kernel: Any) -> jax.Array:
     return x
 
 
-def on_the_device(stack: Any, x: Any) -> jax.Array:
+def _keeping(bring: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    def step(x: Any, kernel: Any) -> Any:
+        x = _apply(x, bring(kernel))
+        return x, x
+
+    return step
+
+
+def on_the_device(stack: Any, x: Any) -> Any:
     """The layers are on the device already."""
-    return jax.lax.scan(lambda x, kernel: (_apply(x, kernel), None), x, stack)[0]
+    return jax.lax.scan(_keeping(lambda kernel: kernel), x, stack)
 
 
-def ahead_and_clamped(stack: Any, x: Any) -> jax.Array:
+def ahead_and_clamped(stack: Any, x: Any) -> Any:
     """Fetches the next layer in each step, and in the last step the last one again."""
 
     def step(state: Any, _: Any) -> Any:
         i, x, kernel = state
         following = _layer_at(stack, jnp.minimum(i + 1, LAYERS - 1))
-        return (i + 1, _apply(x, kernel), following), None
+        x = _apply(x, kernel)
+        return (i + 1, x, following), x
 
     first = jnp.zeros((), jnp.int32), x, _layer_at(stack, 0)
-    return jax.lax.scan(step, first, None, LAYERS)[0][1]
+    (_, x, _), kept = jax.lax.scan(step, first, None, LAYERS)
+    return x, kept
 
 
-def ahead_and_linear(stack: Any, x: Any) -> jax.Array:
+def ahead_and_linear(stack: Any, x: Any, together: bool = False) -> Any:
     """Fetches the next layer in each step, and applies the last one after the loop.
 
     The index is a linear function of the count of the loop, which XLA asks for to copy a slice
@@ -62,23 +74,37 @@ def ahead_and_linear(stack: Any, x: Any) -> jax.Array:
     def step(state: Any, _: Any) -> Any:
         i, x, kernel = state
         following = _layer_at(stack, i + 1)
-        return (i + 1, _apply(x, kernel), following), None
+        x = _apply(x, kernel)
+        if together:
+            x, following = jax.lax.optimization_barrier((x, following))
+        return (i + 1, x, following), x
 
     first = jnp.zeros((), jnp.int32), x, _layer_at(stack, 0)
-    (_, x, kernel), _ = jax.lax.scan(step, first, None, LAYERS - 1)
-    return _apply(x, kernel)
+    (_, x, kernel), kept = jax.lax.scan(step, first, None, LAYERS - 1)
+    return _apply(x, kernel), kept
 
 
-def as_scanned(stack: Any, x: Any) -> jax.Array:
+def ahead_and_together(stack: Any, x: Any) -> Any:
+    """As `ahead_and_linear`, and has the result and the next layer at the same time.
+
+    Or XLA fetches the next layer into the place of this one, when this one was applied. It is what
+    `fo.scan` does.
+    """
+    return ahead_and_linear(stack, x, together=True)
+
+
+def as_scanned(stack: Any, x: Any) -> Any:
     """Leaves the slice to `lax.scan`, and copies it to the device in the body."""
-    return jax.lax.scan(lambda x, kernel: (_apply(x, _to_device(kernel)), None), x, stack)[0]
+    return jax.lax.scan(_keeping(_to_device), x, stack)
 
 
-def whole_arrays(kernels: Sequence[Any], x: Any) -> jax.Array:
+def whole_arrays(kernels: Sequence[Any], x: Any) -> Any:
     """Copies each of several arrays, in a loop of Python."""
+    kept: list[Any] = []
     for kernel in kernels:
         x = _apply(x, _to_device(kernel))
-    return x
+        kept.append(x)
+    return x, kept
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -128,6 +154,7 @@ def main() -> None:
         on_the_device: jax.device_put(stack, on_device),
         ahead_and_clamped: stack,
         ahead_and_linear: stack,
+        ahead_and_together: stack,
         as_scanned: stack,
         whole_arrays: kernels,
     }

@@ -13,18 +13,23 @@ import jaxlib.version
 _MISREADS_COUNTS = ("0.10.2", "0.11.0")
 
 
+def is_for_gpu() -> bool:
+    """Returns whether a GPU is what JAX computes on by default."""
+    return jax.default_backend() == "gpu"
+
+
 def needs_linear_indices() -> bool:
     """Returns whether XLA needs linear indices to copy a layer out of host memory by itself.
 
-    On a GPU it does. At another index, a kernel reads the layer, and takes time from what is
-    computed meanwhile: 1.21 of the step's time on an H100, where copies took 1.05.
+    On a GPU it does. At another index, a kernel reads the layer, and few kernels run beside those
+    that compute.
     """
-    return jax.default_backend() == "gpu" and jaxlib.version.__version__ not in _MISREADS_COUNTS
+    return is_for_gpu() and jaxlib.version.__version__ not in _MISREADS_COUNTS
 
 
 def scan_indices(
     step: Callable[[Any, Any], Any], state: Any, indices: range, unroll: int | bool, *, linear: bool
-) -> Any:
+) -> tuple[Any, Any]:
     """Scans over indices as `jax.lax.scan`.
 
     Args:
@@ -53,6 +58,7 @@ def together(*values: Any) -> tuple[Any, ...]:
     """Returns what a step of a loop computes and the next layer, as XLA has all of it at one time.
 
     Or XLA for GPUs writes the next layer over this one, to save a copy on the device. So it brings
-    it in only when this one is computed, and nothing runs beside the copy.
+    it in only when this one is computed, and nothing runs beside that. XLA for TPUs does what it
+    does with or without this.
     """
-    return jax.lax.optimization_barrier(values)
+    return jax.lax.optimization_barrier(values) if is_for_gpu() else values

@@ -83,7 +83,7 @@ def scan_layers(
             return body(carry, layer, *constants)
 
         carry, ys, last = forward_loop(apply, arrays, fetched, init)
-        return carry, _with_last(ys, last)
+        return carry, ys if last is None else _with_last(ys, last.outputs)
 
     def forward(*primals: Any) -> Any:
         perturbed = tuple(tuple(x.perturbed for x in _primals(tree)) for tree in primals[:3])
@@ -98,9 +98,10 @@ def scan_layers(
             return carry, (y, kept)
 
         carry, (ys, kept), last = forward_loop(apply, arrays, fetched, init)
-        last_y, last_kept = (None, None) if last is None else last
-        saved = constants, arrays, rows, (kept, last_kept), Static((passes, perturbed))
-        return (carry, _with_last(ys, last_y)), saved
+        if last is not None:
+            y, last_kept = last.outputs
+            ys, last = _with_last(ys, y), last._replace(outputs=last_kept)
+        return (carry, ys), (constants, arrays, rows, (kept, last), Static((passes, perturbed)))
 
     has_live = [x is not None for x in layers.live]
 
@@ -156,7 +157,7 @@ def _forward_loop(
     fetched: Any,
     init: Any,
 ) -> Any:
-    """Returns the last carry, the outputs of the loop, and those of the layer after it, or None."""
+    """Returns the last carry, the outputs of the loop, and the layer after it, or None."""
     read, fetch, last = layers.reader.read, layers.reader.fetch, layers.stop - 1
     looped = _looped(layers)
     is_linear = last not in looped
@@ -166,7 +167,7 @@ def _forward_loop(
         # The copy of the next layer runs while this one is computed.
         following = fetch(arrays, i + 1 if is_linear else jnp.minimum(i + 1, last))
         carry, output = apply(read(arrays, fetched, i), carry)
-        if is_linear:
+        if following:
             carry, output, following = together(carry, output, following)
         return (carry, following), output
 
@@ -176,7 +177,19 @@ def _forward_loop(
     if not is_linear:
         return carry, outputs, None
     carry, output = apply(read(arrays, fetched, last), carry)
-    return carry, outputs, output
+    return carry, outputs, _Last(fetched, output)
+
+
+class _Last(NamedTuple):
+    """The last layer, which is not in the loops.
+
+    Attributes:
+      fetched: What was in host memory of it. The backward pass begins with it.
+      outputs: What the layer returned, then what it keeps for the backward pass.
+    """
+
+    fetched: list[Any]
+    outputs: Any
 
 
 class _State(NamedTuple):
@@ -200,7 +213,7 @@ class _Backwards:
 
     def __init__(self, passes: LayerPasses, layers: Layers, saved: Any, cotangents: Any):
         self._passes, self._layers = passes, layers
-        self._constants, self._arrays, self._kept, self._last_kept = saved
+        self._constants, self._arrays, self._kept, self._last = saved
         self._carry, self._ys = cotangents
 
     def start(self, perturbed: Sequence[Sequence[bool]]) -> _State:
@@ -210,8 +223,9 @@ class _Backwards:
           perturbed: For constants, carry and stacked arrays, which of them are differentiated.
         """
         of_constants, _, of_arrays = perturbed
+        last, top = self._last, self._layers.stop - 1
         return _State(
-            self._layers.reader.fetch(self._arrays, self._layers.stop - 1),
+            last.fetched if last else self._layers.reader.fetch(self._arrays, top),
             [_strong(x) for x in jax.tree.leaves(self._carry) if not is_float0(x)],
             _zeros_where(of_constants, self._constants),
             _zeros_where(of_arrays, self._arrays),
@@ -251,19 +265,14 @@ class _Backwards:
 
         def step_ahead(state: _State, i: Any) -> Any:
             following = self._layers.reader.fetch(self._arrays, i - 1)
-            state, _ = self._layer(state, i, self._kept_of(i), following, ())
-            carry, fetched = together(state.carry, state.fetched)
-            return state._replace(carry=carry, fetched=fetched), None
+            return self._layer(state, i, self._kept_of(i), following, ())[0], None
 
-        if stop - 1 in looped:
+        if not (last := self._last):
             return scan_indices(step, state, looped[::-1], unroll, linear=False)[0]
-        # Or XLA would fetch this layer before the forward pass, as nothing tells it to wait.
-        carry, arrays = jax.lax.optimization_barrier((state.carry, self._arrays))
-        following = self._layers.reader.fetch(arrays, stop - 2)
-        state = state._replace(carry=carry)
-        state, _ = self._layer(state, stop - 1, self._last_kept, following, ())
+        following = self._layers.reader.fetch(self._arrays, stop - 2)
+        state, _ = self._layer(state, stop - 1, last.outputs, following, ())
         if below := looped[:0:-1]:
-            state, _ = scan_indices(step_ahead, state, below, unroll, linear=True)
+            state = scan_indices(step_ahead, state, below, unroll, linear=True)[0]
         return self._layer(state, start, self._kept_of(start), [], ())[0]
 
     def layer(self, state: _State, i: Any, has_live: Sequence[bool]) -> tuple[_State, list[Any]]:
@@ -294,6 +303,8 @@ class _Backwards:
             None if x is None else put(x, g, i - first, axis) for x, g, (axis, first) in triples
         ]
         carry = [_strong(x) for x in jax.tree.leaves(to_carry) if not is_float0(x)]
+        if following:
+            carry, following = together(carry, following)
         pairs = zip(gradients, has_live, strict=False)
         return _State(following, carry, sums, stacked), [g for g, flag in pairs if flag]
 
