@@ -6,7 +6,7 @@ Needs the plugin of JAX for CUDA (`make lane-gpu`), but no library of CUDA.
 import functools
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,15 +67,22 @@ def device() -> Any:
     return topologies.get_topology_desc(platform="cuda", **options).devices[0]
 
 
-def compiled(f: Callable[..., Any], *args: Any, **options: str) -> Any:
-    """What XLA makes of a function for arguments of which the shapes and dtypes count."""
+def compiled(
+    f: Callable[..., Any], *args: Any, donated: Sequence[int] = (), folder: Path | None = None
+) -> Any:
+    """What XLA makes of a function for arguments of which the shapes and dtypes count.
+
+    What it writes on the way goes into a folder, if there is one.
+    """
     on_device = jax.sharding.SingleDeviceSharding(device())
 
     def placed(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device)
 
-    lowered = jax.jit(f, out_shardings=on_device).lower(*jax.tree.map(placed, args))
-    return lowered.compile(compiler_options={**_OPTIONS, **options})
+    jitted = jax.jit(f, out_shardings=on_device, donate_argnums=donated)
+    lowered = jitted.lower(*jax.tree.map(placed, args))
+    dump = {"xla_dump_to": str(folder), "xla_dump_hlo_module_re": ".*"} if folder else {}
+    return lowered.compile(compiler_options={**_OPTIONS, **dump})
 
 
 def on_host(tree: Any) -> Any:
@@ -100,8 +107,7 @@ def linear_reads(program: Any) -> list[Reads]:
     return [Reads(int(first), int(step)) for first, step in pairs]
 
 
-def commands(f: Callable[..., Any], *args: Any, folder: Path) -> str:
+def commands(folder: Path) -> str:
     """The list of commands that XLA has the device run, one a line, indented in loops."""
-    compiled(f, *args, xla_dump_to=str(folder), xla_dump_hlo_module_re=".*")
     (path,) = folder.glob("*thunk_sequence.txt")
     return path.read_text(encoding="utf-8")
