@@ -71,7 +71,6 @@ def scan_layers(
     read, fetch = layers.reader.read, layers.reader.fetch
     first = read(layers.arrays, fetch(layers.arrays, start), start)
     body, constants = with_constants(functools.partial(_pair, f), init, first)
-
     forward_loop = functools.partial(_forward_loop, layers, unroll)
 
     @jax.custom_vjp
@@ -320,9 +319,7 @@ def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, An
 
 
 def _with_last(stacked: Any, last: Any) -> Any:
-    """Returns the outputs of a loop and of the layer after it, stacked; if there is one."""
-    if last is None:
-        return stacked
+    """Returns the outputs of a loop and of the layer after it, stacked."""
     return jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.expand_dims(y, 0)]), stacked, last)
 
 
