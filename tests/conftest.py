@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.support.compiling import QUICK_FLAGS, SharedContext
+from tests.support.compiling import QUICK_FLAGS, SharedContext, share_programs
 
 # Before jax starts. Sharding is tested on any machine.
 os.environ["XLA_FLAGS"] = (
@@ -32,22 +32,28 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Nobody reads the source lines in the tests' programs, and to look for them takes time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+# Tracing makes many objects and little garbage. By default the collector looks each 700 objects.
+gc.set_threshold(20_000, 20, 20)
 _context = SharedContext()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs():
-    """Keeps compiled programs in a folder for the run, as many tests compile the same ones.
+# The folder of compiled programs: of the process that starts the workers, which inherit this.
+_FOLDER = "FREEZE_OPTAX_PROGRAMS"
 
-    Each worker has a folder of its own: jax does not write these files in one piece.
-    """
-    folder = tempfile.mkdtemp(prefix="freeze_optax_tests_")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    shutil.rmtree(folder)
+
+def pytest_configure(config):
+    # Before the tests are collected, as that compiles hundreds of small programs.
+    if not hasattr(config, "workerinput"):
+        os.environ[_FOLDER] = tempfile.mkdtemp(prefix="freeze_optax_tests_")
+    share_programs(os.environ[_FOLDER])
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        jax.config.update("jax_compilation_cache_dir", None)
+        shutil.rmtree(os.environ.pop(_FOLDER))
 
 
 def pytest_collection_finish(session):

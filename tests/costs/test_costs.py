@@ -25,9 +25,11 @@ CASES = {
     f"{name}-{way}-{'donated' if donated else 'kept'}": (name, way, donated)
     for name, way, donated in itertools.product(COMPILED, (DROP_IN, PARTITION_STYLE), (False, True))
 }
+NUMBERS = ("nine tenths frozen", "1 cohort", "9 cohorts")
+WRAPPED = ("apply_if_finite inside", "MultiSteps outside")  # as MultiSteps and the other are
 # The donated step, in which a copy would show, of each case that differs in more than a number.
 FIRST = {f"{name}-{DROP_IN}-donated" for name in COMPILED} - {
-    f"{name}-{DROP_IN}-donated" for name in ("nine tenths frozen", "1 cohort", "9 cohorts")
+    f"{name}-{DROP_IN}-donated" for name in NUMBERS + WRAPPED
 }
 ALWAYS = FIRST | {f"{name}-{PARTITION_STYLE}-kept" for name in ("clip inside", "3 cohorts")}
 

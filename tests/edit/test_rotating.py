@@ -95,7 +95,7 @@ INNERS = {
     "name",
     cases(
         {name: name for name in INNERS},
-        ("adamw", "clip and adamw", "lion", "momentum", "schedule free"),
+        ("clip and adamw", "momentum", "schedule free"),
     ),
 )
 def test_each_turn_is_bitwise_that_of_layers_frozen_by_hand(name):

@@ -98,7 +98,6 @@ def normalised(spec, ndim):
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 ALWAYS = (
     "auto, the layers and the weights",
-    "explicit, both axes of the weights",
     "explicit, the layers and the weights",
 )
 

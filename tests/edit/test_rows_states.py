@@ -146,7 +146,7 @@ VALUES = [0.3, -0.2, 0.5, 0.1, -0.7, 0.4, 0.9, -0.6, 0.2]
 @pytest.mark.parametrize(
     "inner",
     [
-        optax.adam(0.01),
+        pytest.param(optax.adam(0.01), marks=pytest.mark.exhaustive),
         optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01, weight_decay=0.1)),
         optax.sgd(0.01, momentum=0.9),
     ],

@@ -117,7 +117,7 @@ def without_maps(places: Any, *frozen: str) -> Any:
     [
         pytest.param("clip and adamw", "data", marks=pytest.mark.exhaustive),
         ("clip and adamw", "data and model"),
-        ("momentum", "data"),
+        pytest.param("momentum", "data", marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize("keep_state", [False, True], ids=["dropped", "parked"])

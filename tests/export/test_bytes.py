@@ -29,7 +29,7 @@ from tests.support.broken_exports import (
     without,
 )
 from tests.support.checkpoints import flips
-from tests.support.sampling import examples
+from tests.support.sampling import examples, stride
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -134,11 +134,12 @@ def test_a_changed_byte_of_the_text_is_refused_or_read_as_it_stands():
     assert odd_exports(whole, _texts(whole, _changed(text, CHARACTERS))) == {}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["cohorts", "rows", "phases"])
 def test_a_flipped_bit_of_the_text_is_refused_or_read_as_it_stands(name):
     whole = case(name)
     text = whole.exported["about"].tobytes()
-    flipped = flips(text, range(0, 8 * len(text), 5))
+    flipped = flips(text, range(0, 8 * len(text), stride(2)))
     assert odd_exports(whole, _texts(whole, flipped)) == {}
 
 

@@ -24,6 +24,7 @@ from tests.support.policy_runs import (
     steady,
     steps_of,
 )
+from tests.support.sampling import cases
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -83,8 +84,12 @@ class Oracle:
 LIMITS = [{"threshold": 0.4}, {"threshold": 1.0}, {"quantile": 0.5}, {"quantile": 0.8}]
 
 
-@pytest.mark.parametrize("probe", [None, 12])
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+RULES = {f"{limit}-{probe}": (limit, probe) for limit in LIMITS for probe in (None, 12)}
+# Each limit once, and each kind of limit with a probe and without one.
+ALWAYS = [f"{limit}-{probe}" for limit, probe in zip(LIMITS, (None, 12, None, 12), strict=True)]
+
+
+@pytest.mark.parametrize(("limit", "probe"), cases(RULES, ALWAYS))
 def test_it_decides_as_the_rule_in_numpy_on_the_recorded_norms(limit, probe):
     patience, every = 3, 4
     tx = fo.freezable(fo.measured(SGD))

@@ -128,7 +128,6 @@ def _cases(*quick):
     ("spec", "frozen", "types"),
     _cases(
         ("both", "an odd number", "explicit"),
-        ("both", "elements", "explicit"),
         ("both", "elements", "auto"),
     ),
 )

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from tests.support import by_hand, distributed_worker
+from tests.support.compiling import QUICK_FLAGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
@@ -32,7 +33,7 @@ def run(mode: str, folder: pathlib.Path) -> None:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK_FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, distributed_worker.__file__]

@@ -6,6 +6,8 @@ settings that takes less than half of the time.
 
 import importlib
 import mmap
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,44 @@ class SharedContext:
     def renew(self) -> None:
         """Lets go of the context, and so of every constant that it keeps."""
         self._context = None
+
+
+class ProgramFolder:
+    """Compiled programs as files of a folder, which all workers of a run share.
+
+    jax has such a class. But it does not write a file in one piece, so that another worker may
+    read a half.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    def get(self, key: str) -> bytes | None:
+        """The program of this key, if it is there."""
+        try:
+            return (self._path / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Stores a program for all workers."""
+        piece = self._path / f"{key}.{os.getpid()}"
+        piece.write_bytes(value)
+        piece.replace(self._path / key)
+
+
+def share_programs(folder: str) -> None:
+    """Keeps compiled programs in a folder for the run, as many tests compile the same ones.
+
+    This replaces a private function of jax. With a version that has no such function, each process
+    has a folder of its own.
+    """
+    cache: Any = importlib.import_module("jax._src.compilation_cache")
+    if hasattr(cache, "get_file_cache"):
+        cache.get_file_cache = lambda path: (ProgramFolder(path), path)
+    else:
+        folder = tempfile.mkdtemp(dir=folder)
+    jax: Any = importlib.import_module("jax")  # the flags must be set before it starts
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

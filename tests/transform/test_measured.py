@@ -148,7 +148,7 @@ def loss(params: Any) -> jax.Array:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("module", "name"),
-    optimizers.cases(optimizers.every(), {"adafactor", "chain", "lbfgs", "schedule_free_adamw"}),
+    optimizers.cases(optimizers.every(), {"adafactor", "chain", "polyak_sgd"}),
 )
 def test_no_update_and_no_state_of_the_optimizer_changes_by_a_bit(module, name):
     bare, inner = optimizers.build(module, name), optimizers.build(module, name)

@@ -51,11 +51,19 @@ def awkward(place: str) -> tuple[dict[str, Any], Any]:
     return values, fo.rows(True, ~live)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("place", cases({x: x for x in PLACES}, ["middle", "scattered"]))
-@pytest.mark.parametrize(
-    "inner", [optax.sgd(0.1, momentum=0.9), optax.lion(0.1, weight_decay=0.1)], ids=["sgd", "lion"]
-)
+BITS = {
+    f"{name}-{place}-{'jit' if jit else 'eager'}": (inner, place, jit)
+    for name, inner in {
+        "sgd": optax.sgd(0.1, momentum=0.9),
+        "lion": optax.lion(0.1, weight_decay=0.1),
+    }.items()
+    for place in PLACES
+    for jit in (False, True)
+}
+ALWAYS = ("sgd-middle-eager", "sgd-scattered-jit", "lion-middle-jit", "lion-scattered-eager")
+
+
+@pytest.mark.parametrize(("inner", "place", "jit"), cases(BITS, ALWAYS))
 def test_frozen_rows_stay_bit_identical_in_every_dtype_with_nan_gradients(inner, place, jit):
     params, frozen = awkward(place)
     tx = fo.freezable(inner, frozen)
