@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 import freeze_optax as fo
 from freeze_optax._params import index_scan
@@ -20,22 +21,42 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_scan, "_MISREADS_COUNTS", ())
 
 
-test_bits = streamed.test_value_and_gradients_have_the_bits_of_a_scan_on_the_device
 test_stacks = streamed.test_each_pass_copies_each_frozen_leaf_once_a_layer_and_keeps_no_stack
-test_one_pass = streamed.test_below_the_lowest_layer_that_trains_there_is_one_pass
-test_quantized = streamed.test_of_quantized_layers_the_integers_travel_and_no_floats_are_kept
-test_steps = streamed.test_a_training_step_leaves_the_base_in_host_memory_with_every_bit
-test_turns = streamed.test_layers_in_turns_stream_and_are_updated_in_host_memory
-test_meshes = streamed.test_on_a_mesh_each_device_copies_its_own_shard
 test_unrolled = streamed.test_layers_along_another_axis_unrolled_and_with_integers_in_the_carry
 test_vmap = streamed.test_under_vmap_and_in_second_derivatives_it_is_a_scan_like_any
-test_callbacks = (
-    of_functions.test_callbacks_run_once_a_layer_in_the_forward_pass_and_keep_no_weights
-)
 test_lists = of_functions.test_a_function_may_return_a_list_and_what_is_no_pair_is_an_error
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("f", "spec"),
+    [
+        ("plain", "adapters of two runs"),
+        ("rematerialised", "adapters"),
+        pytest.param("plain", "all layers", marks=pytest.mark.exhaustive),
+        pytest.param("in part", "nothing below", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_value_and_gradients_have_the_bits_of_a_scan_on_the_device(f, spec):
+    params, spec = streamed.make_params(), streamed.SPECS[spec]
+
+    def run(stream: bool) -> Any:
+        loss = streamed.loss_of(spec, streamed.LAYERS[f], stream=stream)
+        return jax.jit(fo.value_and_grad(loss, spec, holes=True))
+
+    assert_same_bits(run(True)(streamed.with_base_on_host(params)), run(False)(params))
+
+
+@pytest.mark.exhaustive
+def test_on_meshes_with_callbacks_in_turns_and_quantized_it_is_the_same():
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        streamed.test_on_a_mesh_each_device_copies_its_own_shard(kind)
+    for f in (streamed.layer, jax.checkpoint(streamed.layer)):
+        streamed.test_of_quantized_layers_the_integers_travel_and_no_floats_are_kept(f)
+    name = "test_callbacks_run_once_a_layer_in_the_forward_pass_and_keep_no_weights"
+    getattr(of_functions, name)(lambda f: f)
+
+
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.exhaustive), 2, 3])
 def test_a_stack_of_few_layers_has_the_bits_of_one_on_the_device(depth):
     x = jnp.linspace(-1.0, 1.0, 4)
     stack = jnp.linspace(-0.5, 0.5, depth * 16).reshape(depth, 4, 4)
