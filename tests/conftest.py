@@ -66,7 +66,7 @@ def pytest_collection_finish(session):
 # What XLA frees stays with glibc, in pieces, until it is asked for them.
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_most_pages = 1_000_000_000 // _PAGE
+_most_pages = 1_250_000_000 // _PAGE
 
 
 @pytest.hookimpl(trylast=True)

@@ -40,7 +40,7 @@ def chain(train: bool) -> nn.Sequential:
 
 
 BATCH = jax.random.normal(jax.random.key(0), (8, 3))
-CHAIN = jax.tree.map(np.asarray, chain(False).init(jax.random.key(1), BATCH))
+CHAIN = jax.tree.map(np.asarray, jax.jit(chain(False).init)(jax.random.key(1), BATCH))
 DENSE = fo.of_type(nn.Dense, modules=linen.modules(chain(False), BATCH))
 
 FIRST = ["layers_0/bias", "layers_0/kernel"]
