@@ -113,12 +113,14 @@ lane-ecosystem:
 		tests/ecosystem tests/flax/test_qwix.py tests/peers/test_interop.py \
 		tests/export/test_orbax.py tests/export/test_orbax_v1.py
 
-# What XLA compiles for a GPU, with its compiler alone: nothing of CUDA, no GPU. VENV=.venv-newest
-# takes the newest JAX, after lane-newest. Programs for a GPU that is absent can't be cached.
+# What XLA compiles for a GPU, with its compiler alone: nothing of CUDA, no GPU. And the benchmark for
+# a GPU, with tiny models on a CPU. VENV=.venv-newest takes the newest JAX, after lane-newest.
+# Programs for a GPU that is absent can't be cached.
 CUDA := build/cuda-$(notdir $(VENV))
 
 lane-gpu: $(CUDA)/.installed
-	FREEZE_OPTAX_LANE=gpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(CUDA) $(PYTEST) tests/gpu
+	FREEZE_OPTAX_LANE=gpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(CUDA) \
+		$(PYTEST) tests/gpu tests/docs/test_gpu_page.py
 
 $(CUDA)/.installed: $(VENV)/.test
 	rm -rf $(CUDA)

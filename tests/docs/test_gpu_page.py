@@ -21,7 +21,9 @@ ON_HOST = "LoRA in 4 layers, 8 tokens, base on the host"
 LAYER = 12 * 64**2 * 4 + 2 * 64 * 4  # float32, of width 64, with two norms
 
 
+# `make lane-gpu` runs it.
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_tiny_run_writes_finite_figures_of_each_case_and_they_make_a_page(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", out]
