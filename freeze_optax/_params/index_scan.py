@@ -1,5 +1,6 @@
 """`scan_indices`: a scan over indices of layers, some of which may be in host memory."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,12 @@ _MISREADS_COUNTS = ("0.10.2", "0.11.0")
 
 
 def is_for_gpu() -> bool:
-    """Returns whether a GPU is what JAX computes on by default."""
-    return jax.default_backend() == "gpu"
+    """Returns whether a GPU is what JAX computes on by default; False while that is not settled."""
+    # To ask would start a backend, and after that no other process can be joined
+    # (`jax.distributed.initialize`). Abstract params are often made before.
+    bridge = importlib.import_module("jax._src.xla_bridge")
+    settled: Any = getattr(bridge, "backends_are_initialized", None)
+    return (settled is None or settled()) and jax.default_backend() == "gpu"
 
 
 def needs_linear_indices() -> bool:
@@ -24,7 +29,7 @@ def needs_linear_indices() -> bool:
     On a GPU it does. At another index, a kernel reads the layer, and few kernels run beside those
     that compute.
     """
-    return is_for_gpu() and jaxlib.version.__version__ not in _MISREADS_COUNTS
+    return not jaxlib.version.__version__.startswith(_MISREADS_COUNTS) and is_for_gpu()
 
 
 def scan_indices(
@@ -61,4 +66,10 @@ def together(*values: Any) -> tuple[Any, ...]:
     it in only when this one is computed, and nothing runs beside that. XLA for TPUs does what it
     does with or without this.
     """
-    return jax.lax.optimization_barrier(values) if is_for_gpu() else values
+    if not needs_linear_indices():
+        return values
+    after = jax.lax.optimization_barrier(values)
+    # Up to JAX 0.10, all values get the varying axes of any of them (`jax.shard_map`). But the
+    # carry of a loop keeps its type.
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(after), strict=True)
+    return after if all(jax.typeof(x) == jax.typeof(y) for x, y in pairs) else values

@@ -41,6 +41,7 @@ class Layers(NamedTuple):
       stop: The index after the last layer.
       places: For each of the stacked arrays the axis of the layers, and the index of its first one.
       reader: Reads one layer.
+      are_all: Whether the stack has no other layers.
     """
 
     arrays: list[Any]
@@ -50,6 +51,7 @@ class Layers(NamedTuple):
     stop: int
     places: list[tuple[int, int]]
     reader: LayerReader
+    are_all: bool = True
 
 
 def scan_layers(
@@ -71,7 +73,8 @@ def scan_layers(
     read, fetch = layers.reader.read, layers.reader.fetch
     first = read(layers.arrays, fetch(layers.arrays, start), start)
     body, constants = with_constants(functools.partial(_pair, f), init, first)
-    forward_loop = functools.partial(_forward_loop, layers, unroll)
+    looped = _looped(layers)
+    forward_loop = functools.partial(_forward_loop, layers, looped, unroll)
 
     @jax.custom_vjp
     def loop(constants: Any, init: Any, arrays: Any, live: Any, rows: Any) -> Any:
@@ -112,7 +115,7 @@ def scan_layers(
         state = backwards.start(perturbed)
         gradients: Any = []
         if rows is None:
-            state = backwards.through_all(state, unroll)
+            state = backwards.through_all(state, looped, unroll)
         else:
             position = jnp.asarray(layers.stop, jnp.int32), state
 
@@ -143,13 +146,16 @@ def _looped(layers: Layers) -> range:
     it is would not be linear.
     """
     start, stop = layers.start, layers.stop
-    reads_ahead = layers.reader.streams and stop - start > 1 and needs_linear_indices()
     # Layers in turns are found by index in the backward pass, so what they keep is in one stack.
-    return range(start, stop - 1 if reads_ahead and layers.rows is None else stop)
+    # And each of several loops would keep its own last layer on the device.
+    may_end_early = layers.reader.streams and layers.rows is None and layers.are_all
+    ends_early = may_end_early and stop - start > 1 and needs_linear_indices()
+    return range(start, stop - 1 if ends_early else stop)
 
 
-def _forward_loop(
+def _forward_loop(  # noqa: PLR0913, PLR0917
     layers: Layers,
+    looped: range,
     unroll: int | bool,
     apply: Callable[[Any, Any], Any],
     arrays: Any,
@@ -158,7 +164,6 @@ def _forward_loop(
 ) -> Any:
     """Returns the last carry, the outputs of the loop, and the layer after it, or None."""
     read, fetch, last = layers.reader.read, layers.reader.fetch, layers.stop - 1
-    looped = _looped(layers)
     is_linear = last not in looped
 
     def step(state: Any, i: Any) -> Any:
@@ -250,14 +255,15 @@ class _Backwards:
 
         return jax.lax.while_loop(lambda position: position[0] > row, step, position)
 
-    def through_all(self, state: _State, unroll: int | bool) -> _State:
+    def through_all(self, state: _State, looped: range, unroll: int | bool) -> _State:
         """Goes down through all layers; other than `down_to`, it can be differentiated.
 
         Args:
           state: The state above the last layer.
+          looped: The layers of the loop forward.
           unroll: As for `jax.lax.scan`.
         """
-        start, stop, looped = self._layers.start, self._layers.stop, _looped(self._layers)
+        start, stop = self._layers.start, self._layers.stop
 
         def step(state: _State, i: Any) -> Any:
             return self.layer(state, i, ())[0], None
@@ -320,7 +326,11 @@ def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, An
 
 def _with_last(stacked: Any, last: Any) -> Any:
     """Returns the outputs of a loop and of the layer after it, stacked."""
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.expand_dims(y, 0)]), stacked, last)
+
+    def joined(x: Any, y: Any) -> Any:
+        return jnp.concatenate([x, put_in_memory(jnp.expand_dims(y, 0), memory_of(x))])
+
+    return jax.tree.map(joined, stacked, last)
 
 
 def _zeros_where(flags: Sequence[bool], arrays: Sequence[Any]) -> list[Any]:

@@ -83,7 +83,7 @@ def scan_streamed(
         streamed = streamed_arrays(leaves.paths, leaves.values, axes, constant)
         reader = LayerReader(leaves.rebuild, places, streamed)
         none: list[Any] = [None] * len(arrays)
-        layers = Layers(arrays, none, None, start, stop, places, reader)
+        layers = Layers(arrays, none, None, start, stop, places, reader, len(runs) == 1)
         carry, output = scan_layers(f, carry, layers, unroll)
         outputs.append(output)
         start = stop

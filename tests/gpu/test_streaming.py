@@ -1,6 +1,8 @@
 """Layers in host memory on a GPU: which layer each step of a loop copies, and by what."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -31,12 +33,14 @@ X = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
 @pytest.fixture(params=["gpu", "cpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What JAX computes on by default, wherever a program is compiled for."""
+    jax.devices()  # as long as no backend has started, this is not asked
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    jax.devices()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
@@ -163,3 +167,45 @@ def test_of_the_base_two_layers_at_most_are_on_the_device(spec):
     of_layer, of_carry = 4 * LAYER, 4 * TOKENS * WIDTH
     most = temporary(on_the_device) + 2 * of_layer + 2 * of_carry
     assert temporary(step_of(layer, spec)) <= most
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_several_runs_of_layers_have_no_more_of_the_base_on_the_device_than_one():
+    def temporary(rows: list[int]) -> int:
+        adapters = [fo.rows(f"layers/{name}", rows) for name in "ab"]
+        step = step_of(layer, [fo.path("layers/base"), *(adapters if rows else [])])
+        return absent_gpu.compiled(step, SHAPES, X).memory_analysis().temp_size_in_bytes
+
+    assert temporary([0, 1, 2, 3, 8, 9, 10, 11]) <= temporary([]) + 4 * LAYER
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_a_loop_around_keeps_no_layer_for_each_of_its_steps_if_it_is_rematerialised():
+    stack = jax.ShapeDtypeStruct((4, WIDTH, WIDTH), jnp.float32)
+
+    def temporary(steps: int) -> int:
+        def loss(x: Any, stack: Any) -> Any:
+            @jax.checkpoint
+            def around(x: Any, _: Any) -> Any:
+                f = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+                return fo.scan(f, x, stack, frozen=True, stream=True)[0], None
+
+            return jax.lax.scan(around, x, None, steps)[0].sum()
+
+        step = jax.grad(lambda x, stack: loss(x, absent_gpu.on_host(stack)))
+        return absent_gpu.compiled(step, X, stack).memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) <= temporary(2) + 4 * LAYER
+
+
+def test_abstract_params_start_no_backend():
+    code = """
+import jax, jax.numpy as jnp, freeze_optax as fo
+from jax._src import xla_bridge
+f = lambda x, w: (x * w, None)
+x, w = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((3, 4), jnp.float32)
+jax.eval_shape(lambda x, w: fo.scan(f, x, w, frozen=True, stream=True), x, w)
+print(xla_bridge.backends_are_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

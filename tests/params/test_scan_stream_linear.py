@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import freeze_optax as fo
 from freeze_optax._params import index_scan
@@ -30,9 +31,9 @@ test_lists = of_functions.test_a_function_may_return_a_list_and_what_is_no_pair_
 @pytest.mark.parametrize(
     ("f", "spec"),
     [
-        ("plain", "adapters of two runs"),
+        ("plain", "all layers"),
         ("rematerialised", "adapters"),
-        pytest.param("plain", "all layers", marks=pytest.mark.exhaustive),
+        pytest.param("plain", "adapters of two runs", marks=pytest.mark.exhaustive),
         pytest.param("in part", "nothing below", marks=pytest.mark.exhaustive),
     ],
 )
@@ -90,3 +91,18 @@ def test_keys_of_random_numbers_may_be_outputs_and_carried():
         return x, jax.random.key_data(key_after), jax.random.key_data(keys)
 
     assert_same_bits(jax.jit(run, static_argnums=0)(True, on_host(stack)), run(False, stack))
+
+
+def test_in_a_shard_map_weights_may_be_the_same_on_all_devices_where_the_carry_is_not():
+    mesh = jax.make_mesh((2,), ("x",))
+    everywhere = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
+    stack = jax.device_put(jnp.linspace(-1.0, 1.0, 48).reshape(3, 4, 4), everywhere)
+    x = jax.device_put(jnp.ones((2, 4)), NamedSharding(mesh, PartitionSpec("x")))
+
+    def loss(x: Any, stack: Any) -> Any:
+        f = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        return fo.scan(f, x, stack, frozen=True, stream=True)[0].sum()
+
+    specs = {"in_specs": (PartitionSpec("x"), PartitionSpec()), "out_specs": PartitionSpec("x")}
+    actual = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, **specs))(x, stack)
+    np.testing.assert_allclose(actual, jax.jit(jax.grad(loss))(x, stack), rtol=1e-5)
