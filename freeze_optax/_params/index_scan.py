@@ -12,15 +12,17 @@ import jaxlib.version
 # whatever function of it the index is: each step would get another layer (openxla/xla#46231, mended
 # in #46308). An index that is read from an array is not known as a function of the count.
 _MISREADS_COUNTS = ("0.10.2", "0.11.0")
+# Private, so it may be gone from a later JAX.
+_has_started: Any = getattr(
+    importlib.import_module("jax._src.xla_bridge"), "backends_are_initialized", None
+)
 
 
 def is_for_gpu() -> bool:
     """Returns whether a GPU is what JAX computes on by default; False while that is not settled."""
     # To ask would start a backend, and after that no other process can be joined
     # (`jax.distributed.initialize`). Abstract params are often made before.
-    bridge = importlib.import_module("jax._src.xla_bridge")
-    settled: Any = getattr(bridge, "backends_are_initialized", None)
-    return (settled is None or settled()) and jax.default_backend() == "gpu"
+    return (_has_started is None or _has_started()) and jax.default_backend() == "gpu"
 
 
 def needs_linear_indices() -> bool:

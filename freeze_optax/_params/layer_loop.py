@@ -85,7 +85,7 @@ def scan_layers(
             return body(carry, layer, *constants)
 
         carry, ys, last = forward_loop(apply, arrays, fetched, init)
-        return carry, ys if last is None else _with_last(ys, last.outputs)
+        return carry, ys if last is None else _with_last(ys, last.output)
 
     def forward(*primals: Any) -> Any:
         perturbed = tuple(tuple(x.perturbed for x in _primals(tree)) for tree in primals[:3])
@@ -101,8 +101,8 @@ def scan_layers(
 
         carry, (ys, kept), last = forward_loop(apply, arrays, fetched, init)
         if last is not None:
-            y, last_kept = last.outputs
-            ys, last = _with_last(ys, y), last._replace(outputs=last_kept)
+            y, last_kept = last.output
+            ys, last = _with_last(ys, y), last._replace(output=last_kept)
         return (carry, ys), (constants, arrays, rows, (kept, last), Static((passes, perturbed)))
 
     has_live = [x is not None for x in layers.live]
@@ -189,11 +189,11 @@ class _Last(NamedTuple):
 
     Attributes:
       fetched: What was in host memory of it. The backward pass begins with it.
-      outputs: What the layer returned, then what it keeps for the backward pass.
+      output: What the layer returned; for the backward pass, of that what it keeps.
     """
 
     fetched: list[Any]
-    outputs: Any
+    output: Any
 
 
 class _State(NamedTuple):
@@ -275,7 +275,7 @@ class _Backwards:
         if not (last := self._last):
             return scan_indices(step, state, looped[::-1], unroll, linear=False)[0]
         following = self._layers.reader.fetch(self._arrays, stop - 2)
-        state, _ = self._layer(state, stop - 1, last.outputs, following, ())
+        state, _ = self._layer(state, stop - 1, last.output, following, ())
         if below := looped[:0:-1]:
             state = scan_indices(step_ahead, state, below, unroll, linear=True)[0]
         return self._layer(state, start, self._kept_of(start), [], ())[0]

@@ -62,11 +62,11 @@ def scan(  # noqa: PLR0913
     layer is copied to the device while the layer before it is computed, and once more in the
     backward pass. So at most two layers are on the device at a time. Nothing of frozen weights is
     kept for the backward pass (on a GPU, the last layer, with which it begins; in a loop around,
-    one for each step that is not rematerialised), nor what `f` computes of them alone: of
-    quantized layers the stored integers travel, and no floats are kept.
-    Only what `f` mixes with the carry may be kept (in a `jax.lax.cond` on it, say): rematerialise
-    `f` there (`jax.checkpoint`). A layer may have weights that train, adapters say, in device
-    memory; those of its leaves that are frozen are streamed.
+    one for each step that is not rematerialised), nor what `f` computes of them alone: of quantized
+    layers the stored integers travel, and no floats are kept. Only what `f` mixes with the carry
+    may be kept (in a `jax.lax.cond` on it, say): rematerialise `f` there (`jax.checkpoint`). A
+    layer may have weights that train, adapters say, in device memory; those of its leaves that are
+    frozen are streamed.
 
     Examples:
       >>> import jax
