@@ -34,8 +34,6 @@ hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Nobody reads the source lines in the tests' programs, and to look for them takes time.
 jax.config.update("jax_traceback_in_locations_limit", 0)
-# Tracing makes many objects and little garbage. By default the collector looks each 700 objects.
-gc.set_threshold(20_000, 20, 20)
 _context = SharedContext()
 
 
