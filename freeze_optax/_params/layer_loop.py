@@ -74,7 +74,9 @@ def scan_layers(
     first = read(layers.arrays, fetch(layers.arrays, start), start)
     body, constants = with_constants(functools.partial(_pair, f), init, first)
     looped = _looped(layers)
-    forward_loop = functools.partial(_forward_loop, layers, looped, unroll)
+    # What the passes close over lives as long as the program, so it may hold no value of a trace.
+    layout = layers._replace(arrays=[], live=[], rows=None)
+    forward_loop = functools.partial(_forward_loop, layout, looped, unroll)
 
     @jax.custom_vjp
     def loop(constants: Any, init: Any, arrays: Any, live: Any, rows: Any) -> Any:
@@ -111,13 +113,13 @@ def scan_layers(
         constants, arrays, rows, kept, static = saved
         passes, perturbed = static.value
         carry, ys = instantiated(cotangents)
-        backwards = _Backwards(passes, layers, (constants, arrays, *kept), (carry, ys))
+        backwards = _Backwards(passes, layout, (constants, arrays, *kept), (carry, ys))
         state = backwards.start(perturbed)
         gradients: Any = []
         if rows is None:
             state = backwards.through_all(state, looped, unroll)
         else:
-            position = jnp.asarray(layers.stop, jnp.int32), state
+            position = jnp.asarray(layout.stop, jnp.int32), state
 
             def next_live(position: Any, row: Any) -> Any:
                 i, state = backwards.down_to(position, row + 1)

@@ -96,13 +96,19 @@ def with_constants(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[...
     `jax.closure_convert` returns those alone that may be differentiated. But the passes of a
     `custom_vjp` are traced after a jit around it, so they can't close over any value of its trace.
     """
-    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    constants = list(jaxpr.consts)
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    constants = list(closed.consts)
     structure = jax.tree.structure(shapes)
 
+    def of_arguments(constants: Any, *arguments: Any) -> Any:
+        call = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))
+        return call(*jax.tree.leaves(arguments))
+
+    # Traced again, as the function outlives this trace, and the jaxprs of JAX 0.12 hold constants.
+    call = jaxpr_as_fun(jax.make_jaxpr(of_arguments)(constants, *arguments))
+
     def function(carry: Any, layer: Any, *constants: Any) -> Any:
-        call = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, constants))
-        values = call(*jax.tree.leaves((carry, layer)))
+        values = call(*jax.tree.leaves((constants, carry, layer)))
         # Outside of a trace, JAX returns a constant of the function as an array of NumPy.
         return structure.unflatten(
             x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values

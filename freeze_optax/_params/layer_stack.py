@@ -106,6 +106,8 @@ def row_tokens(rows: jax.Array) -> tuple[jax.Array, ...]:
 
 def _link(whole: Any, live: Any, rows: RowsByValue) -> Any:
     """Returns the whole leaf, whose cotangent is one of the layers that train."""
+    # What `backward` closes over lives as long as the program, so it may hold no value of a trace.
+    length, axis = rows.length, rows.axis
 
     @jax.custom_vjp
     def link(whole: Any, live: Any, indices: Any) -> Any:
@@ -120,7 +122,7 @@ def _link(whole: Any, live: Any, rows: RowsByValue) -> Any:
         if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
             # Zeros like the whole leaf may be in host memory, and would be brought to the device.
             return None, jnp.zeros_like(live), None
-        return None, RowsByValue(indices, rows.length, rows.axis).take(cotangent), None
+        return None, RowsByValue(indices, length, axis).take(cotangent), None
 
     link.defvjp(forward, backward, symbolic_zeros=True)
     return link(whole, live, rows.indices)

@@ -81,7 +81,7 @@ def scan_streamed(
         pairs = zip(axes, constant, strict=True)
         places = [(axis, 0) if flag else (0, start) for axis, flag in pairs]
         streamed = streamed_arrays(leaves.paths, leaves.values, axes, constant)
-        reader = LayerReader(leaves.rebuild, places, streamed)
+        reader = LayerReader(leaves.of_types(leaves.values).rebuild, places, streamed)
         none: list[Any] = [None] * len(arrays)
         layers = Layers(arrays, none, None, start, stop, places, reader, len(runs) == 1)
         carry, output = scan_layers(f, carry, layers, unroll)
@@ -129,6 +129,6 @@ def scan_rotating(
     streamed = [False] * len(arrays)
     if stream:
         streamed = streamed_arrays(leaves.paths, whole, axes, constant)
-    reader = LayerReader(leaves.rebuild, places, streamed)
+    reader = LayerReader(leaves.of_types(whole).rebuild, places, streamed)
     layers = Layers(arrays, live, stacks[0].rows, 0, length, places, reader)
     return scan_layers(f, init, layers, unroll)

@@ -57,6 +57,17 @@ class Leaves:
         leaves.__dict__["paths"] = paths
         return leaves
 
+    def of_types(self, arrays: Iterable[Any]) -> "Leaves":
+        """Returns leaves of the same structure and paths, with the types of arrays as values.
+
+        A function that outlives its trace may hold these, to rebuild the tree.
+
+        Args:
+          arrays: One array for each leaf.
+        """
+        types = [jax.typeof(x) for x in arrays]
+        return Leaves.with_values(None, types, self.treedef, self.paths)
+
     def dotted(self) -> "Leaves":
         """Returns the same leaves with paths in which dots separate components too."""
         aliases = {dots_as_slashes(a): dots_as_slashes(b) for a, b in self._aliases.items()}
