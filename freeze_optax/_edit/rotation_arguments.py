@@ -88,7 +88,10 @@ def rotation_of(
         )
     trained = tuple(i for i in stack if frozen[i] is False)
     if not trained:
-        raise ValueError("nothing of the stack of fo.rotating trains; see `stack` and `frozen`")
+        raise ValueError(
+            "nothing of the stack of fo.rotating trains; see `stack` and `frozen` (not "
+            "fo.freezable around it)"
+        )
     axes = tuple(axis + np.ndim(leaves.values[i]) if axis < 0 else axis for i in trained)
     lengths = {
         leaves.paths[i]: np.shape(leaves.values[i])[a]

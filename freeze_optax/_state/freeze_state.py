@@ -14,6 +14,7 @@ import optax
 
 from freeze_optax._rows.flags import Flag
 from freeze_optax._state.mapped_state import mapped_state
+from freeze_optax._state.own_plan import OwnPlan
 from freeze_optax._state.plan import DROPPED, Plan
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
@@ -22,7 +23,7 @@ from freeze_optax._tree.node_types import nodes_of_type
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class FreezeState:
+class FreezeState(OwnPlan):
     """State of `freezable`: the inner state, and static metadata that records what is frozen.
 
     `init` and the edits (`freeze`, `thaw` and the others) make it. It is also a spec: wherever a

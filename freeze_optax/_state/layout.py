@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from freeze_optax._state.measured_state import MeasuredState
+from freeze_optax._state.own_plan import OwnPlan
 from freeze_optax._state.rates_state import RatesState
 from freeze_optax._state.shared_buffers import collect_ties
 from freeze_optax._tree.batch_axis import UNDER_VMAP, extra_axis
@@ -14,6 +15,7 @@ from freeze_optax._tree.holes import HOLE, is_hole
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import param_copies
 from freeze_optax._tree.messages import few_clauses, path_differences
+from freeze_optax._tree.node_types import nodes_of_type
 from freeze_optax._tree.variables import without_boxes_of_holes
 
 COUNTER = -1
@@ -73,6 +75,7 @@ class Layout:
                 "phases: its init fails on params that are all holes (optax.MaskedNode), with "
                 f"{type(error).__name__}: {error}"
             ) from error
+        self._has_own_plan = bool(nodes_of_type(OwnPlan, made))
         # The place of a leaf in a box is the box, so the state of unboxed params has it too. `init`
         # itself gets the boxes, because a label tree in it may have them.
         template = Leaves(without_boxes_of_holes(made))
@@ -104,12 +107,18 @@ class Layout:
           inner_state: A state of the transformation.
 
         Raises:
-          ValueError: If the state has another structure, or an array in it mixes several leaves,
-            naming its path.
+          ValueError: If the state has another structure, as one with a plan of its own in it has
+            where that plan differs; or an array in it mixes several leaves, naming its path.
         """
         try:
             values = self._treedef.flatten_up_to(inner_state)
         except (ValueError, TypeError):
+            if self._has_own_plan:
+                raise ValueError(
+                    "the inner state has a FreezeState of its own, so what is frozen can't change "
+                    "here; say all that is frozen in the outer transformation, and give that the "
+                    "optimizer without fo.freezable"
+                ) from None
             paths = Leaves(inner_state).paths
             hint = "; if `update` is what makes them, let `init` make them too"
             raise ValueError(
