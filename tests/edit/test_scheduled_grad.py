@@ -95,3 +95,17 @@ def test_statistics_that_change_their_dtype_in_every_phase_go_as_in_the_bare_opt
     wanted, _ = bare.update(grads, bare.init(params), params)
     assert updates["a"].dtype == wanted["a"].dtype == jnp.float32
     np.testing.assert_array_equal(updates["a"], wanted["a"])
+
+
+def test_extra_arguments_reach_the_optimizer_in_each_phase():
+    def update(updates, state, params=None, *, factor):
+        del params
+        return jax.tree.map(lambda x: factor * x, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx = fo.scheduled(inner, PHASES)
+    state = tx.init(PARAMS)
+    for frozen in ["encoder", "encoder", ""]:
+        updates, state = tx.update(PARAMS, state, PARAMS, factor=2.0)
+        wanted = {path: np.zeros(2) if path == frozen else 2 * x for path, x in PARAMS.items()}
+        jax.tree.map(np.testing.assert_array_equal, updates, wanted)

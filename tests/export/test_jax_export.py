@@ -73,6 +73,17 @@ def test_another_process_loads_all_of_them(tmp_path):
     assert run.stdout.splitlines() == list(cases())
 
 
+def test_parts_over_several_mesh_axes_are_those_of_before():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("x", "y")))
+    params = {"w": jax.device_put(np.arange(8.0, dtype=np.float32), sharding)}
+    _, rest = fo.partition(params, fo.rows("w", slice(0, 4)))
+    fo.register_for_jax_export()
+    exported = export.export(jax.jit(lambda rest: rest))(rest)
+    loaded = export.deserialize(exported.serialize())
+    assert loaded.in_tree == jax.tree.structure(((rest,), {}))
+
+
 def test_a_state_with_another_plan_is_refused():
     _, state = cases()["encoder frozen"]
     loaded = export.deserialize(stored("encoder frozen"))

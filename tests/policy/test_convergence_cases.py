@@ -100,6 +100,12 @@ def test_what_someone_else_froze_stays_so_and_its_group_counts_as_frozen():
     assert frozen_names(state) == {"embed", "layer_0", "layer_1", "head"}
 
 
+def test_a_probe_thaws_nothing_where_all_that_is_frozen_always_is():
+    policy = fo.Convergence(ORDER, threshold=0.5, patience=2, every=5, frozen="embed", probe=5)
+    state, _ = steps_of(policy, MEASURED, 6, lambda _: steady(["layer_1"]))
+    assert frozen_names(state) == {"embed", "layer_0"}
+
+
 def test_a_decision_is_a_spec():
     policy = fo.Convergence(ORDER, threshold=0.5, patience=2, every=5)
     state, decisions = steps_of(policy, MEASURED, 6, lambda _: steady(["layer_1"]))
