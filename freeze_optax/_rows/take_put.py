@@ -141,12 +141,21 @@ def put(x: Any, subset: Subset, values: Any) -> Any:
       subset: What to replace.
       values: The compact array of the new values.
     """
-    return _put_either(x, subset, values, False)
+    return _put_either(x, subset, values, _is_sharded(x, subset))
 
 
 def put_bitwise(x: Any, subset: Subset, values: Any) -> Any:
     """Returns what `put` returns, with every bit of the new values too."""
     return _put_either(x, subset, values, _is_on_mesh(x) or _is_on_mesh(values))
+
+
+def _is_sharded(x: Any, subset: Subset) -> bool:
+    """Returns whether the axis of the rows is sharded over explicit mesh axes.
+
+    There XLA may write wrong rows in place. Where rows from the first one on are replaced, and the
+    others fit into one shard, they become zeros (JAX 0.10.2 to 0.12.0.1, not 0.7.1).
+    """
+    return isinstance(subset, Rows) and mesh_axes_of(x, subset.axis) is not None
 
 
 def _put_either(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Any:
@@ -161,7 +170,7 @@ def _put_either(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Any:
     return run_bitwise(_putting(x, subset, values, as_scatter), may_sum, x, values)
 
 
-def _putting(x: Any, subset: Subset, values: Any, as_scatter: bool = False) -> Callable[..., Any]:
+def _putting(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Callable[..., Any]:
     sharding = type_sharding(x)
     if isinstance(subset, Rows):
         sharding = sharding or sharding_of_rows(x.shape[subset.axis], subset.axis, values)
@@ -334,6 +343,7 @@ def with_live_subset(x: Any, values: Any, subset: Subset) -> Any:
 def _with_live_subset_jvp(subset: Subset, primals: Any, tangents: Any) -> Any:
     # Not `put`: JAX has to transpose this function, and the exact bits of a tangent do not matter.
     # The sharding is that of the array, as the tangent of a constant may have none.
-    tangent = run_on_device(_putting(primals[0], subset, primals[1]), *tangents)
+    as_scatter = _is_sharded(primals[0], subset)
+    tangent = run_on_device(_putting(primals[0], subset, primals[1], as_scatter), *tangents)
     # JAX makes a zero tangent in device memory, and requires the memory of the primal here.
     return with_live_subset(*primals, subset), put_in_memory(tangent, traced_memory_of(primals[0]))
