@@ -76,7 +76,14 @@ def apply_transition(
         rewrap_variable(now, put_beside(age, now))
         for now, age in zip(counters_now, ages, strict=False)
     )
-    return FreezeState(layout.rebuild(values), ages, plan.with_frozen(frozen, cohorts))
+    after = FreezeState(layout.rebuild(values), ages, plan.with_frozen(frozen, cohorts))
+    # New counters have values, as `init` gives them, which an abstract state has not.
+    return jax.eval_shape(lambda: after) if _is_abstract(state) else after
+
+
+def _is_abstract(state: FreezeState) -> bool:
+    leaves = jax.tree.leaves(state)
+    return bool(leaves) and all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
 def _cohort_after(

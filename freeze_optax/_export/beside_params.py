@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from freeze_optax._rows.meshes import sharding_of_rows
+from freeze_optax._rows.elements import Elements
+from freeze_optax._rows.meshes import sharding_of_rows, unsharded
+from freeze_optax._rows.subset import Subset
 from freeze_optax._state.freeze_state import FreezeState
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
@@ -42,9 +45,9 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
     except ValueError:  # It mixes the leaves in one array, so no parameter says where that goes.
         return jax.tree.map(lambda x: put_at_home(x, home), state)
 
-    def beside(x: Any, param: Any) -> Any:
+    def beside(x: Any, param: Any, part: Subset | None) -> Any:
         memory = memory_of(x)
-        sharding = _sharding_beside(x, param)
+        sharding = _sharding_beside(x, param, part)
         if sharding is not None:
             placed = jax.device_put(x, sharding)
             return put_in_memory(placed, memory) if memory else placed
@@ -57,12 +60,13 @@ def place_beside(state: FreezeState, params: Any) -> FreezeState:
     def placed(place: Any, owner: int, prefix: Any) -> Any:
         if owner < 0:
             return jax.tree.map(lambda x: put_at_home(x, home), place)
-        box = boxes[table.parts[owner][0] if table else owner]
+        leaf, part = table.parts[owner] if table else (owner, None)
+        box = boxes[leaf]
         # Factors and norms are scalars, and go where counters go.
         if prefix in layout.scalars:
             place = jax.tree.map(lambda x: put_at_home(x, home), place)
         else:
-            place = jax.tree.map(lambda x: beside(x, unwrap_variable(box)), place)
+            place = jax.tree.map(lambda x: beside(x, unwrap_variable(box), part), place)
         return rewrap_variable(box, place)
 
     triples = zip(places, layout.owners, layout.prefixes, strict=True)
@@ -85,8 +89,10 @@ def put_at_home(x: Any, home: Sharding | None) -> Any:
         is_there = x.sharding.mesh == home.mesh
     else:
         is_there = x.sharding.device_set == home.device_set
+    if is_there:
+        return x
     memory = memory_of(x)
-    return x if is_there else jax.device_put(x, home.with_memory_kind(memory) if memory else home)
+    return jax.device_put(x, home.with_memory_kind(memory) if memory else home)
 
 
 def put_beside_namesake(x: Any, path: str, params: Mapping[str, Any], home: Sharding | None) -> Any:
@@ -112,23 +118,45 @@ def is_sharded(x: Any) -> bool:
     return is_concrete and len(x.sharding.device_set) > 1
 
 
-def _sharding_beside(x: Any, param: Any) -> Any:
-    """Returns the sharding of a statistic of a sharded param; None if it has no shape like it."""
-    if not is_sharded(param) or x.ndim != param.ndim:
+def _sharding_beside(x: Any, param: Any, part: Subset | None) -> Any:
+    """Returns the sharding of a statistic of a sharded param; None if it has no shape like it.
+
+    Args:
+      x: The statistic.
+      param: The param.
+      part: The part of the param whose statistic it is; None for all of it.
+    """
+    if not is_sharded(param):
+        return None
+    if isinstance(part, Elements) and np.shape(x) == (part.count,):
+        return _whole_beside(param) if _is_elsewhere(x, param) else None
+    if x.ndim != param.ndim:
         return None
     pairs = zip(x.shape, param.shape, strict=True)
     axes = [axis for axis, (length, whole) in enumerate(pairs) if length != whole]
-    if not axes:
-        return param.sharding
-    if len(axes) > 1:
-        return None
+    if len(axes) != 1:
+        return None if axes else param.sharding
     of_rows = sharding_of_rows(x.shape[axes[0]], axes[0], param)
     kind = param.sharding.memory_kind
     if of_rows is not None:
         return NamedSharding(param.sharding.mesh, of_rows.spec, memory_kind=kind)
-    is_elsewhere = is_sharded(x) and x.sharding.device_set != param.sharding.device_set
     # On the same devices XLA chose the sharding in a step.
-    return _sharding_of_rows_by_xla(x.shape[axes[0]], axes[0], param) if is_elsewhere else None
+    chosen = _sharding_of_rows_by_xla(x.shape[axes[0]], axes[0], param)
+    return chosen if _is_elsewhere(x, param) else None
+
+
+def _whole_beside(param: jax.Array) -> Sharding | None:
+    """Returns a sharding for a vector that each device of a param has all of."""
+    home, of_type = home_of([param]), unsharded(1, param)
+    if of_type is None or not isinstance(home, NamedSharding):
+        return home
+    # On explicit axes the type names each axis of the vector, as that of `init` does.
+    return NamedSharding(home.mesh, of_type.spec)
+
+
+def _is_elsewhere(x: Any, param: jax.Array) -> bool:
+    is_concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    return is_concrete and x.sharding.device_set != param.sharding.device_set
 
 
 def _sharding_of_rows_by_xla(count: int, axis: int, param: jax.Array) -> NamedSharding | None:

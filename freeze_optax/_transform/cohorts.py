@@ -100,10 +100,14 @@ def cohort_counters(state: FreezeState, places: list[Any]) -> list[list[Any]]:
     """
     first = [places[place] for place in state.plan.layout.counters]
     later_cohorts = state.ages[0].shape[0] if state.ages else 0
-    # Not `age[i]`: on a mesh that is a gather, which JAX refuses for an array in host memory.
-    row = functools.partial(jax.lax.index_in_dim, keepdims=False)
     ages = list(map(unwrap_variable, state.ages))
-    return [first, *([row(age, i) for age in ages] for i in range(later_cohorts))]
+
+    def counters(i: int) -> list[Any]:
+        # Not `age[i]`: on a mesh that is a gather, which JAX refuses for an array in host memory.
+        row = functools.partial(jax.lax.index_in_dim, index=i, keepdims=False)
+        return [_called(row, age) for age in ages]
+
+    return [first, *map(counters, range(later_cohorts))]
 
 
 def _check_count(state: FreezeState, counters: list[list[Any]]) -> None:
@@ -120,4 +124,13 @@ def _check_count(state: FreezeState, counters: list[list[Any]]) -> None:
 
 def stack_ages(counters: list[list[Any]]) -> tuple[Any, ...]:
     """Stacks the counters of the later cohorts: one array per counter, one row per cohort."""
-    return tuple(jnp.stack(column) for column in zip(*counters, strict=True))
+    return tuple(
+        _called(lambda *rows: jnp.stack(rows), *column) for column in zip(*counters, strict=True)
+    )
+
+
+def _called(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Returns the result of a function for arrays; if one is abstract, an abstract result."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
+        return jax.eval_shape(function, *arrays)
+    return function(*arrays)

@@ -99,6 +99,27 @@ def test_statistics_of_rows_are_sharded_as_their_leaf_where_the_mesh_divides_the
     assert rows.sharding.spec == PartitionSpec("x")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "spec",
+    [fo.rows("encoder", range(8)), fo.elements("encoder", np.eye(16, 8, dtype=bool))],
+    ids=["rows", "elements"],
+)
+def test_moments_of_a_part_that_were_stored_by_numpy_go_where_init_makes_them(spec, kind):
+    params, tx = on_mesh(KINDS[kind], 8, PARAMS), fo.freezable(ADAM, spec)
+    made = tx.init(params)
+    imported = fo.import_state(tx, params, jax.device_get(fo.export_state(made)))
+    for path in ("encoder", "head"):
+        for a, b in zip(
+            *(jax.tree.leaves(s.inner[0].mu[path]) for s in (imported, made)), strict=True
+        ):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), path
+    update = jax.jit(tx.update)
+    update(params, made, params)
+    update(params, imported, params)
+    assert update._cache_size() == 1
+
+
 def uncommitted(tree):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
 
