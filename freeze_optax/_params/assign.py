@@ -135,7 +135,10 @@ def _check_fits(path: str, old: Any, new: Any) -> None:
 
 
 def _is_beyond(value: Any, dtype: Any) -> bool:
-    """Whether a cast wraps an integer or makes a number infinite; False for traced values."""
+    """Whether a cast wraps an integer, or takes a number beyond the largest of the dtype.
+
+    It is False for traced values.
+    """
     if isinstance(value, Tracer) or value.dtype == dtype:
         return False
     numbers = np.asarray(value)
@@ -143,8 +146,20 @@ def _is_beyond(value: Any, dtype: Any) -> bool:
         cast = numbers.astype(dtype)
         if jnp.issubdtype(dtype, jnp.integer):
             return bool((cast != numbers).any())
-        # By way of complex numbers, as NumPy's `isfinite` does not take the small formats.
-        return bool((np.isfinite(numbers) & ~np.isfinite(cast.astype(np.complex128))).any())
+        # As complex numbers of 128 bits, since NumPy's functions do not take the small formats.
+        numbers, cast = numbers.astype(np.complex128), cast.astype(np.complex128)
+        pairs = [(numbers.real, cast.real), (numbers.imag, cast.imag)]
+        limits = jnp.finfo(dtype)
+        largest, step = float(limits.max), float(limits.eps) * float(limits.max)
+        return any(_is_lost(old, new, largest + step) for old, new in pairs)
+
+
+def _is_lost(old: np.ndarray, new: np.ndarray, limit: float) -> bool:
+    """Whether a cast of real numbers gives other infinite or missing ones, or ends far below."""
+    # A format without infinity gives its largest number, or none, for what is beyond that.
+    is_other = (np.isinf(old) & (new != old)) | (np.isnan(old) != np.isnan(new))
+    is_beyond = np.isfinite(old) & (~np.isfinite(new) | (np.abs(old) > limit))
+    return bool((is_other | is_beyond).any())
 
 
 def _on_devices_of(old: jax.Array, value: Any) -> Any:

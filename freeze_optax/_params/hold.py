@@ -1,5 +1,6 @@
 """Keep leaves that change outside the optimizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
       a leaf that is selected in part is a new array. `new` and `old` are unchanged.
 
     Raises:
-      ValueError: If the trees differ in structure, or the spec does not fit them; or if a selected
+      ValueError: If the trees differ in structure, or the spec does not fit them; if a leaf that is
+        selected in part has another shape or dtype in `old`; or if a selected
         NNX Variable is in both trees, so that its old value is lost.
       IndexError: If a layer is not there (`fo.layers(pattern)[i]`).
       TypeError: If a mask holds anything but bools.
@@ -51,6 +53,7 @@ def hold(new: Any, old: Any, where: Spec) -> Any:
         )
     held = as_selector(where).flags(new_leaves)
     _check_copied(new, old, new_leaves.fill_leaves(held))
+    _check_parts_alike(new_leaves, old_leaves, held)
     triples = zip(new_leaves.values, old_leaves.values, held, strict=True)
     return new_leaves.rebuild(_hold_leaf(n, o, flag) for n, o, flag in triples)
 
@@ -59,6 +62,18 @@ def _hold_leaf(new: Any, old: Any, flag: Flag) -> Any:
     if isinstance(flag, Subset):
         return put_bitwise(new, flag, take_bitwise(old, flag))
     return old if flag else new
+
+
+def _check_parts_alike(new: Leaves, old: Leaves, held: Sequence[Flag]) -> None:
+    """Raises if a leaf of which a part is taken has another shape or dtype in `old`."""
+    columns = zip(new.paths, new.values, old.values, held, strict=True)
+    for path, *values in ((path, n, o) for path, n, o, flag in columns if isinstance(flag, Subset)):
+        of_new, of_old = (f"{x.dtype}{list(x.shape)}" for x in values)
+        if of_new != of_old:
+            raise ValueError(
+                f"{path!r} is {of_new} in `new` and {of_old} in `old`; to keep a part of a leaf, "
+                "give both the same shape and dtype"
+            )
 
 
 def _check_copied(new: Any, old: Any, held: Any) -> None:

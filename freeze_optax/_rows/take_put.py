@@ -269,6 +269,8 @@ def put_among_zeros(values: jax.Array, subset: Subset, fill: float, like: Any = 
         part.
       like: As for `sharding_of_rows`.
     """
+    if isinstance(values, np.ndarray):
+        values = jnp.asarray(values)  # without x64, NumPy's numbers of 64 bits become those of 32
     if isinstance(subset, Rows):
         shape = subset.with_length(values.shape, len(subset.mask))
         other = sharding_of_rows(len(subset.mask), subset.axis, values, like)

@@ -1,6 +1,7 @@
 """`assign`: sets leaves by their exact path; dtype, sharding and kind of array stay the leaf's."""
 
 import functools
+import math
 from typing import Any
 
 import equinox as eqx
@@ -103,6 +104,34 @@ def test_the_dtype_and_the_library_stay_those_of_the_leaf(name, library):
         assert (new.dtype, new.shape) == (dtype, (2, 2))
         np.testing.assert_array_equal(np.asarray(new).astype(np.complex64), np.ones((2, 2)))
     np.testing.assert_array_equal(np.asarray(leaf).astype(np.complex64), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("library", [jnp, np], ids=["jax", "NumPy"])
+@pytest.mark.parametrize(
+    ("name", "largest", "beyond"),
+    [
+        ("float8_e4m3fn", 448, [500, math.inf, -math.inf]),
+        ("float8_e5m2", 57344, [65536]),
+        ("float4_e2m1fn", 6, [100, -10, math.inf, math.nan]),
+        ("bfloat16", 2.0**127, [3.4e39]),
+        ("float16", 65504, [65536]),
+        ("complex64", 3e38, [1e39, 1e39j]),
+    ],
+)
+def test_a_number_that_the_dtype_has_not_is_an_error(name, largest, beyond, library):
+    leaf = library.zeros(2, jnp.dtype(name))
+    for x in (largest, -largest):
+        assert complex(fo.assign({"a": leaf}, {"a": x})["a"][0]) == pytest.approx(x)
+    for x in beyond:
+        with pytest.raises(ValueError, match="which that dtype can't hold; cast it first"):
+            fo.assign({"a": leaf}, {"a": x})
+
+
+@pytest.mark.parametrize("name", ["float8_e5m2", "bfloat16", "float16", "complex64"])
+def test_infinity_and_nan_stay_what_they_are(name):
+    for x in (math.inf, -math.inf, math.nan):
+        new = fo.assign({"a": jnp.zeros(2, jnp.dtype(name))}, {"a": x})["a"]
+        np.testing.assert_array_equal(np.asarray(new).astype(np.complex64).real, [x, x])
 
 
 def test_a_numpy_leaf_is_a_new_array_that_can_be_written_to():

@@ -47,3 +47,16 @@ def test_rows_of_a_batched_matrix_are_those_of_the_whole_matrix():
     bare = optax.adam(0.1)
     updates, _ = bare.update(2 * dense[1], bare.init(dense[1]), dense[1])
     np.testing.assert_array_equal(after, dense.at[1].add(updates))
+
+
+@pytest.mark.parametrize("part", ["rows", "elements"])
+def test_numpy_doubles_of_which_a_part_trains_are_updated_as_jax_reads_them(part):
+    params = {"a": np.ones((3, 2)), "b": np.ones(2)}
+    mask = np.array([[True, True], [False, False], [False, False]])
+    spec = fo.rows("a", [0]) if part == "rows" else fo.elements("a", mask)
+    tx = fo.freezable(optax.sgd(0.25), spec)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["a"].dtype == jnp.float32
+    np.testing.assert_array_equal(updates["a"], np.where(mask, -0.0, -0.25))
+    after = fo.apply_updates(params, updates, frozen=spec)
+    np.testing.assert_array_equal(after["a"], np.where(mask, 1.0, 0.75))
