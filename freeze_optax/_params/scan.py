@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from freeze_optax._params.scans_reading_again import (
 from freeze_optax._rows.flags import flag_along
 from freeze_optax._select.selector import nothing
 from freeze_optax._select.specs import Spec
+from freeze_optax._state.memories import explain_memories_of_layers
 from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.memory import put_tree_in_memory
@@ -125,8 +126,35 @@ def scan(  # noqa: PLR0913
         if can_train(leaf):
             is_frozen &= flag_along(flag, a, np.shape(leaf))
     runs = [(flag, len(list(run))) for flag, run in itertools.groupby(is_frozen.tolist())]
+    stack = Stack(leaves, flags, axes)
     if stream:
-        return scan_streamed(f, init, Stack(leaves, flags, axes), runs, unroll)
+        return scan_streamed(f, init, stack, runs, unroll)
+    try:
+        return _scan_in_runs(f, init, stack, runs, unroll)
+    except (ValueError, TypeError) as error:
+        explain_memories_of_layers(error, leaves)
+        raise
+
+
+def _scan_in_runs(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    stack: Stack,
+    runs: Sequence[tuple[bool, int]],
+    unroll: int | bool,
+) -> tuple[Any, Any]:
+    """Scans over runs of frozen layers, and of layers that train.
+
+    Args:
+      f: The function of carry and layer.
+      init: The first carry.
+      stack: The stack.
+      runs: For each run of layers whether it is frozen, and its length.
+      unroll: As for `jax.lax.scan`.
+    """
+    leaves, _, axes = stack
+    xs, axis_of = leaves.tree, leaves.rebuild(axes)
+    is_frozen = np.concatenate([np.full(count, flag) for flag, count in runs])
     constants = jax.lax.stop_gradient(xs)
 
     # Frozen layers are read by index, as a slice would copy them.

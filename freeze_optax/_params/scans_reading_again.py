@@ -1,5 +1,6 @@
 """Scans whose backward pass reads the layers again: of layers in turns, and in host memory."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from freeze_optax._params.layer_reading import (
 )
 from freeze_optax._params.layer_stack import is_layer_stack, report_scanned
 from freeze_optax._rows.flags import Flag
-from freeze_optax._select.specs import Spec, resolve
+from freeze_optax._select.specs import Spec, resolve, state_in_spec
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.leaves import Leaves
-from freeze_optax._tree.memory import put_in_memory
+from freeze_optax._tree.memory import memory_of, put_in_memory
+from freeze_optax._tree.messages import quoted_list
 
 
 class Stack(NamedTuple):
@@ -47,7 +49,16 @@ class Options(NamedTuple):
 def flags_of_arrays(frozen: Spec, xs: Any) -> list[Flag]:
     """Returns which of the arrays in a tree are frozen; its holes are no arrays."""
     leaves = Leaves(xs)
-    pairs = zip(leaves.values, resolve(frozen, leaves), strict=True)
+    try:
+        resolved = resolve(frozen, leaves)
+    except ValueError as error:
+        if state_in_spec(frozen) is None:
+            raise
+        raise ValueError(
+            f"{error}; fo.scan takes what is frozen of its layers alone, as "
+            "fo.mask(state, params)['layers']"
+        ) from None
+    pairs = zip(leaves.values, resolved, strict=True)
     return [flag for x, flag in pairs if not is_hole(x)]
 
 
@@ -70,6 +81,15 @@ def scan_streamed(
     leaves, flags, axes = stack
     constants = list(map(jax.lax.stop_gradient, leaves.values))
     carry, start, outputs = init, 0, list[Any]()
+    triples = zip(leaves.paths, leaves.values, flags, strict=True)
+    hosted = {path: flag for path, x, flag in triples if memory_of(x) is not None}
+    if hosted and True not in hosted.values() and not any(is_frozen for is_frozen, _ in runs):
+        warnings.warn(
+            f"fo.scan(…, stream=True) brings {quoted_list(hosted)} to the device as a whole, as "
+            "`frozen` selects none of it: say what is frozen of the layers (frozen=True: all), or "
+            "bring what trains to the device before the step, params = fo.place(params, state)",
+            stacklevel=3,
+        )
     for run_is_frozen, count in runs:
         stop = start + count
         constant = [run_is_frozen or flag is True for flag in flags]

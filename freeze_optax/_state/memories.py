@@ -179,6 +179,23 @@ def explain_memories_of_loss(
         ) from error
 
 
+def explain_memories_of_layers(error: Exception, leaves: Leaves) -> None:
+    """Raises, with the paths, if an error of JAX is about a loop over layers in host memory.
+
+    Args:
+      error: What the loop has raised.
+      leaves: The leaves of the stack.
+    """
+    hosted, _ = _by_memory(leaves) if is_memory_error(error) else ([], [])
+    if hosted:
+        raise ValueError(
+            f"fo.scan computes with layers in host memory, {quoted_list(hosted)}, and other arrays "
+            "in device memory. Bring the layers to the device one by one: fo.scan(f, carry, "
+            "layers, frozen=…, stream=True), where `frozen` says which of them (True: all); or "
+            "move the stack there: fo.place(layers, True, 'device')"
+        ) from error
+
+
 def _by_memory(leaves: Leaves) -> tuple[list[str], list[str]]:
     """Returns the paths of the arrays in host memory, and of those in device memory."""
     pairs = zip(leaves.paths, leaves.values, strict=True)

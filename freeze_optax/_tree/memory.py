@@ -148,8 +148,8 @@ def check_memory(memory: Any, values: Iterable[Any]) -> None:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Returns whether an error is JAX's about arrays in different memories."""
-    text = str(error)
+    """Returns whether an error, or its cause, is JAX's about arrays in different memories."""
+    text = str(error.__cause__ or error)
     if not isinstance(error, ValueError | TypeError):
         return False
     return text.startswith("memory_space of all inputs") or (
