@@ -45,6 +45,9 @@ def scheduled(
     update of the phase. `value_and_grad(fun, frozen=state)` switches in the same way, so the
     backward pass goes no further than the leaves that train in the phase.
 
+    Where phases freeze different rows of a leaf, the optimizer sees it in parts from the start. One
+    that draws noise (`optax.noisy_sgd`) draws it for each part, other noise than in the host loop.
+
     Apply the updates with `apply_updates(params, updates, frozen=state)`. `optax.apply_updates`
     flushes subnormal numbers on a CPU here, even under jit.
 

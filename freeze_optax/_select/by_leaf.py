@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 
 from freeze_optax._select.selector import Selector
-from freeze_optax._select.specs import is_function, match_by_path
+from freeze_optax._select.specs import is_function, match_by_path, takes
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.kinds import is_array
 from freeze_optax._tree.leaves import Leaves
@@ -75,6 +75,11 @@ class _Where(Selector):
         self._predicate = predicate
 
     def flags(self, leaves: Leaves) -> list[bool]:
+        if not takes(self._predicate, 2):
+            raise TypeError(
+                f"fo.where takes a function of two arguments, path and leaf, but that of {self!r} "
+                "takes others"
+            )
         return [self._ask(p, x) for p, x in zip(leaves.paths, leaves.values, strict=True)]
 
     def _ask(self, path: str, leaf: Any) -> bool:
@@ -107,8 +112,9 @@ def where(predicate: Callable[[str, Any], bool]) -> Selector:
         is not called for holes.
 
     Returns:
-      The selector. Applied to a tree, it raises TypeError, naming the path, if the predicate
-      returns anything but a bool. It is no error if no leaf is selected.
+      The selector. Applied to a tree, it raises TypeError if the predicate does not take two
+      arguments, or, naming the path, if it returns anything but a bool. It is no error if no leaf
+      is selected: a typo in the predicate freezes nothing, and `freeze_optax.summary` shows it.
 
     Raises:
       TypeError: If `predicate` is not callable.

@@ -56,10 +56,18 @@ def check_patterns(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
     return patterns
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        message = f"fo.regex can't read {pattern!r} (fo.path takes globs): {error.msg}"
+        raise re.error(message, pattern, error.pos) from None
+
+
 @final
 class _Regex(Selector):
     def __init__(self, patterns: tuple[str, ...]):
-        self._regexes = [re.compile(str.__str__(pattern)) for pattern in patterns]
+        self._regexes = [_compiled(str.__str__(pattern)) for pattern in patterns]
 
     @property
     def is_by_path(self) -> bool:

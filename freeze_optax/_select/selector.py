@@ -146,10 +146,22 @@ class Selector(abc.ABC):
         """Selects all other leaves: `~a`."""
         return _Not(self)
 
+    def __bool__(self) -> bool:
+        # Or `not a` would be False, and `a or b` would be `a`, with no error.
+        raise TypeError(
+            f"{self!r} is neither true nor false, as it selects leaves of any tree; write ~a for "
+            "`not a`, a | b for `a or b`, a & b for `a and b`"
+        )
+
 
 def _combine(symbol: str, function: Combination, left: Any, right: Any) -> Any:
     if not all(isinstance(side, Selector | str) for side in (left, right)):
-        return NotImplemented
+        types = " and ".join(repr(type(side).__name__) for side in (left, right))
+        raise TypeError(
+            f"unsupported operand type(s) for {symbol}: {types}; selectors compose with selectors "
+            "and strings. A list is the union of any specs: [selector, state]. Of masks and states "
+            "combine the masks, jax.tree.map(operator.and_, fo.mask(a, params), fo.mask(b, params))"
+        )
     left, right = (Path((side,)) if isinstance(side, str) else side for side in (left, right))
     return _Combined(symbol, function, left, right)
 

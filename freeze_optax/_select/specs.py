@@ -1,6 +1,7 @@
 """Turn a spec, in any of its forms, into a selector and into flags."""
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
@@ -23,6 +24,7 @@ from freeze_optax._state.plan import Plan
 from freeze_optax._state.rotation import RotatingState
 from freeze_optax._tree.holes import is_hole
 from freeze_optax._tree.key_paths import ancestors, check_unique, nodes_of
+from freeze_optax._tree.kinds import can_train
 from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.messages import quoted_list
 from freeze_optax._tree.node_types import nodes_of_type
@@ -56,13 +58,31 @@ class _Union(Selector):
 
 @final
 class _Planned(Selector):
-    """Selects what is frozen in an optimizer state."""
+    """Selects what is frozen in an optimizer state.
 
-    def __init__(self, plan: Plan):
-        self._plan = plan
+    Args:
+      plan: The plan of the state.
+      is_masked: Whether a transformation around it (`optax.masked`, `optax.partition`) hands it
+        only some leaves, so that its holes may be trained by another one.
+    """
+
+    def __init__(self, plan: Plan, is_masked: bool = False):
+        self._plan, self._is_masked = plan, is_masked
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        return self._plan.flags(leaves.as_stored, "tree")
+        plan, leaves = self._plan, leaves.as_stored
+        flags = plan.flags(leaves, "tree")
+        if self._is_masked and (kinds := plan.context.leaf_kinds):
+            kinds = plan.in_order_of(leaves, kinds, "tree", overwritten=())
+            triples = zip(leaves.paths, leaves.values, kinds, strict=True)
+            others = [path for path, x, kind in triples if kind is None and can_train(x)]
+            if others:
+                raise ValueError(
+                    f"the state does not say whether {quoted_list(others)} is frozen, as its "
+                    "fo.freezable is inside of optax.partition or optax.masked, which handed it "
+                    "other leaves alone; put it around: fo.freezable(optax.partition(…), frozen)"
+                )
+        return flags
 
     def __repr__(self) -> str:
         return repr(self._plan)
@@ -96,21 +116,29 @@ class _Function(Selector):
         self._function = function
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        if not _takes_one(self._function):
+        if not takes(self._function, 1):
             raise TypeError(
                 f"a function as a spec takes the tree alone, but {self!r} takes other arguments; "
                 "a function of path and leaf goes to fo.where"
             )
-        return as_mask(self._function(leaves.tree)).flags(leaves)
+        try:
+            mask = self._function(leaves.tree)
+        except Exception as error:
+            error.add_note(
+                f"freeze_optax called {self!r} with the whole tree, as a function that is a spec "
+                "gives a mask of it; a function of path and leaf goes to fo.where"
+            )
+            raise
+        return as_mask(mask).flags(leaves)
 
     def __repr__(self) -> str:
         return getattr(self._function, "__qualname__", repr(self._function))
 
 
-def _takes_one(function: Callable[..., Any]) -> bool:
-    """Whether a function can be called with one argument; True also where Python can't tell."""
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes this many arguments; True also where Python can't tell."""
     try:
-        inspect.signature(function).bind(None)
+        inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:  # some functions in C have no signature
@@ -245,7 +273,7 @@ def as_selector(spec: Spec) -> Selector:
 
     Raises:
       ValueError: If a tree holds more than one `FreezeState`.
-      TypeError: If the spec is a transformation or a class.
+      TypeError: If the spec is a transformation, a class, a set, or a compiled pattern.
     """
     if isinstance(spec, Selector):
         return spec
@@ -259,6 +287,10 @@ def as_selector(spec: Spec) -> Selector:
         )
     if is_variable_filter(spec):
         return ByVariable(spec)
+    if isinstance(spec, re.Pattern):
+        raise TypeError(f"a compiled pattern is not a spec; write fo.regex({spec.pattern!r})")
+    if isinstance(spec, set | frozenset):
+        raise TypeError("a set is not a spec; for a union of specs write a list or a tuple")
     if isinstance(spec, type):
         raise TypeError(
             f"the class {spec.__name__} is not a spec; fo.of_type({spec.__name__}) selects what is "
@@ -294,7 +326,8 @@ def _of_tree(tree: Any) -> Selector:
             f"a {type(tree).__name__} with {len(states)} FreezeStates does not say which to "
             "follow; pass one of them, or a list of them for their union"
         )
-    return _Planned(states[0].plan)
+    masked = nodes_of_type(optax.MaskedState, tree)
+    return _Planned(states[0].plan, is_masked=any(map(states_in, masked)))
 
 
 def _holds_bools(tree: Any) -> bool:

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from freeze_optax._rows.parts import is_hole_or_parts
+from freeze_optax._state.own_plan import OwnPlan
 from freeze_optax._state.shared_buffers import TIED, Group, check_group, report_ties
 from freeze_optax._transform.extra_arguments import adapt_extra_arguments
 from freeze_optax._transform.inner_transformation import as_transformation
@@ -18,6 +19,7 @@ from freeze_optax._tree.leaves import Leaves
 from freeze_optax._tree.lookahead import map_copies, param_copies
 from freeze_optax._tree.memory import run_on_device
 from freeze_optax._tree.messages import nearest_names, quoted_list
+from freeze_optax._tree.node_types import nodes_of_type
 
 
 def tie(
@@ -52,7 +54,7 @@ def tie(
 
       `init` and `update` raise ValueError if a path names no leaf, or more than one, or if only
       some leaves of a group are there. `init` raises ValueError also if the leaves of a group
-      differ in shape or dtype.
+      differ in shape or dtype, or if `inner` is a `freezable`.
 
     Raises:
       TypeError: If `inner` is not a transformation, or a group holds anything but strings.
@@ -66,7 +68,14 @@ def tie(
             return inner.init(params)
         report_ties(tied.groups)
         tied.check(Leaves(param_copies(params)[0], stop=is_hole_or_parts))
-        return inner.init(map_copies(tied.drop, params))
+        state = inner.init(map_copies(tied.drop, params))
+        if nodes_of_type(OwnPlan, state):
+            raise ValueError(
+                "fo.tie was given a transformation that freezes by itself, which would have all "
+                "leaves of a group but one as frozen; write fo.freezable(fo.tie(inner, *groups), "
+                "frozen)"
+            )
+        return state
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any

@@ -93,6 +93,44 @@ def test_the_repr_of_a_selector_is_what_one_would_write(selector, text):
 def test_only_selectors_and_strings_compose(other):
     with pytest.raises(TypeError, match=r"unsupported operand type\(s\) for \|: '.*' and '"):
         encoder | other
+    with pytest.raises(TypeError, match=r"unsupported .* A list is the union of any specs"):
+        other | encoder
+
+
+@pytest.mark.parametrize(
+    "mistake", [lambda: not encoder, lambda: encoder or biases, lambda: encoder and biases]
+)
+def test_a_selector_is_neither_true_nor_false(mistake):
+    with pytest.raises(TypeError, match=r"path\('encoder'\) is neither true nor false.*write ~a"):
+        mistake()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (re.compile("a.*"), r"a compiled pattern is not a spec; write fo\.regex\('a\.\*'\)"),
+        ({"encoder"}, "a set is not a spec; for a union of specs write a list"),
+        (fo.where(str.isdigit), "takes a function of two arguments, path and leaf"),
+        (fo.where(lambda path, leaf, more: bool(leaf)), "a function of two arguments"),
+    ],
+    ids=["compiled", "set", "one argument", "three arguments"],
+)
+def test_what_is_nearly_a_spec_is_an_error_that_says_what_to_write(spec, message):
+    with pytest.raises(TypeError, match=message):
+        fo.mask(spec, PARAMS)
+
+
+def test_an_error_of_a_function_has_a_note_about_what_it_is_called_with():
+    with pytest.raises(AttributeError) as caught:
+        fo.mask(lambda path: path.startswith("encoder"), PARAMS)
+    (note,) = caught.value.__notes__
+    assert "with the whole tree" in note
+    assert "a function of path and leaf goes to fo.where" in note
+
+
+def test_a_regex_that_cannot_be_read_is_named():
+    with pytest.raises(re.error, match=r"fo\.regex can't read 'a/\(' .*unterminated subpattern"):
+        fo.regex("a/(")
 
 
 class Callable(eqx.Module):

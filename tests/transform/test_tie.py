@@ -374,3 +374,10 @@ def test_gradients_of_only_a_part_of_a_group_are_an_error():
     whole = fo.freezable(tx)
     with pytest.raises(ValueError, match="no gradient at 'embed'"):
         whole.update({**grads(), "embed": None}, whole.init(tree), tree)
+
+
+def test_a_freezable_inside_is_an_error_that_says_which_goes_inside():
+    for inner in (fo.freezable(optax.adam(0.1), "body"), fo.freezable(optax.adam(0.1))):
+        tx = fo.tie(optax.chain(inner), GROUP)
+        with pytest.raises(ValueError, match=r"write fo\.freezable\(fo\.tie\(inner, \*groups\)"):
+            tx.init(params())
