@@ -41,8 +41,9 @@ def place(params: Any, frozen: Spec, memory: str = "pinned_host") -> Any:
       frozen: Which leaves go to `memory`: any spec, see `freeze_optax.mask`; usually the optimizer
         state. Leaves that cannot be trained go there too, integers for example. A leaf that is
         frozen in part goes to the device.
-      memory: The kind of memory for what is frozen, as the devices name it. Under jit only
-        `"device"` and the host's are told apart.
+      memory: The kind of memory for what is frozen, as the devices name it. With `"device"` all
+        leaves go there, whatever `frozen` selects. Under jit only `"device"` and the host's are
+        told apart.
 
     Returns:
       A tree like `params`. Leaves that are in their place already are the same objects, and so are

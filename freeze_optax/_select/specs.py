@@ -70,19 +70,31 @@ class _Planned(Selector):
         self._plan, self._is_masked = plan, is_masked
 
     def flags(self, leaves: Leaves) -> Sequence[Flag]:
-        plan, leaves = self._plan, leaves.as_stored
-        flags = plan.flags(leaves, "tree")
-        if self._is_masked and (kinds := plan.context.leaf_kinds):
-            kinds = plan.in_order_of(leaves, kinds, "tree", overwritten=())
-            triples = zip(leaves.paths, leaves.values, kinds, strict=True)
-            others = [path for path, x, kind in triples if kind is None and can_train(x)]
-            if others:
-                raise ValueError(
-                    f"the state does not say whether {quoted_list(others)} is frozen, as its "
-                    "fo.freezable is inside of optax.partition or optax.masked, which handed it "
-                    "other leaves alone; put it around: fo.freezable(optax.partition(…), frozen)"
-                )
+        leaves = leaves.as_stored
+        if not self._is_masked:
+            return self._plan.flags(leaves, "tree")
+        remedy = (
+            "its fo.freezable is inside of optax.partition or optax.masked, which handed it some "
+            "leaves alone; put it around: fo.freezable(optax.partition(…), frozen)"
+        )
+        try:
+            flags = self._plan.flags(leaves, "tree")
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
+        if others := self._others(leaves):
+            raise ValueError(
+                f"the state does not say whether {quoted_list(others)} is frozen, as {remedy}"
+            )
         return flags
+
+    def _others(self, leaves: Leaves) -> list[str]:
+        """Returns the paths of the leaves that the transformation never saw."""
+        kinds = self._plan.context.leaf_kinds
+        if kinds is None:
+            return []
+        ordered = self._plan.in_order_of(leaves, kinds, "tree", overwritten=())
+        triples = zip(leaves.paths, leaves.values, ordered, strict=True)
+        return [path for path, x, kind in triples if kind is None and can_train(x)]
 
     def __repr__(self) -> str:
         return repr(self._plan)

@@ -40,6 +40,13 @@ def test_its_state_is_no_spec_for_leaves_that_it_never_saw(around, use):
         USES[use](state)
 
 
+def test_a_hole_for_a_whole_subtree_is_the_same_mistake():
+    params = {"embed": jnp.ones(2), "head": {"w": jnp.ones(2)}}
+    state = optax.masked(INNER, {"embed": True, "head": False}).init(params)
+    with pytest.raises(ValueError, match=r"only in the tree: 'head/w'.*; its fo\.freezable is ins"):
+        fo.mask(state, params)
+
+
 def test_with_the_spec_itself_all_groups_train():
     tx = AROUND["partition"]
     grads = fo.grad(loss, frozen="embed")(PARAMS)
