@@ -68,12 +68,12 @@ def scan_layers(
       layers: The layers.
       unroll: As for `jax.lax.scan`.
     """
-    init = jax.tree.map(jnp.asarray, init)
     start = layers.start
     read, fetch = layers.reader.read, layers.reader.fetch
     first = read(layers.arrays, fetch(layers.arrays, start), start)
+    init = _with_settled_dtypes(f, jax.tree.map(jnp.asarray, init), first)
     body, constants = with_constants(functools.partial(_pair, f), init, first)
-    looped = _looped(layers)
+    looped, has_live = _looped(layers), [x is not None for x in layers.live]
     # What the passes close over lives as long as the program, so it may hold no value of a trace.
     layout = layers._replace(arrays=[], live=[], rows=None)
     forward_loop = functools.partial(_forward_loop, layout, looped, unroll)
@@ -95,7 +95,14 @@ def scan_layers(
             lambda x: x.value, primals, is_leaf=_is_primal
         )
         fetched = fetch(arrays, start)
-        passes = LayerPasses(body, constants, init, read(arrays, fetched, start))
+        of_layer = [a or b for a, b in zip(perturbed[2], has_live, strict=True)]
+        passes = LayerPasses(
+            body,
+            constants,
+            init,
+            read(arrays, fetched, start),
+            (perturbed[0], of_layer, None),
+        )
 
         def apply(layer: Any, carry: Any) -> Any:
             (carry, y), kept = passes.forward(constants, layer, carry)
@@ -106,8 +113,6 @@ def scan_layers(
             y, last_kept = last.output
             ys, last = _with_last(ys, y), last._replace(output=last_kept)
         return (carry, ys), (constants, arrays, rows, (kept, last), Static((passes, perturbed)))
-
-    has_live = [x is not None for x in layers.live]
 
     def backward(saved: Any, cotangents: Any) -> Any:
         constants, arrays, rows, kept, static = saved
@@ -301,19 +306,39 @@ class _Backwards:
         to_constants, to_layer, to_carry = self._passes.backward(
             self._constants, layer, kept, cotangents
         )
-        gradients = jax.tree.leaves(to_layer)
         pairs = zip(state.sums, to_constants, strict=True)
         sums = [None if total is None else total + put_in_memory(x, None) for total, x in pairs]
-        triples = zip(state.stacked, gradients, layers.places, strict=True)
+        triples = zip(state.stacked, to_layer, layers.places, strict=True)
         put = jax.lax.dynamic_update_index_in_dim
         stacked = [
             None if x is None else put(x, g, i - first, axis) for x, g, (axis, first) in triples
         ]
-        carry = [_strong(x) for x in jax.tree.leaves(to_carry) if not is_float0(x)]
+        carry = [_strong(x) for x in to_carry if not is_float0(x)]
         if following:
             carry, following = together(carry, following)
-        pairs = zip(gradients, has_live, strict=False)
+        pairs = zip(to_layer, has_live, strict=False)
         return _State(following, carry, sums, stacked), [g for g, flag in pairs if flag]
+
+
+def _with_settled_dtypes(f: Callable[[Any, Any], Any], init: Any, layer: Any) -> Any:
+    """Returns the carry with weakly typed numbers in the dtype that `f` gives them.
+
+    `jax.lax.scan` does so too. But here `f` is traced before it sees the carry.
+    """
+    leaves, structure = jax.tree.flatten(init)
+    if not any(jax.typeof(x).weak_type for x in leaves):
+        return init
+    after, _ = _pair(functools.partial(jax.eval_shape, f), init, layer)
+    if jax.tree.structure(after) != structure:
+        return init
+    pairs = zip(leaves, jax.tree.leaves(after), strict=True)
+    return structure.unflatten(_settled(x, y) for x, y in pairs)
+
+
+def _settled(x: jax.Array, after: Any) -> jax.Array:
+    if not jax.typeof(x).weak_type or x.dtype == after.dtype:
+        return x
+    return jax.lax.convert_element_type(x, jnp.result_type(x, after.dtype))
 
 
 def _pair(f: Callable[[Any, Any], Any], carry: Any, layer: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import ad
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from freeze_optax._params.dependence import depends_on, without_effects
@@ -33,16 +34,35 @@ class LayerPasses:
       constants: The constants: all arrays that it uses beside carry and layer.
       carry: A carry, of which only shapes and dtypes count.
       layer: A layer, likewise.
+      differentiated: Which of the constants, and which leaves of the layer, are differentiated, and
+        which leaves of the carry; None for all leaves of it. The body need not be differentiable
+        with respect to the others.
     """
 
-    def __init__(self, body: Callable[..., Any], constants: Sequence[Any], carry: Any, layer: Any):
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        constants: Sequence[Any],
+        carry: Any,
+        layer: Any,
+        differentiated: tuple[Sequence[bool], Sequence[bool], Sequence[bool] | None],
+    ):
         structures: list[Any] = []
+        of_constants, of_layer, of_carry = differentiated
+        of_carry = [True] * len(jax.tree.leaves(carry)) if of_carry is None else of_carry
+        self._flags = flags = [list(of_constants), list(of_layer), list(of_carry)]
 
         def forward(constants: Any, layer: Any, carry: Any) -> Any:
-            def of_arguments(constants: Any, layer: Any, carry: Any) -> Any:
+            trees = [constants, layer, carry]
+            flat = [jax.tree.leaves(tree) for tree in trees]
+
+            def of_arguments(*chosen: Any) -> Any:
+                merged = map(_merged, flat, flags, chosen)
+                pairs = zip(trees, merged, strict=True)
+                constants, layer, carry = (jax.tree.structure(a).unflatten(b) for a, b in pairs)
                 return body(carry, layer, *constants)
 
-            outputs, pull = jax.vjp(of_arguments, constants, layer, carry)
+            outputs, pull = jax.vjp(of_arguments, *map(_chosen, flat, flags))
             residuals, structure = jax.tree.flatten(pull)
             structures[:] = [structure]
             return outputs, residuals
@@ -72,7 +92,9 @@ class LayerPasses:
     def backward(
         self, constants: Sequence[Any], layer: Any, kept: Sequence[Any], cotangents: Any
     ) -> tuple[Any, Any, Any]:
-        """Returns the cotangents of the constants, of the layer and of the carry.
+        """Returns the cotangents of the constants, and of the leaves of layer and carry.
+
+        They are None where nothing is differentiated.
 
         Args:
           constants: The constants.
@@ -87,7 +109,21 @@ class LayerPasses:
         of_carry = iter(kept)
         residuals = [next(of_carry) if flag else next(again) for flag in self._is_kept]
         pull: Any = jax.tree.unflatten(self._pullback, residuals)
-        return pull(cotangents)
+        to_constants, to_layer, to_carry = (
+            _merged([None] * len(flags), flags, chosen)
+            for flags, chosen in zip(self._flags, pull(cotangents), strict=True)
+        )
+        return to_constants, to_layer, to_carry
+
+
+def _chosen(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    return [x for x, flag in zip(values, flags, strict=True) if flag]
+
+
+def _merged(values: Sequence[Any], flags: Sequence[bool], chosen: Sequence[Any]) -> list[Any]:
+    """Returns the values, with the chosen ones where the flags are set."""
+    remaining = iter(chosen)
+    return [next(remaining) if flag else x for x, flag in zip(values, flags, strict=True)]
 
 
 def with_constants(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -134,5 +170,8 @@ def _is_symbolic_zero(x: Any) -> bool:
 def _without_symbol(x: Any) -> Any:
     if not _is_symbolic_zero(x):
         return x
-    make = np.zeros if x.dtype == jax.dtypes.float0 else jnp.zeros
-    return make(x.shape, x.dtype)
+    if x.dtype == jax.dtypes.float0:
+        return np.zeros(x.shape, x.dtype)
+    # Not of shape and dtype alone: the type has a sharding on explicit axes, and in a
+    # `jax.shard_map` the axes over which the zeros vary.
+    return ad.instantiate_zeros(ad.Zero(x.aval))

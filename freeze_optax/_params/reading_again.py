@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from freeze_optax._tree.leaves import Leaves
@@ -33,7 +34,10 @@ def reading_again(
       leaves: The leaves of the stack.
       axes: The axis of the layers in each of them.
     """
-    eqns = jax.make_jaxpr(f)(*example).jaxpr.eqns
+    jaxpr = jax.make_jaxpr(f)(*example).jaxpr
+    if _refuses_checkpoint(jaxpr):
+        return apply
+    eqns = jaxpr.eqns
     while len(eqns) == 1 and (inner := _inner_jaxprs(eqns[0])) and not _is_rematerialised(eqns[0]):
         eqns = inner[0].eqns
     is_kept: Policy | None = _everything
@@ -45,6 +49,24 @@ def reading_again(
         return apply
     policy = None if is_kept is None else _without_reads(is_kept, leaves, axes)
     return jax.checkpoint(apply, policy=policy, prevent_cse=False)
+
+
+def _refuses_checkpoint(jaxpr: Any) -> bool:
+    """Returns whether `jax.checkpoint` can't differentiate a function (JAX 0.7.1 to 0.12.0.1).
+
+    It takes no effects but those of debugging, and with a policy it rounds what it keeps by
+    `reduce_precision`, which takes no complex numbers. Then a copy of the layers is kept.
+    """
+    is_io = any("IOEffect" in type(effect).__name__ for effect in jaxpr.effects)
+    return is_io or _has_complex(jaxpr)
+
+
+def _has_complex(jaxpr: Any) -> bool:
+    made = [x.aval for eqn in jaxpr.eqns for x in eqn.outvars]
+    types = [getattr(x, "dtype", None) for x in [*(v.aval for v in jaxpr.invars), *made]]
+    inner = (one for eqn in jaxpr.eqns for one in _inner_jaxprs(eqn))
+    is_complex = any(x is not None and jnp.issubdtype(x, jnp.complexfloating) for x in types)
+    return is_complex or any(map(_has_complex, inner))
 
 
 def _everything(*_: Any, **__: Any) -> bool:

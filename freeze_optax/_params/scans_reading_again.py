@@ -148,6 +148,9 @@ def scan_rotating(
     places = [(a, 0) for a in axes]
     streamed = [False] * len(arrays)
     if stream:
+        arrays = [
+            x if flag else put_in_memory(x, None) for x, flag in zip(arrays, constant, strict=True)
+        ]
         streamed = streamed_arrays(leaves.paths, whole, axes, constant)
     reader = LayerReader(leaves.of_types(whole).rebuild, places, streamed)
     layers = Layers(arrays, live, stacks[0].rows, 0, length, places, reader)

@@ -87,10 +87,10 @@ def _call_streamed(f: Callable[[Any, Any], Any], weights: list[Any], on_host: li
         return of_constants(constants, fetch(weights))
 
     def forward(weights: Any, constants: Any) -> Any:
-        perturbed = [x.perturbed for x in weights]
+        perturbed, closed_over = ([x.perturbed for x in tree] for tree in (weights, constants))
         weights, constants = [x.value for x in weights], [x.value for x in constants]
         arrays = fetch(weights)
-        passes = LayerPasses(of_constants, (), constants, arrays)
+        passes = LayerPasses(of_constants, (), constants, arrays, ((), perturbed, closed_over))
         outputs, kept = passes.forward((), arrays, constants)
         return outputs, (weights, kept, Static((passes, perturbed)))
 

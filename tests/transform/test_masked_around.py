@@ -41,8 +41,8 @@ def test_its_state_is_no_spec_for_leaves_that_it_never_saw(around, use):
 
 
 def test_a_hole_for_a_whole_subtree_is_the_same_mistake():
-    params = {"embed": jnp.ones(2), "head": {"w": jnp.ones(2)}}
-    state = optax.masked(INNER, {"embed": True, "head": False}).init(params)
+    params = {**PARAMS, "head": {"w": jnp.ones(2)}}
+    state = optax.masked(INNER, MASK).init(params)
     with pytest.raises(ValueError, match=r"only in the tree: 'head/w'.*; its fo\.freezable is ins"):
         fo.mask(state, params)
 
