@@ -26,11 +26,34 @@ def slice_runs(x: Any, runs: Runs, axis: int) -> Any:
     return concatenate([jax.lax.slice_in_dim(x, *run, axis=axis) for run in runs], axis)
 
 
-def update_runs(x: Any, values: Any, runs: Runs, axis: int) -> Any:
-    """Returns an array with the rows of some runs replaced."""
+def update_runs(x: Any, values: Any, runs: Runs, axis: int, is_sharded: bool) -> Any:
+    """Returns an array with the rows of some runs replaced.
+
+    Args:
+      x: The array.
+      values: The new rows, of all runs.
+      runs: The runs.
+      axis: The axis of the rows.
+      is_sharded: Whether this axis is sharded over explicit mesh axes.
+    """
     for first, piece in pieces(values, runs, axis):
-        x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis)
+        if is_sharded and first == 0:
+            x = _replace_front(x, piece, axis)
+        else:
+            x = jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis)
     return x
+
+
+def _replace_front(x: Any, rows: Any, axis: int) -> Any:
+    """Returns an array with its first rows replaced.
+
+    Not in place: on a sharded axis XLA may write zeros over the rows behind them, where these are
+    about one shard (JAX 0.10.2 to 0.12.0.1; findings/xla_zeros_rows_behind_an_update_in_place.sh).
+    """
+    count, length = rows.shape[axis], x.shape[axis]
+    widths = [(0, length - count if i == axis else 0, 0) for i in range(x.ndim)]
+    padded = jax.lax.pad(rows, jnp.zeros((), rows.dtype), widths)
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, padded, x)
 
 
 def pieces(values: Any, runs: Runs, axis: int) -> list[tuple[int, Any]]:

@@ -141,21 +141,12 @@ def put(x: Any, subset: Subset, values: Any) -> Any:
       subset: What to replace.
       values: The compact array of the new values.
     """
-    return _put_either(x, subset, values, _is_sharded(x, subset))
+    return _put_either(x, subset, values, False)
 
 
 def put_bitwise(x: Any, subset: Subset, values: Any) -> Any:
     """Returns what `put` returns, with every bit of the new values too."""
     return _put_either(x, subset, values, _is_on_mesh(x) or _is_on_mesh(values))
-
-
-def _is_sharded(x: Any, subset: Subset) -> bool:
-    """Returns whether the axis of the rows is sharded over explicit mesh axes.
-
-    There XLA may write wrong rows in place. Where rows from the first one on are replaced, and the
-    others fit into one shard, they become zeros (JAX 0.10.2 to 0.12.0.1, not 0.7.1).
-    """
-    return isinstance(subset, Rows) and mesh_axes_of(x, subset.axis) is not None
 
 
 def _put_either(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Any:
@@ -170,18 +161,20 @@ def _put_either(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Any:
     return run_bitwise(_putting(x, subset, values, as_scatter), may_sum, x, values)
 
 
-def _putting(x: Any, subset: Subset, values: Any, as_scatter: bool) -> Callable[..., Any]:
-    sharding = type_sharding(x)
+def _putting(x: Any, subset: Subset, values: Any, as_scatter: bool = False) -> Callable[..., Any]:
+    sharding, is_sharded = type_sharding(x), False
     if isinstance(subset, Rows):
+        is_sharded = mesh_axes_of(x, subset.axis) is not None
         sharding = sharding or sharding_of_rows(x.shape[subset.axis], subset.axis, values)
     else:
         sharding = sharding or unsharded(x.ndim, values)
-    return functools.partial(on_automatic_axes, _put, (subset, as_scatter), sharding)
+    static = (subset, as_scatter, is_sharded)
+    return functools.partial(on_automatic_axes, _put, static, sharding)
 
 
-def _put(subset: Subset, as_scatter: bool, x: Any, values: Any) -> Any:
+def _put(subset: Subset, as_scatter: bool, is_sharded: bool, x: Any, values: Any) -> Any:
     if isinstance(subset, Rows) and subset.runs and not as_scatter:
-        return update_runs(x, values, subset.runs, subset.axis)
+        return update_runs(x, values, subset.runs, subset.axis, is_sharded)
     return scatter(x, subset, values)
 
 
@@ -345,7 +338,6 @@ def with_live_subset(x: Any, values: Any, subset: Subset) -> Any:
 def _with_live_subset_jvp(subset: Subset, primals: Any, tangents: Any) -> Any:
     # Not `put`: JAX has to transpose this function, and the exact bits of a tangent do not matter.
     # The sharding is that of the array, as the tangent of a constant may have none.
-    as_scatter = _is_sharded(primals[0], subset)
-    tangent = run_on_device(_putting(primals[0], subset, primals[1], as_scatter), *tangents)
+    tangent = run_on_device(_putting(primals[0], subset, primals[1]), *tangents)
     # JAX makes a zero tangent in device memory, and requires the memory of the primal here.
     return with_live_subset(*primals, subset), put_in_memory(tangent, traced_memory_of(primals[0]))
