@@ -1,6 +1,5 @@
 """Reading of layers out of stacked arrays, whatever mesh and memory these are in."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from freeze_optax._rows.host_rows import row_of_host
 from freeze_optax._rows.meshes import (
     is_on_mesh,
     mesh_axes_of,
@@ -69,24 +69,6 @@ def layer_at(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
     return on_automatic_axes(_gather_layer, (axis,), of_layer, x, i)
 
 
-def _host_layer_at(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
-    """Returns one layer of an array that may be in host memory, also where `vmap` stacked that."""
-
-    @jax.custom_batching.custom_vmap
-    def read(x: jax.Array, i: jax.Array) -> jax.Array:
-        return layer_at(x, i, axis)
-
-    # JAX's own rule makes a gather, which it does not take beside indices in device memory.
-    @read.def_vmap
-    def _(_: int, is_stacked: Sequence[bool], x: Any, i: Any) -> tuple[jax.Array, bool]:
-        if is_stacked[1]:
-            in_axes = [0 if flag else None for flag in is_stacked]
-            return jax.vmap(functools.partial(layer_at, axis=axis), in_axes)(x, i), True
-        return _host_layer_at(x, i, axis + 1), True
-
-    return read(x, i)
-
-
 def _gather_layer(axis: int, x: jax.Array, i: jax.Array) -> jax.Array:
     # XLA sends one layer for a gather, but the whole stack for a dynamic slice.
     index = (slice(None),) * axis
@@ -133,7 +115,7 @@ class LayerReader:
         """Returns what is streamed of layer `i`, on the device."""
         triples = zip(arrays, self._places, self._streamed, strict=True)
         return [
-            copied_to_device(_host_layer_at(x, i - first, axis))
+            copied_to_device(row_of_host(x, i - first, axis, layer_at))
             for x, (axis, first), is_streamed in triples
             if is_streamed
         ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from freeze_optax._rows.exact import run_bitwise, run_in_place, run_move
+from freeze_optax._rows.host_rows import row_of_host, with_row_replaced
 from freeze_optax._rows.meshes import mesh_axes_of, on_automatic_axes, type_sharding
 from freeze_optax._rows.remembered import remember_compact
 from freeze_optax._tree.memory import memory_of, put_in_memory
@@ -47,8 +48,8 @@ class RowsByValue:
         They are in device memory: the array may be too large for it, but these rows train.
         """
         if self._is_on_host(x):
-            each = [self._row(x, self.indices[j]) for j in range(self.count)]
-            return jnp.concatenate([put_in_memory(row, None) for row in each], self.axis)
+            rows = [row_of_host(x, self.indices[j], self.axis, _row_at) for j in range(self.count)]
+            return jnp.stack([put_in_memory(row, None) for row in rows], self.axis)
         indices, sharding = self.indices, self._sharding(x)
         return run_move(
             lambda x: on_automatic_axes(_take, (self.axis,), sharding, x, indices), True, x
@@ -85,15 +86,11 @@ class RowsByValue:
     def _is_on_host(self, x: Any) -> bool:
         return memory_of(x) is not None and mesh_axes_of(x, self.axis) is None
 
-    def _row(self, x: Any, i: Any) -> Any:
-        return jax.lax.dynamic_slice_in_dim(x, i, 1, self.axis)
-
     def _put_each(self, x: Any, values: Any) -> Any:
         # Not a scatter, which JAX does not take in host memory beside indices on the device.
         for j in range(self.count):
             row = jax.lax.slice_in_dim(values, j, j + 1, axis=self.axis)
-            row = put_in_memory(row, memory_of(x))
-            x = jax.lax.dynamic_update_slice_in_dim(x, row, self.indices[j], self.axis)
+            x = with_row_replaced(x, row, self.indices[j], self.axis)
         return x
 
     def _sharding(self, x: Any) -> NamedSharding | None:
@@ -103,6 +100,10 @@ class RowsByValue:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
         spec[self.axis] = None
         return sharding.update(spec=PartitionSpec(*spec))
+
+
+def _row_at(x: Any, i: Any, axis: int) -> Any:
+    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
 def _index(axis: int, indices: Any) -> tuple[Any, ...]:

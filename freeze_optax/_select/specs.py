@@ -241,6 +241,8 @@ def _as_flag(path: str, value: Any, leaf_path: str, leaf: Any) -> Flag:
     hint = "; for labels write fo.labelled(labels, name)" if isinstance(value, str) else ""
     if not path and not isinstance(value, str):
         hint = "; a spec is a path glob, a selector, a mask, an optimizer state, or a list of these"
+    if isinstance(value, re.Pattern):
+        hint = f"; write fo.regex({value.pattern!r})"
     raise TypeError(f"the mask at {path!r} is {kind}, not a bool{hint}")
 
 
@@ -285,7 +287,7 @@ def as_selector(spec: Spec) -> Selector:
 
     Raises:
       ValueError: If a tree holds more than one `FreezeState`.
-      TypeError: If the spec is a transformation, a class, a set, or a compiled pattern.
+      TypeError: If the spec is a transformation or a class.
     """
     if isinstance(spec, Selector):
         return spec
@@ -299,10 +301,6 @@ def as_selector(spec: Spec) -> Selector:
         )
     if is_variable_filter(spec):
         return ByVariable(spec)
-    if isinstance(spec, re.Pattern):
-        raise TypeError(f"a compiled pattern is not a spec; write fo.regex({spec.pattern!r})")
-    if isinstance(spec, set | frozenset):
-        raise TypeError("a set is not a spec; for a union of specs write a list or a tuple")
     if isinstance(spec, type):
         raise TypeError(
             f"the class {spec.__name__} is not a spec; fo.of_type({spec.__name__}) selects what is "

@@ -108,8 +108,8 @@ def test_a_selector_is_neither_true_nor_false(mistake):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (re.compile("a.*"), r"a compiled pattern is not a spec; write fo\.regex\('a\.\*'\)"),
-        ({"encoder"}, "a set is not a spec; for a union of specs write a list"),
+        (re.compile("a.*"), r"is Pattern, not a bool; write fo\.regex\('a\.\*'\)"),
+        ({"encoder"}, "is set, not a bool; a spec is .* or a list of these"),
         (fo.where(str.isdigit), "takes a function of two arguments, path and leaf"),
         (fo.where(lambda path, leaf, more: bool(leaf)), "a function of two arguments"),
     ],
