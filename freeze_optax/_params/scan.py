@@ -116,9 +116,9 @@ def scan(  # noqa: PLR0913
     if any(map(is_layer_stack, leaves.values)):
         return scan_rotating(f, init, leaves, frozen, Options(unroll, axis, stream))
     axes, count = axes_and_length(leaves.paths, leaves.values, axis)
-    axis_of = leaves.rebuild(axes)
     if count == 0:
-        empty = jax.tree.map(in_front, put_tree_in_memory(xs, None) if stream else xs, axis_of)
+        on_device = put_tree_in_memory(xs, None) if stream else xs
+        empty = jax.tree.map(in_front, on_device, leaves.rebuild(axes))
         return jax.lax.scan(f, init, empty, unroll=unroll)
     is_frozen = np.ones(count, bool)
     flags = flags_of_arrays(frozen, xs)

@@ -48,7 +48,7 @@ class RowsByValue:
         They are in device memory: the array may be too large for it, but these rows train.
         """
         if self._is_on_host(x):
-            rows = [row_of_host(x, self.indices[j], self.axis, _row_at) for j in range(self.count)]
+            rows = [row_of_host(x, self.indices[j], self.axis) for j in range(self.count)]
             return jnp.stack([put_in_memory(row, None) for row in rows], self.axis)
         indices, sharding = self.indices, self._sharding(x)
         return run_move(
@@ -100,10 +100,6 @@ class RowsByValue:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
         spec[self.axis] = None
         return sharding.update(spec=PartitionSpec(*spec))
-
-
-def _row_at(x: Any, i: Any, axis: int) -> Any:
-    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
 def _index(axis: int, indices: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 import freeze_optax as fo
 from freeze_optax._rows.host_rows import row_of_host, with_row_replaced
-from tests.support.memories import HOST, jit_keeps_memory, kinds
+from tests.support.memories import HOST, jit_keeps_memory, kinds, on_host
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -71,9 +71,7 @@ def test_a_row_may_be_of_a_population_or_of_all(stacked):
 
     def replaced(x, row, i):
         x = with_row_replaced(x, row, i, 1)
-        return x, row_of_host(
-            x, i, 1, lambda x, i, axis: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
-        )
+        return x, row_of_host(x, i, 1)
 
     arguments = arrays if many["array"] else x, rows if many["row"] else rows[0], indices
     arguments = arguments if many["index"] else (*arguments[:2], indices[1])
@@ -84,3 +82,29 @@ def test_a_row_may_be_of_a_population_or_of_all(stacked):
         own[:, i] = -1.0
         np.testing.assert_array_equal(found[j], own)
         np.testing.assert_array_equal(read[j], own[:, i])
+
+
+@pytest.mark.parametrize("outer", [(0, 0, 0), (0, None, None), (0, None, 0), (None, None, 0)])
+@pytest.mark.parametrize("inner", [(0, 0, 0), (0, None, 0), (None, 0, 0), (0, 0, None)])
+def test_populations_of_populations_have_rows_of_their_own(outer, inner):
+    shapes = {"array": (4, 3, 2), "row": (4, 1, 2), "index": ()}
+    stacks = {name: [] for name in shapes}
+    for axes in (outer, inner):  # as many models in each, so that no shape tells them apart
+        for name, axis in zip(shapes, axes, strict=True):
+            stacks[name] += [2] if axis == 0 else []
+    shapes = {name: (*stacks[name], *shape) for name, shape in shapes.items()}
+    x = jnp.arange(float(np.prod(shapes["array"]))).reshape(shapes["array"])
+    row = -1.0 - jnp.arange(float(np.prod(shapes["row"]))).reshape(shapes["row"])
+    i = jnp.arange(np.prod(shapes["index"]), dtype=jnp.int32).reshape(shapes["index"]) % 3
+
+    def ours(x, row, i):
+        return with_row_replaced(x, row, i, 1), row_of_host(x, i, 1)
+
+    def plain(x, row, i):
+        replaced = jax.lax.dynamic_update_slice_in_dim(x, row, i, 1)
+        return replaced, jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+
+    expected = jax.vmap(jax.vmap(plain, inner), outer)(x, row, i)
+    for given in (x, on_host(x)):
+        found = jax.vmap(jax.vmap(ours, inner), outer)(given, row, i)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
