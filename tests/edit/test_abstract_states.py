@@ -13,6 +13,7 @@ TX = fo.freezable(optax.adam(0.1))
 EDITS = {
     "freeze": lambda state, params: fo.freeze(state, params, "b"),
     "park": lambda state, params: fo.freeze(state, params, "b", keep_state=True),
+    "freeze and thaw": lambda state, params: fo.thaw(fo.freeze(state, params, "b"), params, "b"),
     "park and thaw": lambda state, params: fo.thaw(
         fo.freeze(state, params, "b", keep_state=True), params, "b"
     ),
